@@ -1,0 +1,5 @@
+import sys
+
+from entasis.cli import main
+
+sys.exit(main())

@@ -1,0 +1,67 @@
+"""The command line: `entasis VERB`. One file a verb in this folder, imported only when it is called.
+
+A verb's module has a docstring (its help, with an example), `add_arguments(parser)` and `run(args) -> int`.
+A new verb is one file here and one line in `VERBS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from entasis import __version__
+from entasis.errors import Failure, UserError
+
+VERBS = {
+    "shape": "design, solve, draw and compare model shapes",
+    "data": "prepare, import, inspect and examine corpora",
+    "train": "train a model from a recipe",
+    "study": "train arms against each other at equal cost and judge them",
+    "generate": "continue a text",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Exit codes: 0 done, 1 the work failed, 2 the input cannot be used."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="entasis",
+        description="Design, train, dissect and serve language models whose layers differ.",
+        epilog="example: entasis shape crown-paper/crown-18     (more: entasis VERB --help)",
+    )
+    parser.add_argument("--version", action="version", version=f"entasis {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        # Only the verb that is called is imported, so `entasis --help` stays quick.
+        if name in argv[:1]:
+            module = importlib.import_module(f"entasis.cli.{name}")
+            verb = verbs.add_parser(
+                name,
+                help=summary,
+                description=module.__doc__,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+            module.add_arguments(verb)
+        else:
+            verbs.add_parser(name, help=summary, add_help=False)
+    args = parser.parse_args(argv)
+    try:
+        return importlib.import_module(f"entasis.cli.{args.verb}").run(args) or 0
+    except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        return _complain(error, 2)
+    except (Failure, OSError, MemoryError) as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("stopped by Ctrl-C", 1)
+    except BrokenPipeError:
+        return 1
+
+
+def _complain(error: BaseException | str, code: int) -> int:
+    if os.environ.get("ENTASIS_DEBUG") and isinstance(error, BaseException):
+        raise error
+    print(f"entasis: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,173 @@
+"""What a model is, before it has a single weight.
+
+A `ModelShape` is the whole drawing of a decoder-only language model; its primary part is the list of
+`LayerShape`s. Twelve equal layers are only a list of twelve. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from entasis.errors import UserError
+
+NormKind = Literal["rmsnorm", "layernorm"]
+NormPlacement = Literal["pre", "reordered"]
+QKNorm = Literal["none", "head", "full"]
+FFNKind = Literal["swiglu", "gelu", "gelu_tanh"]
+Positions = Literal["rope", "learned"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """One layer: query heads, KV heads and FFN width.
+
+    `n_heads == n_kv_heads == 0` is a layer without attention, `d_ff == 0` one without FFN; a layer has
+    at least one of the two.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    d_ff: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The whole drawing of a decoder-only language model.
+
+    Raises `UserError` (a `ValueError`) when built invalid; the message names the layer, the field, the
+    value and what would be valid.
+    """
+
+    d_model: int
+    head_dim: int
+    vocabulary: int
+    layers: tuple[LayerShape, ...]
+    norm: NormKind = "rmsnorm"
+    norm_placement: NormPlacement = "pre"
+    """`pre`: x + f(norm(x)), as in Llama. `reordered`: x + norm(f(x)), as in OLMo2."""
+    norm_bias: bool = False
+    norm_eps: float = 1e-5
+    qk_norm: QKNorm = "none"
+    """`head`: one weight of length head_dim for all heads (Qwen3, OpenELM). `full`: over the whole q or k
+    width, before the heads are split (OLMo2)."""
+    ffn: FFNKind = "swiglu"
+    """`swiglu` has three matrices, `gelu` (erf) and `gelu_tanh` have two."""
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    ffn_bias: bool = False
+    head_bias: bool = False
+    positions: Positions = "rope"
+    rope_theta: float = 10_000.0
+    rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
+    """As in a Hugging Face config: `{"rope_type": "linear", "factor": 2.0}` or `"llama3"` with its numbers."""
+    context: int = 2048
+    """Longest sequence the model is meant for; the number of rows of a learned position table."""
+    norm_scaling: bool = False
+    """LayerNorm scaling (2502.05795): the block's norm output is divided by sqrt(layer), layers from 1."""
+    residual_scale: float = 1.0
+    """Each branch is multiplied by this before it is added (CompleteP: base_layers / layers)."""
+    attention_scale: float | None = None
+    """Factor on q·k; None is 1/sqrt(head_dim). muP uses 1/head_dim."""
+    logit_scale: float = 1.0
+    """Factor on the logits; muP uses base_d_model / d_model."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("d_model", "head_dim", "vocabulary", "context"):
+            _positive(name, getattr(self, name))
+        for name in ("norm_eps", "rope_theta", "residual_scale", "logit_scale"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"shape: {name} is {getattr(self, name)}; it must be a number above 0")
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise UserError(f"shape: {name} is {getattr(self, name)!r}; choose one of {choices}")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise UserError(f"shape: head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.norm_bias and self.norm == "rmsnorm":
+            raise UserError("shape: norm_bias is true, but rmsnorm has no bias; use norm: layernorm")
+        if not self.layers:
+            raise UserError("shape: layers is empty; a model needs at least one layer")
+        for i, layer in enumerate(self.layers):
+            _check_layer(i, layer)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are equal."""
+        return len(set(self.layers)) == 1
+
+    @property
+    def distinct_layers(self) -> int:
+        """How many different layer shapes there are: each is compiled once."""
+        return len(set(self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary that `from_dict` reads back; what `shape.json` holds."""
+        result = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        result["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        result["rope_scaling"] = dict(self.rope_scaling) if self.rope_scaling else None
+        return result
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> ModelShape:
+        """Reads `to_dict`'s result. Raises `UserError` for missing and unknown fields."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(source) - known):
+            raise UserError(f"shape: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        required = {"d_model", "head_dim", "vocabulary", "layers"}
+        if missing := sorted(required - set(source)):
+            raise UserError(f"shape: {missing[0]} is missing")
+        if not isinstance(source["layers"], Sequence) or isinstance(source["layers"], str):
+            raise UserError("shape: layers must be a list of {n_heads, n_kv_heads, d_ff}")
+        return cls(**{**source, "layers": tuple(_read_layer(i, x) for i, x in enumerate(source["layers"]))})
+
+
+_CHOICES: dict[str, Any] = {
+    "norm": NormKind,
+    "norm_placement": NormPlacement,
+    "qk_norm": QKNorm,
+    "ffn": FFNKind,
+    "positions": Positions,
+}
+
+
+def _positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"shape: {name} is {value!r}; it must be a whole number of at least 1")
+
+
+def _read_layer(index: int, source: object) -> LayerShape:
+    names = [f.name for f in dataclasses.fields(LayerShape)]
+    if isinstance(source, LayerShape):
+        return source
+    if not isinstance(source, Mapping) or set(source) != set(names):
+        raise UserError(f"layer {index}: must have exactly {', '.join(names)}; it is {source!r}")
+    return LayerShape(**source)
+
+
+def _check_layer(index: int, layer: LayerShape) -> None:
+    for f in dataclasses.fields(layer):
+        value = getattr(layer, f.name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise UserError(f"layer {index}: {f.name} is {value!r}; it must be a whole number of at least 0")
+    if layer.n_heads == 0 and layer.d_ff == 0:
+        raise UserError(f"layer {index}: n_heads and d_ff are both 0; a layer needs attention or an FFN")
+    if (layer.n_heads == 0) != (layer.n_kv_heads == 0):
+        raise UserError(
+            f"layer {index}: n_heads is {layer.n_heads} and n_kv_heads is {layer.n_kv_heads}; "
+            "both are 0 (no attention) or neither"
+        )
+    if layer.n_kv_heads and layer.n_heads % layer.n_kv_heads:
+        valid = ", ".join(str(k) for k in range(1, layer.n_heads + 1) if layer.n_heads % k == 0)
+        raise UserError(
+            f"layer {index}: n_kv_heads is {layer.n_kv_heads}, which does not divide n_heads {layer.n_heads}; "
+            f"valid are {valid}"
+        )
