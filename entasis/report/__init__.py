@@ -1,0 +1,1 @@
+"""The self-contained page and the charts that studies, anatomy and growth share."""

@@ -1,0 +1,1 @@
+"""Arms × seeds at equal cost: plan, execute, judge, report."""
