@@ -1,0 +1,128 @@
+"""Train a model from a recipe.
+
+example:
+  entasis data prepare stdlib --train-tokenizer 4096 --output corpora/stdlib
+  entasis train recipes/tiny.yaml --output runs/tiny
+  entasis train recipes/tiny.yaml optimizer.lr=1e-3 shape.profile=crown --output runs/crown
+  torchrun --nproc 2 -m entasis train recipes/tiny.yaml --output runs/tiny
+
+Any part of the recipe can be set with key=value (or --key=value); lists by number, as in stages.0.tokens=2M.
+The same command goes on from the last whole checkpoint, or answers from a finished run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_OVERRIDE = re.compile(r"(--)?(?!output=|set=)[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file; docs/training.md lists its keys")
+    parser.add_argument("--output", metavar="FOLDER", help="the run's folder (default: runs/NAME-OF-RECIPE)")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument("--print_config", action="store_true", help="show the fully resolved recipe and stop")
+    parser.add_argument("--json", action="store_true", help="print result.json")
+    parse = parser.parse_known_args
+
+    def parse_overrides(args: Any = None, namespace: Any = None) -> Any:
+        # argparse takes free positionals in one block only; as options overrides may stand anywhere.
+        spelt = [f"--set={a.removeprefix('--')}" if _OVERRIDE.fullmatch(a) else a for a in args or []]
+        return parse(spelt, namespace)
+
+    parser.parse_known_args = parse_overrides  # type: ignore[method-assign]
+
+
+def run(args: argparse.Namespace) -> int:
+    from entasis.train import recipe as recipes
+
+    recipe = recipes.read(args.recipe, args.set)
+    if args.print_config:
+        from entasis.train import hardware, run_folder
+
+        corpus = run_folder.check_data(recipe)
+        resolved, shape, _ = recipes.resolve(recipe, corpus.vocabulary)
+        run_folder.check_vocabulary(shape, corpus)
+        print(recipes.to_yaml(run_folder.choose(resolved, shape, hardware.device(recipe.device))), end="")
+        return 0
+    from entasis.train import parallel
+    from entasis.train.loop import train
+
+    folder = Path(args.output or Path("runs") / Path(args.recipe).stem)
+    with _Progress() as progress:
+        result = train(recipe, folder, reporter=progress)
+    # Only rank 0 speaks; the process group is gone by now, its environment is not.
+    if not parallel.is_main_process():
+        return 0
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(_summary(result, folder))
+    return 0
+
+
+def _summary(result: dict[str, Any], folder: Path) -> str:
+    lines = [
+        f"{result['parameters']:,} parameters, {result['tokens']:,} tokens, {result['steps']} steps, "
+        f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.0%} of the measured ceiling",
+        f"training loss {result['loss']:.4f} nats per token",
+    ]
+    if result["validation"]:
+        lines.append(f"validation {result['validation']['bits_per_byte']:.4f} bits per byte")
+    return "\n".join([*lines, f"in {folder}"])
+
+
+class _Progress:
+    """A bar with ETA on a terminal, now and then a line elsewhere; on stderr, so that --json stays clean."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        return self._event
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def _event(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "start":
+            self._start(event)
+        elif kind == "step":
+            figures = f"loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s"
+            if self._bar:
+                self._bar.update(self._task, completed=event["step"], figures=figures)
+            elif event["step"] % max(1, event["steps"] // 10) == 0:
+                print(f"step {event['step']}/{event['steps']}  {figures}", file=sys.stderr)
+        elif kind == "validation":
+            self._console.print(
+                f"step {event['step']}: validation {event['bits_per_byte']:.4f} bits per byte"
+            )
+
+    def _start(self, event: dict[str, Any]) -> None:
+        compiled = "compiled" if event["compile"] else "eager"
+        self._console.print(
+            f"{event['parameters']:,} parameters, {event['distinct_layers']} distinct layer shapes, "
+            f"{event['device']} in {event['precision']}, {compiled}, {event['attention']} attention"
+            + (f"; going on from step {event['step']}" if event["step"] else "")
+        )
+        for note in event["notes"]:
+            self._console.print(f"note: {note}")
+        if self._console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("steps", MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[figures]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task("", total=event["steps"], completed=event["step"], figures="")
+            self._bar.start()

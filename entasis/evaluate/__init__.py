@@ -1,0 +1,1 @@
+"""Judging a trained model: bits per byte on held-out text, and generation."""

@@ -1,0 +1,64 @@
+"""Batches read ahead of the step that needs them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from entasis.data.order import Order
+from entasis.data.windows import Windows
+from entasis.train import parallel
+
+_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's sequences of one step, and how long the step had to wait for them."""
+
+    tokens_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    ids_BT: torch.Tensor | None
+    waited: float
+
+
+def batches(
+    windows: Windows,
+    order: Order,
+    *,
+    position: int,
+    sequences: int,
+    steps: int,
+    device: torch.device,
+    document_masking: bool,
+) -> Iterator[Batch]:
+    """`steps` batches of this rank from global `position`, each read by a thread while earlier ones are trained on."""
+
+    def read(step: int) -> list[torch.Tensor]:
+        start, count = parallel.slice_of(
+            position + step * sequences, sequences, rank=parallel.rank(), world=parallel.world()
+        )
+        chosen = order.indices(start, count)
+        rows = [torch.from_numpy(windows.batch(chosen))]
+        if document_masking:
+            rows.append(torch.from_numpy(windows.document_ids(chosen)))
+        return [x.pin_memory() for x in rows] if device.type == "cuda" else rows
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        pending: deque[Future[list[torch.Tensor]]] = deque(
+            pool.submit(read, i) for i in range(min(_AHEAD, steps))
+        )
+        for step in range(steps):
+            begun = time.perf_counter()
+            rows = pending.popleft().result()
+            waited = time.perf_counter() - begun
+            if step + _AHEAD < steps:
+                pending.append(pool.submit(read, step + _AHEAD))
+            rows = [x.to(device, non_blocking=True) for x in rows]
+            ids_BT = rows[1][:, : rows[0].shape[1] - 1] if document_masking else None
+            yield Batch(rows[0][:, :-1].contiguous(), rows[0][:, 1:].contiguous(), ids_BT, waited)

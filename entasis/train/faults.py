@@ -1,0 +1,70 @@
+"""What goes wrong in the middle of training, said so that one knows where and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from entasis.errors import Failure
+from entasis.model.transformer import Transformer
+from entasis.train.recipe import Recipe
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's own error, the CPU allocator's RuntimeError, or Python's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+def out_of_memory(recipe: Recipe, step: int) -> Failure:
+    """Which setting to lower."""
+    micro, sequence = recipe.batch.micro, recipe.data.sequence
+    if micro != 1:
+        advice = f"lower batch.micro (now {micro} sequences of {sequence} tokens)"
+    else:
+        advice = f"batch.micro is 1 already: lower data.sequence (now {sequence}) or the shape's budget"
+    return Failure(f"out of memory at step {step}: {advice}")
+
+
+def non_finite(model: Transformer, step: int, loss: float, tokens_BT: torch.Tensor) -> Failure:
+    """Finds the first layer whose weights, output or gradient is not finite. The update was not made."""
+    kept = "; the weights were not updated and the checkpoints before it are whole"
+    if name := _first_bad((n, p) for n, p in model.named_parameters()):
+        where = f"the weights {name} were not finite before it"
+    elif place := _first_bad_output(model, tokens_BT):
+        where = f"first in the output of {place}"
+    elif name := _first_bad((n, p.grad) for n, p in reversed(list(model.named_parameters()))):
+        # Backward runs from the last layer down, so the last one in forward order is where it began.
+        where = f"first in the gradient of {name}"
+    else:
+        where = "in the sum over the batch"
+    what = "gradient" if torch.isfinite(torch.tensor(loss)) else "loss"
+    return Failure(
+        f"non-finite {what} at step {step}, {where}{kept}; lower optimizer.lr or use precision=fp32"
+    )
+
+
+def _first_bad(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
+    return next((name for name, x in tensors if x is not None and not torch.isfinite(x).all()), None)
+
+
+@torch.no_grad()
+def _first_bad_output(model: Transformer, tokens_BT: torch.Tensor) -> str | None:
+    bad: list[str] = []
+
+    def note(name: str):
+        def hook(_module: torch.nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+                bad.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
+    try:
+        model.head_logits(model.hidden(tokens_BT[:1]))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return bad[0] if bad else None

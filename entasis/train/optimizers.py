@@ -1,0 +1,61 @@
+"""Optimizers and their parameter groups.
+
+| parameters                       | adamw | muon  | weight decay |
+|----------------------------------|-------|-------|--------------|
+| hidden matrices (in the blocks)  | AdamW | Muon  | yes          |
+| untied output head               | AdamW | AdamW | yes          |
+| token and position embeddings    | AdamW | AdamW | no           |
+| vectors (norms, biases)          | AdamW | AdamW | no           |
+
+A tied embedding counts as an embedding. Under muP each hidden matrix has its own learning rate and weight decay, by
+its own fan-in (`entasis.model.parametrisation`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from entasis.model import parametrisation
+from entasis.train.recipe import Optimizer
+
+
+def build(model: nn.Module, recipe: Optimizer, learning: list[str]) -> list[torch.optim.Optimizer]:
+    """The optimizers of the parameters named in `learning`; each group carries its `peak_lr` for the schedule.
+
+    Muon scales its update to AdamW's root mean square, so that one learning rate serves both.
+    """
+    parameters = dict(model.named_parameters())
+    rules = parametrisation.describe(model, recipe.parametrisation, base_width=recipe.base_width)
+    gathered: dict[tuple[str, float, float, float], list[nn.Parameter]] = defaultdict(list)
+    for name in learning:
+        rule, parameter = rules[name], parameters[name]
+        hidden = is_hidden_matrix(name, parameter)
+        decays = hidden or name == "head.weight"
+        key = (
+            "muon" if hidden and recipe.name == "muon" else "adamw",
+            recipe.lr * rule.lr,
+            recipe.weight_decay * rule.weight_decay if decays else 0.0,
+            recipe.eps * rule.eps,
+        )
+        gathered[key].append(parameter)
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for (kind, lr, decay, eps), members in gathered.items():
+        group = {"params": members, "lr": lr, "peak_lr": lr, "weight_decay": decay}
+        groups[kind].append(group if kind == "muon" else group | {"eps": eps})
+    total = sum(p.numel() for kind in groups.values() for group in kind for p in group["params"])
+    assert total == sum(parameters[name].numel() for name in learning), "a parameter is in no group or in two"
+    result: list[torch.optim.Optimizer] = []
+    if groups["adamw"]:
+        result.append(torch.optim.AdamW(groups["adamw"], lr=recipe.lr, betas=recipe.betas, fused=True))
+    if groups["muon"]:
+        result.append(torch.optim.Muon(groups["muon"], lr=recipe.lr, adjust_lr_fn="match_rms_adamw"))
+    return result
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix inside a block: neither embedding, head, norm nor bias."""
+    return name.startswith("blocks.") and parameter.ndim == 2

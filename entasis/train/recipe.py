@@ -1,0 +1,412 @@
+"""A recipe: everything that determines a run, as dataclasses read from YAML.
+
+    entasis train recipes/tiny.yaml optimizer.lr=1e-3 tokens=2M --output runs/tiny
+
+`read` gives the recipe as written; `resolve` spells out what it leaves open (the layer list, the stages, counts
+in whole numbers), so that the `recipe.yaml` in a run's folder repeats the run exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from entasis.errors import UserError
+from entasis.shape import specification
+from entasis.shape.shapes import ModelShape
+
+Count = int | str
+"""A number of tokens: 393216, 393_216, "200k", "5B"."""
+Share = int | str
+"""A number of steps, or a share of all steps: 100, "2%"."""
+
+
+@dataclass
+class Data:
+    """What is read. Paths of corpora (folders made by `entasis data`), relative to where the command runs."""
+
+    train: str
+    validation: str | None = None
+    sequence: int = 1024
+    document_masking: bool = False
+    """Attention stays inside a document."""
+
+
+@dataclass
+class Batch:
+    tokens: Count = 65_536
+    """Tokens per optimizer step, over all ranks: a multiple of data.sequence."""
+    micro: int | Literal["auto"] = "auto"
+    """Sequences in one forward pass of one rank; the rest is accumulated. Lower it when memory runs out."""
+
+
+@dataclass
+class Optimizer:
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` takes the hidden matrices; AdamW everything else."""
+    lr: float = 6e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    """On hidden matrices and an untied head; never on norms, biases and embeddings."""
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    """Largest gradient norm; null does not clip."""
+    parametrisation: Literal["standard", "mup"] = "standard"
+    base_width: int | None = None
+    """muP: the d_model at which lr was found."""
+
+
+@dataclass
+class Schedule:
+    name: Literal["warmup-stable-decay", "cosine", "constant"] = "warmup-stable-decay"
+    warmup: Share = "2%"
+    decay: Share = "20%"
+    """Last part of warmup-stable-decay, linear."""
+    floor: float = 0.0
+    """Final learning rate, as a share of the peak."""
+
+
+@dataclass
+class Evaluation:
+    every: Share | None = None
+    """Validate every so many steps; always at the end."""
+    tokens: Count | None = None
+    """Whole documents up to so many tokens, the same ones each time; null is the whole corpus."""
+
+
+@dataclass
+class Checkpoint:
+    every: Share | None = "10%"
+    keep_last: int = 2
+    keep_every: int | None = None
+    """Checkpoints at multiples of so many steps stay, with `model.safetensors` beside them."""
+
+
+@dataclass
+class Logging:
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+@dataclass
+class Stage:
+    """A stretch of training. What is null is taken from the recipe."""
+
+    train: Literal["all", "newest"] | list[str] = "all"
+    """Parameters that learn: all, the newest layers, or patterns of names such as `blocks.3.*`."""
+    tokens: Count | None = None
+    schedule: Schedule | None = None
+    grow: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+
+
+@dataclass
+class Recipe:
+    shape: dict[str, Any]
+    """A preset, a profile with a budget, or the explicit layer list; see `entasis.shape.specification`."""
+    data: Data
+    tokens: Count | None = None
+    """Tokens to train on; may be left out when every stage has its own."""
+    batch: Batch = field(default_factory=Batch)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    attention: Literal["auto", "sdpa", "plain"] = "auto"
+    device: str = "auto"
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    logging: Logging = field(default_factory=Logging)
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences per optimizer step over all ranks (of a resolved recipe)."""
+        return int(self.batch.tokens) // self.data.sequence
+
+    def steps(self, stage: Stage) -> int:
+        """Optimizer steps of one stage (of a resolved recipe), at least one."""
+        return max(1, round(count(stage.tokens, "tokens") / int(self.batch.tokens)))
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self.steps(stage) for stage in self.stages)
+
+
+def read(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file with `key=value` overrides (`optimizer.lr=1e-3`, `--tokens=5M`).
+
+    Raises `UserError` for anything misspelt (with the nearest valid key) or of the wrong type.
+    """
+    source: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {path}: cannot be read: {error}") from error
+        source = _load_yaml(text, f"recipe {path}")
+        if not isinstance(source, dict):
+            raise UserError(f"recipe {path}: must be a mapping with shape:, data: and tokens:")
+    for override in overrides:
+        key, equals, value = override.removeprefix("--").partition("=")
+        if not equals:
+            raise UserError(f"override {override!r}: write key=value, as in optimizer.lr=1e-3")
+        _assign(source, key, _load_yaml(value, f"override {override!r}"))
+    return from_dict(source)
+
+
+def from_dict(source: Mapping[str, Any]) -> Recipe:
+    """A recipe from a plain dictionary, typed by jsonargparse. Raises `UserError`."""
+    import jsonargparse
+
+    _check_keys(source, Recipe, "")
+    for name in ("shape", "data"):
+        if name not in source:
+            raise UserError(f"recipe: {name} is missing")
+    if "train" not in (source["data"] or {}):
+        raise UserError("recipe: data.train is missing; name a corpus folder made by `entasis data prepare`")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--recipe", type=Recipe)
+    try:
+        parsed = parser.parse_object({"recipe": dict(source)})
+        return parser.instantiate(parsed).recipe
+    except jsonargparse.ArgumentError as error:
+        raise UserError(_one_line(str(error), source)) from error
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """YAML that `read` reads back to an equal recipe; one line for each layer."""
+    plain = dataclasses.asdict(recipe)
+    plain["optimizer"]["betas"] = list(plain["optimizer"]["betas"])
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, width=110)
+
+
+def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[str]]:
+    """The recipe with nothing left open but what depends on the machine, its shape, and the solver's notes.
+
+    `vocabulary` is the corpus's; a shape that names none gets it. Raises `UserError`.
+    """
+    recipe = from_dict(dataclasses.asdict(recipe))
+    wanted = dict(recipe.shape)
+    if "preset" not in wanted:
+        wanted.setdefault("vocabulary", vocabulary)
+    solution = specification.resolve(wanted)
+    recipe.shape = solution.shape.to_dict()
+    recipe.batch.tokens = count(recipe.batch.tokens, "batch.tokens")
+    sequence = recipe.data.sequence
+    if sequence < 1:
+        raise UserError(f"recipe: data.sequence is {sequence}; it must be at least 1")
+    if recipe.batch.tokens < sequence or recipe.batch.tokens % sequence:
+        nearest = max(1, round(recipe.batch.tokens / sequence)) * sequence
+        raise UserError(
+            f"recipe: batch.tokens is {recipe.batch.tokens}, not a multiple of data.sequence {sequence}; "
+            f"the nearest is {nearest}"
+        )
+    if recipe.data.sequence > solution.shape.context:
+        raise UserError(
+            f"recipe: data.sequence is {sequence}, longer than the shape's context {solution.shape.context}; "
+            "set shape.context"
+        )
+    if recipe.optimizer.parametrisation == "mup" and not recipe.optimizer.base_width:
+        raise UserError(
+            "recipe: optimizer.parametrisation is mup; give optimizer.base_width (where lr was found)"
+        )
+    if recipe.checkpoint.keep_last < 1:
+        raise UserError(
+            f"recipe: checkpoint.keep_last is {recipe.checkpoint.keep_last}; it must be at least 1"
+        )
+    _resolve_stages(recipe)
+    total = recipe.total_steps
+    for owner, name in ((recipe.evaluation, "evaluation"), (recipe.checkpoint, "checkpoint")):
+        if owner.every is not None:
+            owner.every = max(1, part(owner.every, total, f"{name}.every"))
+    if recipe.evaluation.tokens is not None:
+        recipe.evaluation.tokens = count(recipe.evaluation.tokens, "evaluation.tokens")
+    return recipe, solution.shape, list(solution.notes)
+
+
+def _resolve_stages(recipe: Recipe) -> None:
+    stages = recipe.stages or [Stage()]
+    for i, stage in enumerate(stages):
+        where = f"stages[{i}]"
+        for name in ("grow", "lora"):
+            if getattr(stage, name) is not None:
+                raise UserError(f"recipe: {where}.{name} is not available yet; leave it out")
+        if stage.train == "newest":
+            raise UserError(
+                f"recipe: {where}.train is newest, but no layer is new without grow; use all or patterns"
+            )
+        if stage.tokens is None and len(stages) == 1:
+            stage.tokens = recipe.tokens
+        if stage.tokens is None:
+            missing = f"{where}.tokens" if recipe.stages else "tokens"
+            raise UserError(f"recipe: {missing} is missing; say how many tokens to train on, such as 5M")
+        stage.tokens = count(stage.tokens, f"{where}.tokens")
+        stage.schedule = dataclasses.replace(stage.schedule or recipe.schedule)
+        steps = recipe.steps(stage)
+        warmup = part(stage.schedule.warmup, steps, "schedule.warmup")
+        decay = part(stage.schedule.decay, steps, "schedule.decay")
+        if stage.schedule.name == "warmup-stable-decay" and warmup + decay > steps:
+            raise UserError(f"recipe: schedule.warmup {warmup} and decay {decay} exceed the {steps} steps")
+        if not 0 <= stage.schedule.floor <= 1:
+            raise UserError(f"recipe: schedule.floor is {stage.schedule.floor}; it is a share of lr, 0 to 1")
+    total = sum(int(stage.tokens or 0) for stage in stages)
+    if recipe.tokens is not None and count(recipe.tokens, "tokens") != total:
+        raise UserError(f"recipe: tokens is {recipe.tokens}, but the stages add up to {total}; leave one out")
+    recipe.tokens, recipe.stages = total, stages
+
+
+def count(value: Count | None, where: str) -> int:
+    """A number of tokens: `393_216`, `"200k"`, `"1.5B"`. Raises `UserError`."""
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([kKMBT]?)", str(value).strip())
+    result = 0.0
+    if match:
+        scale = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2].replace("K", "k")]
+        result = float(match[1].replace("_", "")) * scale
+    if result < 1:
+        raise UserError(f"recipe: {where} is {value!r}; write a number such as 393_216, 200k, 5M or 1.5B")
+    return round(result)
+
+
+def part(value: Share, total: int, where: str) -> int:
+    """Steps from a number of steps or a share (`"2%"`) of `total`. Raises `UserError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", str(value).strip())
+    if match and match[2] and float(match[1]) <= 100:
+        return round(float(match[1]) / 100 * total)
+    if match and not match[2] and "." not in match[1]:
+        return int(match[1])
+    raise UserError(f"recipe: {where} is {value!r}; write a number of steps (100) or a share of them (2%)")
+
+
+def difference(a: Recipe, b: Recipe) -> str | None:
+    """The first key whose value differs, with both values; None for equal recipes."""
+
+    def walk(x: Any, y: Any, key: str) -> str | None:
+        if isinstance(x, dict) and isinstance(y, dict):
+            for name in [*x, *(n for n in y if n not in x)]:
+                if found := walk(x.get(name), y.get(name), f"{key}.{name}".lstrip(".")):
+                    return found
+            return None
+        if isinstance(x, list | tuple) and isinstance(y, list | tuple) and len(x) == len(y):
+            found = (walk(v, w, f"{key}[{i}]") for i, (v, w) in enumerate(zip(x, y, strict=True)))
+            return next(filter(None, found), None)
+        return None if x == y else f"{key} is {x!r} there and {y!r} here"
+
+    return walk(dataclasses.asdict(a), dataclasses.asdict(b), "")
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    import jsonargparse
+
+    try:
+        # jsonargparse's loader reads 6e-4 as a number, which YAML 1.1 does not.
+        return jsonargparse.get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _assign(target: Any, key: str, value: Any) -> None:
+    """Sets `stages.0.tokens` or `optimizer.lr` in nested mappings and lists."""
+    *path, last = key.split(".")
+    for i, name in enumerate(path):
+        where = ".".join(path[: i + 1])
+        if isinstance(target, list):
+            target = target[_index(target, name, where)]
+        else:
+            if target.get(name) is None:
+                target[name] = {}
+            target = target[name]
+        if not isinstance(target, dict | list):
+            raise UserError(f"override {key}: {where} is {target!r}, which has no parts")
+    if isinstance(target, list):
+        target[_index(target, last, key)] = value
+    else:
+        target[last] = value
+
+
+def _index(items: list[Any], name: str, where: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise UserError(
+            f"override {where}: there are {len(items)} entries, numbered from 0; {name!r} is not one"
+        )
+    return int(name)
+
+
+def _check_keys(source: Any, kind: type, prefix: str) -> None:
+    """Refuses keys that the dataclass `kind` does not have, naming the nearest."""
+    if source is None:
+        return
+    if not isinstance(source, Mapping):
+        raise UserError(f"recipe: {prefix.rstrip('.') or 'the recipe'} is {source!r}; it must be a mapping")
+    hints = typing.get_type_hints(kind)
+    for key, value in source.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            advice = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(hints)}"
+            raise UserError(f"recipe: unknown key {prefix}{key}; {advice}")
+        part_of = _dataclass_in(hints[key])
+        if part_of is not None and isinstance(value, list):
+            for i, item in enumerate(value):
+                _check_keys(item, part_of, f"{prefix}{key}[{i}].")
+        elif part_of is not None:
+            _check_keys(value, part_of, f"{prefix}{key}.")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass in `X`, `X | None` or `list[X]`."""
+    for candidate in (hint, *typing.get_args(hint)):
+        if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
+            return candidate
+    return None
+
+
+def _one_line(message: str, source: Mapping[str, Any]) -> str:
+    """jsonargparse's many lines about a wrong type, as one: the key, its value, what it may be."""
+    path = ".".join(re.findall(r'[Pp]arser key "([^"]+)"', message)).removeprefix("recipe.")
+    kind: Any = Recipe
+    value: Any = source
+    for name in path.split("."):
+        hints = typing.get_type_hints(kind) if kind else {}
+        if name not in hints:
+            return f"recipe: {' '.join(message.split())}"
+        expected = hints[name]
+        kind = _dataclass_in(expected)
+        value = value.get(name) if isinstance(value, Mapping) else value
+        if isinstance(value, list) and kind:
+            # Which entry is wrong is found by reading each alone.
+            given = re.search(r"Given value: (.*)\s*$", message)
+            return (
+                f"recipe: {path} holds the value {given[1] if given else value!r}, which is of the wrong type"
+            )
+    return f"recipe: {path} is {value!r}; it must be {_describe(expected)}"
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(str(x) for x in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(x) for x in typing.get_args(hint))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(hint) or str(getattr(hint, "__name__", hint) if not typing.get_args(hint) else hint)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style, but a layer (or any mapping or list of plain values inside a list) on one line."""
+
+
+def _represent_mapping(dumper: yaml.SafeDumper, data: dict[str, Any]) -> yaml.Node:
+    flow = set(data) == {"n_heads", "n_kv_heads", "d_ff"}
+    return dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=flow)
+
+
+_Dumper.add_representer(dict, _represent_mapping)

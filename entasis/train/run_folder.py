@@ -1,0 +1,170 @@
+"""A run's folder: begun, recognised, or refused; nothing in it is overwritten.
+
+recipe.yaml  shape.json  environment.json  tokenizer.json  metrics.jsonl  checkpoints/  tensorboard/
+model.safetensors  validation.safetensors  result.json        (when finished)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entasis.data import doctor
+from entasis.data.corpus import Corpus
+from entasis.errors import UserError
+from entasis.shape.shapes import ModelShape
+from entasis.train import checkpoint, hardware, parallel
+from entasis.train.recipe import Recipe, difference, read, resolve, to_yaml
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder ready for training: the recipe with nothing open, and where it was begun."""
+
+    recipe: Recipe
+    shape: ModelShape
+    notes: list[str]
+    environment: dict[str, Any]
+    result: dict[str, Any] | None
+    """Of a run that is finished already."""
+
+
+def open_run(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool = True) -> Run:
+    """Begins a run in `folder`, or recognises the same recipe there and goes on.
+
+    Raises `UserError` for a folder that holds another recipe or something else, and for unusable data.
+    """
+    corpus = check_data(recipe)
+    resolved, shape, notes = resolve(recipe, corpus.vocabulary)
+    check_vocabulary(shape, corpus)
+    stored_at = folder / "recipe.yaml"
+    if stored_at.is_file():
+        stored = read(stored_at)
+        resolved = adopt(resolved, stored)
+        if differs := difference(stored, resolved):
+            raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run; choose another --output")
+    else:
+        resolved = choose(resolved, shape, device)
+        folder.mkdir(parents=True, exist_ok=True)
+        write(stored_at, to_yaml(resolved))
+    result = None
+    if (folder / "result.json").is_file():
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    elif checkpoint.folders(folder) and not resume:
+        raise UserError(f"{folder} holds a run at step {checkpoint.step_of(checkpoint.folders(folder)[-1])}")
+    return Run(resolved, shape, notes, _environment(folder, resolved, shape, corpus, device), result)
+
+
+def check_data(recipe: Recipe) -> Corpus:
+    """Opens and examines both corpora; returns the one to train on. Raises `UserError`."""
+    corpus = Corpus(recipe.data.train)
+    paths = [recipe.data.train]
+    if recipe.data.validation is not None:
+        paths.append(recipe.data.validation)
+        if Corpus(recipe.data.validation).tokenizer_hash != corpus.tokenizer_hash:
+            raise UserError(
+                f"data: {recipe.data.validation} was made with another tokenizer than {recipe.data.train}; "
+                "prepare both with the same tokenizer.json"
+            )
+    for path in paths:
+        diagnosis = doctor.examine(path)
+        if not diagnosis.sound:
+            worst = diagnosis.findings[0]
+            raise UserError(f"data: {path} is diseased: {worst.name}: {worst.evidence}; {worst.cure}")
+    if corpus.tokens < recipe.data.sequence + 1:
+        raise UserError(
+            f"data: {recipe.data.train} has {corpus.tokens} tokens, fewer than data.sequence {recipe.data.sequence} + 1"
+        )
+    return corpus
+
+
+def check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
+    """The shape's vocabulary is the corpus's, or that padded by less than 128. Raises `UserError`."""
+    if not corpus.vocabulary <= shape.vocabulary < corpus.vocabulary + 128:
+        raise UserError(
+            f"shape: vocabulary is {shape.vocabulary}, but the corpus's tokenizer has {corpus.vocabulary} ids; "
+            f"set shape.vocabulary={corpus.vocabulary}, or prepare the corpus with the matching tokenizer"
+        )
+
+
+def adopt(recipe: Recipe, stored: Recipe) -> Recipe:
+    """What `recipe` leaves to the machine is as it was when the run began, so that resuming changes nothing."""
+    result = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch))
+    for name in ("precision", "compile", "attention", "device"):
+        if getattr(recipe, name) == "auto":
+            setattr(result, name, getattr(stored, name))
+    if recipe.batch.micro == "auto":
+        result.batch.micro = stored.batch.micro
+    return result
+
+
+def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> Recipe:
+    """A resolved recipe with the machine's part filled in, by measurement."""
+    result = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch))
+    if recipe.device == "auto":
+        result.device = device.type
+    if recipe.precision == "auto":
+        result.precision = hardware.precision(device)  # type: ignore[assignment]
+    if recipe.attention == "auto":
+        result.attention = hardware.attention(device, result.precision, shape, recipe.data.sequence)
+    if recipe.batch.micro == "auto":
+        at_once = 32_768 if device.type == "cuda" else 8_192
+        result.batch.micro = max(1, min(recipe.sequences, at_once // recipe.data.sequence))
+    if recipe.compile == "auto":
+        result.compile = hardware.compile_pays(device, result, shape)
+    elif recipe.compile and not hardware.has_compiler(device):
+        raise UserError(
+            "recipe: compile is true, but there is no C++ compiler (g++ or clang++); use compile=false"
+        )
+    return result
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole: aside, synced, renamed."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    checkpoint.sync(path.parent)
+
+
+def _environment(
+    folder: Path, recipe: Recipe, shape: ModelShape, corpus: Corpus, device: torch.device
+) -> dict[str, Any]:
+    """The run's `environment.json`, written once; refuses data that has changed since."""
+    path = folder / "environment.json"
+    data = {"train": corpus.fingerprint, "tokenizer": corpus.tokenizer_hash}
+    if recipe.data.validation is not None:
+        data["validation"] = Corpus(recipe.data.validation).fingerprint
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in data if stored["data"].get(name) != data[name]]:
+            raise UserError(
+                f"{folder}: the {changed[0]} data has changed since this run began; choose another --output"
+            )
+        return dict(stored)
+    environment = hardware.environment(device) | {
+        "precision": recipe.precision,
+        "compile": recipe.compile,
+        "attention": recipe.attention,
+        "matmul_flops_per_second": hardware.matmul_ceiling(device, recipe.precision),
+        "distinct_layers": shape.distinct_layers,
+        "data": data,
+    }
+    write(folder / "shape.json", json.dumps(shape.to_dict(), indent=1) + "\n")
+    if not (folder / "tokenizer.json").exists():
+        shutil.copyfile(corpus.tokenizer_path, folder / "tokenizer.json.partial")
+        (folder / "tokenizer.json.partial").replace(folder / "tokenizer.json")
+    write(path, json.dumps(environment | {"world": parallel.world()}, indent=1) + "\n")
+    return environment

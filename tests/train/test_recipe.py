@@ -1,0 +1,122 @@
+import pytest
+
+from entasis.errors import UserError
+from entasis.train import recipe as recipes
+
+SHAPE = "shape: {profile: crown, layers: 4, d_model: 32, head_dim: 16, budget: 60k, vocabulary: 256}"
+TEXT = f"""
+{SHAPE}
+data: {{train: corpora/a, validation: corpora/b, sequence: 64}}
+batch: {{tokens: 1_024}}
+optimizer: {{lr: 6e-4}}
+tokens: 0.5M
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_reads_types_and_overrides(path):
+    recipe = recipes.read(path, ["optimizer.lr=1e-3", "--batch.micro=2", "data.sequence=32", "compile=false"])
+    assert recipe.optimizer.lr == 1e-3
+    assert (recipe.batch.tokens, recipe.batch.micro) == (1024, 2)
+    assert recipe.data.sequence == 32
+    assert recipe.compile is False
+
+
+def test_overrides_reach_the_shape_and_numbered_stages(path):
+    path.write_text(TEXT.replace("tokens: 0.5M", "stages: [{tokens: 1M}, {tokens: 2M}]"))
+    recipe = recipes.read(path, ["shape.budget=80k", "stages.1.tokens=3M"])
+    assert recipe.shape["budget"] == "80k"
+    assert [stage.tokens for stage in recipe.stages] == ["1M", "3M"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optimiser.lr=1", "unknown key optimiser; did you mean optimizer?"),
+        ("optimizer.learning_rate=1", "unknown key optimizer.learning_rate"),
+        ("optimizer.betass=[0,1]", "did you mean optimizer.betas?"),
+        ("optimizer.lr=high", "optimizer.lr is 'high'; it must be a number"),
+        ("optimizer.name=sgd", "optimizer.name is 'sgd'; it must be adamw or muon"),
+        ("compile=maybe", "compile is 'maybe'; it must be true or false or auto"),
+        ("batch.micro=1.5", "batch.micro is 1.5; it must be a whole number or auto"),
+        ("stages=[{trian: all}]", "unknown key stages[0].trian; did you mean stages[0].train?"),
+        ("stages=[{tokens: 1M, schedule: {warmpu: 3}}]", "did you mean stages[0].schedule.warmup?"),
+        ("stages.3.tokens=1M", "override stages.3"),
+        ("tokens", "write key=value"),
+        ("tokens=]", "not valid YAML"),
+        ("seed=zero", "seed is 'zero'; it must be a whole number"),
+        ("data=3", "data is 3; it must be a mapping"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(path, override, says):
+    with pytest.raises(UserError) as caught:
+        recipes.read(path, [override])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("tokens=many", "tokens is 'many'; write a number such as"),
+        ("tokens=null", "tokens is missing"),
+        ("batch.tokens=1000", "not a multiple of data.sequence 64; the nearest is 1024"),
+        ("schedule.warmup=half", "schedule.warmup is 'half'; write a number of steps (100) or a share"),
+        ("schedule.warmup=90%", "exceed the 488 steps"),
+        ("stages=[{grow: {operator: stack}}]", "stages[0].grow is not available yet"),
+        ("stages=[{lora: {rank: 8}}]", "stages[0].lora is not available yet"),
+        ("stages=[{train: newest}]", "no layer is new without grow"),
+        ("stages=[{tokens: 1M}, {tokens: 1M}]", "the stages add up to 2000000"),
+        ("optimizer.parametrisation=mup", "give optimizer.base_width"),
+        ("data.sequence=4096", "batch.tokens is 1024, not a multiple of data.sequence 4096"),
+    ],
+)
+def test_what_cannot_be_resolved_is_refused(path, override, says):
+    with pytest.raises(UserError) as caught:
+        recipes.resolve(recipes.read(path, [override]), 256)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_resolved_recipe_is_explicit_and_reads_back_equal(path, tmp_path):
+    resolved, shape, _ = recipes.resolve(recipes.read(path), 256)
+    assert len(resolved.shape["layers"]) == 4
+    assert len(resolved.stages) == 1
+    assert resolved.stages[0].tokens == resolved.tokens == 500_000
+    assert resolved.checkpoint.every == 49
+    written = tmp_path / "resolved.yaml"
+    written.write_text(recipes.to_yaml(resolved))
+    again = recipes.read(written)
+    assert again == resolved
+    assert recipes.resolve(again, 256)[:2] == (resolved, shape)
+
+
+def test_resolving_leaves_the_given_recipe_alone(path):
+    recipe = recipes.read(path)
+    recipes.resolve(recipe, 256)
+    assert recipe == recipes.read(path)
+
+
+def test_a_shape_without_vocabulary_takes_the_corpus_s(path):
+    path.write_text(TEXT.replace(", vocabulary: 256", ""))
+    assert recipes.resolve(recipes.read(path), 300)[1].vocabulary == 300
+
+
+def test_difference_names_the_first_key_that_differs(path):
+    a = recipes.read(path)
+    b = recipes.read(path, ["optimizer.lr=1e-3"])
+    assert recipes.difference(a, a) is None
+    assert recipes.difference(a, b) == "optimizer.lr is 0.0006 there and 0.001 here"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("5B", 5_000_000_000), ("393_216", 393_216), (7, 7), ("1.5M", 1_500_000)]
+)
+def test_count(text, value):
+    assert recipes.count(text, "tokens") == value
