@@ -43,7 +43,7 @@ class Difference:
     p_equivalent: float
     p_equivalent_holm: float
     detectable: float
-    """The smallest true difference this arm's comparison would show with power 0.8, after Holm's first step."""
+    """The smallest true difference the study would show with power 0.8, after Holm's first step."""
 
 
 def paired_interval(
@@ -110,8 +110,8 @@ def evaluation_error(
 ) -> float:
     """Standard error in bits per byte of a difference that comes from which documents were evaluated.
 
-    `nll_difference_D` [documents] is arm minus baseline in nats, averaged over seeds; documents are drawn with
-    their bytes, so the ratio Σ nll / (Σ bytes · ln 2) is bootstrapped, paired by document. Fewer than two
+    `nll_difference_D` [documents] is arm minus baseline in nats, averaged over seeds; documents are drawn
+    with their bytes, so the ratio Σ nll / (Σ bytes · ln 2) is bootstrapped, paired by document. Fewer than two
     documents give NaN.
     """
     from scipy import stats

@@ -16,6 +16,7 @@ SEEDS = 5
 @pytest.fixture(autouse=True)
 def quick_collections() -> Iterator[None]:
     """statsmodels' multipletests collects garbage on every call: 50 ms each with torch's objects about."""
+    statistics.holm([0.5])  # imports statsmodels, so that its objects are frozen too
     gc.freeze()
     yield
     gc.unfreeze()

@@ -1,0 +1,172 @@
+"""One HTML file that holds everything it shows: text, tables, drawings, interactive charts.
+
+    page = Page("Which shape wins?", subtitle="quickstart")
+    page.verdict("No difference detected.")
+    page.section("Differences", page.text("…"), page.chart(altair_chart))
+    page.write(Path("report.html"))
+
+Vega is inlined once, charts that share data hold it once, and a content security policy forbids every request,
+so the page opens offline and shows the same in ten years. It follows light and dark and any width.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import altair
+
+    from entasis.report.tables import Table
+
+# Nothing may be fetched; Vega compiles its expressions through its interpreter, so no eval is needed either.
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; form-action 'none'"
+
+
+class Html(str):
+    """A piece of finished HTML. Everything else given to a page is escaped."""
+
+
+class Page:
+    """Collects sections and writes them as one self-contained file."""
+
+    def __init__(self, title: str, *, subtitle: str = "") -> None:
+        self.title, self.subtitle = title, subtitle
+        self._body: list[str] = []
+        self._charts: list[dict[str, Any]] = []
+        self._datasets: dict[str, Any] = {}
+
+    def verdict(self, sentence: str) -> None:
+        """The answer, in a sentence, set large."""
+        self._body.append(f'<p class="verdict" id="verdict">{html.escape(sentence)}</p>')
+
+    def section(self, heading: str, *blocks: str) -> None:
+        """A heading with blocks under it; a plain string becomes a paragraph."""
+        content = "\n".join(b if isinstance(b, Html) else f"<p>{html.escape(b)}</p>" for b in blocks)
+        self._body.append(f"<section>\n<h2>{html.escape(heading)}</h2>\n{content}\n</section>")
+
+    def note(self, text: str) -> Html:
+        """A quiet paragraph: how to read what stands above it."""
+        return Html(f'<p class="note">{html.escape(text)}</p>')
+
+    def command(self, text: str) -> Html:
+        """Something to type, or a file's text."""
+        return Html(f"<pre>{html.escape(text)}</pre>")
+
+    def folded(self, summary: str, *blocks: str) -> Html:
+        """Blocks that open on a click."""
+        return Html(f"<details><summary>{html.escape(summary)}</summary>{''.join(blocks)}</details>")
+
+    def facts(self, pairs: Mapping[str, object]) -> Html:
+        """Names and values under each other."""
+        rows = (f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in pairs.items())
+        return Html(f"<dl>{''.join(rows)}</dl>")
+
+    def table(self, table: Table) -> Html:
+        """A table that scrolls sideways where the screen is narrow."""
+        return Html(f'<div class="scroll">{table.html()}</div>')
+
+    def columns(self, drawings: Sequence[tuple[str, str, str]], key: str = "") -> Html:
+        """Drawings (SVG text, title, caption) side by side, as many as fit."""
+        figures = (
+            f"<figure>{svg}<figcaption>{html.escape(title)}<small>{html.escape(caption)}</small></figcaption></figure>"
+            for svg, title, caption in drawings
+        )
+        return Html(f'<div class="columns">{"".join(figures)}</div>{key}')
+
+    def chart(self, chart: altair.TopLevelMixin) -> Html:
+        """An interactive chart. One with `width="container"` fills the page."""
+        return self._place(chart, hidden=False)
+
+    def switch(self, charts: Mapping[str, altair.TopLevelMixin]) -> Html:
+        """Several charts in one place; the reader switches between them by name."""
+        buttons, places = [], []
+        for i, (name, chart) in enumerate(charts.items()):
+            places.append(self._place(chart, hidden=i > 0))
+            buttons.append(
+                f'<button role="tab" aria-selected="{str(i == 0).lower()}" '
+                f'aria-controls="chart-{len(self._charts) - 1}">{html.escape(name)}</button>'
+            )
+        return Html(f'<div class="tabs" role="tablist">{"".join(buttons)}</div>{"".join(places)}')
+
+    def render(self) -> str:
+        """The whole page as text."""
+        subtitle = f"<p>{html.escape(self.subtitle)}</p>" if self.subtitle else ""
+        scripts = (
+            f"<script>{_vega()}</script>\n<script>{_resource('page.js')}</script>" if self._charts else ""
+        )
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{html.escape(self.title)}</title>\n<style>{_resource('page.css')}</style>\n</head>\n<body>\n"
+            f"<header><div><h1>{html.escape(self.title)}</h1>{subtitle}</div>"
+            '<button id="theme" title="light or dark" aria-label="light or dark">◐</button></header>\n'
+            + "\n".join(self._body)
+            + f'\n<script type="application/json" id="datasets">{_json(self._datasets)}</script>\n'
+            f'<script type="application/json" id="charts">{_json(self._charts)}</script>\n{scripts}\n</body>\n</html>\n'
+        )
+
+    def write(self, path: Path) -> None:
+        """Writes the page aside and renames it, replacing an earlier one."""
+        write_text(path, self.render())
+
+    def _place(self, chart: altair.TopLevelMixin, *, hidden: bool) -> Html:
+        spec = chart.to_dict()
+        # Altair names each data set by its content, so charts that share data share it here too.
+        own = spec.pop("datasets", {})
+        self._datasets.update(own)
+        self._charts.append(spec)
+        number = len(self._charts) - 1
+        return Html(
+            f'<div class="chart" id="chart-{number}" data-chart="{number}" data-uses="{" ".join(own)}"'
+            f"{' hidden' if hidden else ''}></div>"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file aside, syncs and renames it, so that nobody ever reads half of it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` for bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _json(value: Any) -> str:
+    # NaN is not JSON, and "</script" inside a string would end the element that holds it.
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+
+
+def _resource(name: str) -> str:
+    return resources.files("entasis.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _vega() -> str:
+    """Vega, Vega-Lite and vega-embed as one script (0.9 MB) from vl-convert, without any network."""
+    import altair
+    import vl_convert
+
+    version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
+    return script.replace("</script", "<\\/script")
