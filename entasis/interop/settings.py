@@ -1,0 +1,109 @@
+"""Typed reading of a checkpoint's description: a Hugging Face `config.json` or GGUF metadata.
+
+Both come from strangers, so every value is looked at before it is used, and the message names the file
+and key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from entasis.errors import UserError
+
+_REQUIRED: Any = object()
+LARGEST = 2**31 - 1
+"""No width, count or context of a real model is larger; keeps arithmetic on hostile values small."""
+
+
+class Settings:
+    """A mapping of keys to values, read with a type.
+
+    `where` (a file name) and `prefix` (GGUF's `llama.`) only serve to look values up and to name them.
+    A value that is absent or null counts as not given.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        self.values, self.where, self.prefix = values, where, prefix
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The bare value, or `default` where it is absent or null."""
+        value = self.values.get(self.prefix + key)
+        return default if value is None else value
+
+    def whole(self, key: str, default: Any = _REQUIRED) -> int:
+        """A whole number from 0 to 2^31 - 1."""
+        return self._whole(key, self._given(key, default))
+
+    def wholes(self, key: str, count: int, default: Any = _REQUIRED) -> list[int]:
+        """One whole number for each of `count` layers; a single number stands for all of them."""
+        value = self._given(key, default)
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return [self._whole(key, value)] * count
+        if len(value) != count:
+            raise self.wrong(key, f"a list of {len(value)}", f"one number or one for each of {count} layers")
+        return [self._whole(f"{key}[{i}]", x) for i, x in enumerate(value)]
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """A finite number."""
+        value = self._given(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.wrong(key, value, "a number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise self.wrong(key, value, "a finite number")
+        return number
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._given(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: Any = _REQUIRED) -> str:
+        """A string."""
+        value = self._given(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, value, "a string")
+        return value
+
+    def mapping(self, key: str) -> Mapping[str, Any] | None:
+        """A nested mapping, or None."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.wrong(key, value, "a mapping")
+        return value
+
+    def wrong(self, key: str, value: object, valid: str) -> UserError:
+        """The error that says `key` holds `value` where `valid` was needed."""
+        return UserError(f"{self.where}: {self.prefix}{key} is {_short(value)}; it must be {valid}")
+
+    def refuse(self, key: str, reason: str) -> UserError:
+        """The error that says what `key` asks for is nothing our models do."""
+        return UserError(f"{self.where}: {self.prefix}{key} is {_short(self.get(key))}: {reason}")
+
+    def _given(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        if value is _REQUIRED:
+            raise UserError(f"{self.where}: {self.prefix}{key} is missing")
+        return value
+
+    def _whole(self, key: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+            raise self.wrong(key, value, f"a whole number from 0 to {LARGEST}")
+        return value
+
+
+def _short(value: object) -> str:
+    # An int of a million digits or a list of a million entries must not become the message.
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of more than 30 digits"
+    if isinstance(value, list | dict) and len(value) > 8:
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
