@@ -2,9 +2,10 @@
 
     bits per byte = Σ nll / (bytes · ln 2)
 
-The nll (nats) is summed over *every* token, end-of-text tokens included; bytes are those of the documents' UTF-8
-text. The corpus is read as one stream with an end-of-text token before it, cut into windows of `sequence` tokens
-that do not overlap, so a token sees between 0 and `sequence − 1` tokens before it, as in training.
+The nll (nats) is summed over *every* token, end-of-text tokens included; bytes are those of the documents'
+UTF-8 text. The corpus is read as one stream with an end-of-text token before it, cut into windows of
+`sequence` tokens that do not overlap, so a token sees between 0 and `sequence − 1` tokens before it, as in
+training.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Score:
 
 
 def choose_documents(corpus: Corpus, max_tokens: int | None) -> np.ndarray:
-    """Ascending document numbers: all, or a fixed random choice of whole ones up to `max_tokens` (at least one)."""
+    """Ascending document numbers: all, or a fixed random choice up to `max_tokens` (at least one)."""
     sizes = np.diff(corpus.document_offsets())
     if max_tokens is None or sizes.sum() <= max_tokens:
         return np.arange(len(sizes))

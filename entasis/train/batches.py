@@ -37,7 +37,7 @@ def batches(
     device: torch.device,
     document_masking: bool,
 ) -> Iterator[Batch]:
-    """`steps` batches of this rank from global `position`, each read by a thread while earlier ones are trained on."""
+    """`steps` batches of this rank from global `position`, read by a thread ahead of their use."""
 
     def read(step: int) -> list[torch.Tensor]:
         start, count = parallel.slice_of(

@@ -3,9 +3,9 @@
     checkpoints/step-00000100/   __0_0.distcp …  .metadata   state.json   [model.safetensors  shape.json]
     checkpoints/step-00000100/complete           written last
 
-Everything is written into `step-00000100.partial`, synced to disk, renamed, and only then marked with `complete`.
-A folder without the mark was interrupted and is never read. torch's DCP metadata is a pickle, so `load` is only
-ever given the run's own folder; what leaves the run is `model.safetensors`.
+Everything is written into `step-00000100.partial`, synced to disk, renamed, and only then marked with
+`complete`. A folder without the mark was interrupted and is never read. torch's DCP metadata is a pickle,
+so `load` is only ever given the run's own folder; what leaves the run is `model.safetensors`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def save(
 ) -> Path:
     """Writes the checkpoint of `step` and removes those that need not stay. Every rank calls it.
 
-    `state` is plain JSON: stage, position, provenance. Raises `Failure` when the disk is full; the checkpoints
-    before it are then untouched.
+    `state` is plain JSON: stage, position, provenance. Raises `Failure` when the disk is full; the
+    checkpoints before it are then untouched.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
     partial = final.with_name(final.name + ".partial")
@@ -81,8 +81,8 @@ def save(
             raise
         shutil.rmtree(partial, ignore_errors=True)
         raise Failure(
-            f"no space left on the disk of {run} while saving step {step}; free some and give the same command "
-            f"again: it goes on from {_last_name(run)}"
+            f"no space left on the disk of {run} while saving step {step}; free some and give the same "
+            f"command: it goes on from {_last_name(run)}"
         ) from error
     parallel.barrier()
     return final

@@ -1,8 +1,8 @@
 """What this machine can do, measured rather than assumed.
 
-bf16 is 5 times faster than fp32 on a CPU with AMX and 100 times slower on one without, and both say they support
-it. So the choices a recipe leaves to `auto` are made by short measurements, written to `environment.json`, and
-read from there when the run is resumed.
+bf16 is 5 times faster than fp32 on a CPU with AMX and 100 times slower on one without, and both say they
+support it. So the choices a recipe leaves to `auto` are made by short measurements, written to
+`environment.json`, and read from there when the run is resumed.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def has_compiler(device: torch.device) -> bool:
 def compile_pays(device: torch.device, recipe: Recipe, shape: ModelShape) -> bool:
     """Whether compiling saves more seconds over the run than it costs; a rough estimate, on the safe side.
 
-    Eager training reaches about a third of the matmul ceiling on a CPU and saves about a fifth of its time when
-    compiled; building the code takes some ten seconds and one or two for each distinct layer shape.
+    Eager training reaches about a third of the matmul ceiling on a CPU and saves about a fifth of its time
+    when compiled; building the code takes some ten seconds and one or two for each distinct layer shape.
     """
     if not has_compiler(device):
         return False

@@ -3,9 +3,9 @@
     entasis train recipes/tiny.yaml --output runs/tiny
     torchrun --nproc 2 -m entasis train recipes/tiny.yaml --output runs/tiny
 
-A step reads one batch, sums the loss in fp32 over its micro-batches and ranks, checks that loss and gradient are
-finite, and only then updates. A run that is killed and started again goes on from its last whole checkpoint with
-the same losses, on the CPU to the bit.
+A step reads one batch, sums the loss in fp32 over its micro-batches and ranks, checks that loss and
+gradient are finite, and only then updates. A run that is killed and started again goes on from its last
+whole checkpoint with the same losses, on the CPU to the bit.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def train(
 ) -> dict[str, Any]:
     """Trains what `recipe` describes in `folder`; returns the content of its `result.json`.
 
-    A folder that holds the same recipe is resumed, or, when finished, answered from. `reporter` gets a dictionary
-    with `event` (start, step, validation, checkpoint), `step`, `steps`, `tokens` and what belongs to the event,
-    on the main rank only. Raises `UserError` for what cannot be used, `Failure` when the work fails.
+    A folder that holds the same recipe is resumed, or, when finished, answered from. `reporter` gets a
+    dictionary with `event` (start, step, validation, checkpoint), `step`, `steps`, `tokens` and what
+    belongs to the event, on the main rank only. Raises `UserError` for what cannot be used, `Failure` when
+    the work fails.
     """
     folder = Path(folder)
     device = hardware.device(recipe.device)
@@ -183,8 +184,8 @@ class _Loop:
                 self.save(stretch, rules)
             if stop and not last:
                 raise Failure(
-                    f"stopped at step {self.step} of {self.steps}; a checkpoint is saved, and the same command "
-                    f"with --output {self.folder} goes on from there"
+                    f"stopped at step {self.step} of {self.steps}; a checkpoint is saved, and the same "
+                    f"command with --output {self.folder} goes on from there"
                 )
             begun = time.perf_counter()
 
@@ -221,7 +222,7 @@ class _Loop:
         return mean, size, interrupted > 0
 
     def compiled_loss(self) -> Callable[..., torch.Tensor]:
-        """The model's loss as one graph: `fullgraph` raises where a layer would otherwise silently run eager."""
+        """The model's loss as one graph: `fullgraph` raises where a layer would fall back to eager."""
         if not self.recipe.compile:
             return self.model.loss
         # Dynamo counts recompiles by code object, and earlier models in this process share ours.
@@ -357,7 +358,7 @@ def _largest_divisor(n: int, most: int) -> int:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C acts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second acts at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

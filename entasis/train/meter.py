@@ -11,7 +11,7 @@ import torch
 
 
 def utilisation(tokens_per_second: float, flops_per_token: int, ceiling: float, world: int) -> float:
-    """MFU: the model's matmul FLOP/s as a share of what one large matrix product reaches on the same devices."""
+    """MFU: the model's matmul FLOP/s as a share of what one large matrix product reaches there."""
     return tokens_per_second * flops_per_token / (ceiling * world)
 
 

@@ -7,8 +7,8 @@
 | token and position embeddings    | AdamW | AdamW | no           |
 | vectors (norms, biases)          | AdamW | AdamW | no           |
 
-A tied embedding counts as an embedding. Under muP each hidden matrix has its own learning rate and weight decay, by
-its own fan-in (`entasis.model.parametrisation`).
+A tied embedding counts as an embedding. Under muP each hidden matrix has its own learning rate and weight
+decay, by its own fan-in (`entasis.model.parametrisation`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from entasis.train.recipe import Optimizer
 
 
 def build(model: nn.Module, recipe: Optimizer, learning: list[str]) -> list[torch.optim.Optimizer]:
-    """The optimizers of the parameters named in `learning`; each group carries its `peak_lr` for the schedule.
+    """The optimizers of the parameters named in `learning`; each group has its `peak_lr` for the schedule.
 
     Muon scales its update to AdamW's root mean square, so that one learning rate serves both.
     """

@@ -57,8 +57,8 @@ def barrier() -> None:
 def slice_of(position: int, sequences: int, *, rank: int, world: int) -> tuple[int, int]:
     """(start, count): the global positions of one step that one rank reads.
 
-    A step takes `sequences` positions from `position`; rank r takes the r-th of `world` equal runs, so all ranks
-    together read the same sequences at any world size.
+    A step takes `sequences` positions from `position`; rank r takes the r-th of `world` equal runs, so all
+    ranks together read the same sequences at any world size.
     """
     each = sequences // world
     return position + rank * each, each

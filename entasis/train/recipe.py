@@ -2,8 +2,8 @@
 
     entasis train recipes/tiny.yaml optimizer.lr=1e-3 tokens=2M --output runs/tiny
 
-`read` gives the recipe as written; `resolve` spells out what it leaves open (the layer list, the stages, counts
-in whole numbers), so that the `recipe.yaml` in a run's folder repeats the run exactly.
+`read` gives the recipe as written; `resolve` spells out what it leaves open (the layer list, the stages,
+counts in whole numbers), so that the `recipe.yaml` in a run's folder repeats the run exactly.
 """
 
 from __future__ import annotations

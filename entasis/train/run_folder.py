@@ -82,7 +82,8 @@ def check_data(recipe: Recipe) -> Corpus:
             raise UserError(f"data: {path} is diseased: {worst.name}: {worst.evidence}; {worst.cure}")
     if corpus.tokens < recipe.data.sequence + 1:
         raise UserError(
-            f"data: {recipe.data.train} has {corpus.tokens} tokens, fewer than data.sequence {recipe.data.sequence} + 1"
+            f"data: {recipe.data.train} has {corpus.tokens} tokens, "
+            f"fewer than data.sequence {recipe.data.sequence} + 1"
         )
     return corpus
 
@@ -91,13 +92,13 @@ def check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
     """The shape's vocabulary is the corpus's, or that padded by less than 128. Raises `UserError`."""
     if not corpus.vocabulary <= shape.vocabulary < corpus.vocabulary + 128:
         raise UserError(
-            f"shape: vocabulary is {shape.vocabulary}, but the corpus's tokenizer has {corpus.vocabulary} ids; "
+            f"shape: vocabulary is {shape.vocabulary}, but the tokenizer has {corpus.vocabulary} ids; "
             f"set shape.vocabulary={corpus.vocabulary}, or prepare the corpus with the matching tokenizer"
         )
 
 
 def adopt(recipe: Recipe, stored: Recipe) -> Recipe:
-    """What `recipe` leaves to the machine is as it was when the run began, so that resuming changes nothing."""
+    """Leaves to the machine nothing that was settled when the run began: resuming changes nothing."""
     result = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch))
     for name in ("precision", "compile", "attention", "device"):
         if getattr(recipe, name) == "auto":

@@ -10,8 +10,9 @@ from entasis.train.recipe import Schedule, part
 def factor(schedule: Schedule, step: int, steps: int) -> float:
     """What the peak learning rate is multiplied by at `step` (from 0) of `steps`.
 
-    Warm-up is linear and reaches 1 at its last step. `warmup-stable-decay` then stays at 1 and falls linearly over
-    its last part; `cosine` falls over all that is left; both would reach `floor` one step after the last.
+    Warm-up is linear and reaches 1 at its last step. `warmup-stable-decay` then stays at 1 and falls
+    linearly over its last part; `cosine` falls over all that is left; both would reach `floor` one step
+    after the last.
     """
     warmup = part(schedule.warmup, steps, "schedule.warmup")
     if step < warmup:

@@ -2,9 +2,9 @@
 
     python killing.py FOLDER TRAIN VALIDATION POINTS SEED
 
-A point is a file operation inside the run's folder (open, rename, remove, mkdir, as Python's audit events tell) or
-a step. The first run counts them; then POINTS of them, chosen at random, are each met by SIGKILL in a fresh process
-forked from this one, which itself never trains. Prints one JSON object.
+A point is a file operation inside the run's folder (open, rename, remove, mkdir, as Python's audit events
+tell) or a step. The first run counts them; then POINTS of them, chosen at random, are each met by SIGKILL
+in a fresh process forked from this one, which itself never trains. Prints one JSON object.
 """
 
 import json
@@ -27,7 +27,10 @@ def main(folder: Path, train_corpus: str, validation: str, points: int, seed: in
         {
             "shape": {
                 "d_model": 16, "head_dim": 8, "vocabulary": 256, "context": 32,
-                "layers": [{"n_heads": 2, "n_kv_heads": 1, "d_ff": 32}, {"n_heads": 1, "n_kv_heads": 1, "d_ff": 48}],
+                "layers": [
+                    {"n_heads": 2, "n_kv_heads": 1, "d_ff": 32},
+                    {"n_heads": 1, "n_kv_heads": 1, "d_ff": 48},
+                ],
             },
             "data": {"train": train_corpus, "validation": validation, "sequence": 32},
             "batch": {"tokens": 128},
