@@ -149,7 +149,7 @@ class _Loop:
     def train_stretch(self, stretch: stages.Stretch, rules: list[torch.optim.Optimizer]) -> None:
         """Trains to the end of one stage, validating and saving on the way."""
         recipe = self.recipe
-        loss_of = self.compiled_loss()
+        loss_of = compiled(self.model) if recipe.compile else self.model.loss
         learning = [p for p in self.model.parameters() if p.requires_grad]
         supply = batches(
             self.windows,
@@ -220,14 +220,6 @@ class _Loop:
         for rule in rules:
             rule.zero_grad(set_to_none=True)
         return mean, size, interrupted > 0
-
-    def compiled_loss(self) -> Callable[..., torch.Tensor]:
-        """The model's loss as one graph: `fullgraph` raises where a layer would fall back to eager."""
-        if not self.recipe.compile:
-            return self.model.loss
-        # Dynamo counts recompiles by code object, and earlier models in this process share ours.
-        torch._dynamo.reset()
-        return torch.compile(self.model.loss, fullgraph=True, dynamic=False)
 
     def record(self, loss: float, norm: float, lr: float, waited: float, seconds: float) -> dict[str, Any]:
         tokens = int(self.recipe.batch.tokens)
@@ -350,6 +342,13 @@ class _Loop:
     def close(self) -> None:
         if self.journal:
             self.journal.close()
+
+
+def compiled(model: Transformer, *, backend: str | Callable[..., Any] = "inductor") -> Callable[..., torch.Tensor]:
+    """The model's loss as one graph: `fullgraph` raises where a layer would fall back to eager."""
+    # Dynamo counts recompiles by code object, and earlier models in this process share ours.
+    torch._dynamo.reset()
+    return torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
 
 
 def _largest_divisor(n: int, most: int) -> int:

@@ -1,0 +1,57 @@
+"""No layer may run eagerly when the recipe says compile, however many shapes there are."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from entasis.model.transformer import Transformer
+from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.train.journal import records
+from entasis.train.loop import compiled, train
+
+
+def many_shapes(layers: int) -> ModelShape:
+    return ModelShape(
+        d_model=32,
+        head_dim=8,
+        vocabulary=64,
+        context=32,
+        layers=tuple(LayerShape(n_heads=1 + i % 4, n_kv_heads=1, d_ff=16 + 8 * i) for i in range(layers)),
+    )
+
+
+def test_twelve_distinct_layers_are_one_graph_without_breaks():
+    shape = many_shapes(12)
+    assert shape.distinct_layers == 12
+    model = Transformer(shape)
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.append(graph)
+        return graph.forward
+
+    counters.clear()
+    loss_of = compiled(model, backend=backend)
+    tokens = torch.randint(64, (2, 32))
+    loss_of(tokens, tokens).backward()
+    loss_of(tokens, tokens)
+    assert len(seen) == 1
+    assert sum(counters["graph_break"].values()) == 0
+    # Every FFN of every layer is in the graph: none was left to run outside of it.
+    widths = {node.meta["example_value"].shape[-1] for node in seen[0].graph.nodes if "example_value" in node.meta}
+    assert {layer.d_ff for layer in shape.layers} <= widths
+
+
+def test_more_models_than_dynamo_s_limit_in_one_process():
+    for layers in range(1, 12):
+        model = Transformer(many_shapes(layers))
+        tokens = torch.randint(64, (1, 16))
+        compiled(model, backend="eager")(tokens, tokens)
+
+
+@pytest.mark.slow
+def test_compiled_training_follows_the_eager_curve(recipe, tmp_path):
+    train(recipe(), tmp_path / "eager")
+    train(recipe(compile=True), tmp_path / "compiled")
+    a, b = ([row["loss"] for row in records(tmp_path / name)] for name in ("eager", "compiled"))
+    assert a == pytest.approx(b, rel=1e-4)

@@ -1,0 +1,179 @@
+"""What a run does and leaves; see test_kill_and_resume.py for what interruption leaves."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entasis.errors import Failure, UserError
+from entasis.train import loop, run_folder
+from entasis.train.journal import records
+from entasis.train.loop import train
+from entasis.train.recipe import read
+
+
+def losses(folder) -> list[float]:
+    return [row["loss"] for row in records(folder)]
+
+
+def test_a_run_learns_and_leaves_a_whole_folder(recipe, tmp_path):
+    events = []
+    result = train(recipe(tokens=512 * 60), tmp_path / "run", reporter=events.append)
+    curve = losses(tmp_path / "run")
+    assert len(curve) == 60
+    assert curve[-1] < curve[0] - 1.5
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        "recipe.yaml", "shape.json", "environment.json", "tokenizer.json", "metrics.jsonl", "checkpoints",
+        "model.safetensors", "validation.safetensors", "result.json",
+    }  # fmt: skip
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["parameters"] == sum(
+        x.numel() for x in load_file(tmp_path / "run" / "model.safetensors").values()
+    )
+    documents = load_file(tmp_path / "run" / "validation.safetensors")
+    assert documents["document_nll"].sum().item() == pytest.approx(result["validation"]["nll"])
+    assert documents["document_bytes"].sum().item() == result["validation"]["bytes"]
+    assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 61))
+    assert all({"step", "steps", "tokens"} <= set(event) for event in events)
+    assert result["data_wait"] < 0.05
+
+
+def test_a_finished_run_answers_without_training(recipe, tmp_path):
+    first = train(recipe(), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns
+    assert train(recipe(), tmp_path / "run") == first
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_the_runs_own_recipe_repeats_it_exactly(recipe, tmp_path):
+    train(recipe(precision="auto", compile="auto", attention="auto", device="auto"), tmp_path / "a")
+    again = read(tmp_path / "a" / "recipe.yaml")
+    assert "auto" not in (again.precision, again.compile, again.attention, again.device, again.batch.micro)
+    train(again, tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert (tmp_path / "a" / "recipe.yaml").read_text() == (tmp_path / "b" / "recipe.yaml").read_text()
+
+
+def test_another_recipe_in_the_same_folder_is_refused(recipe, tmp_path):
+    train(recipe(), tmp_path / "run")
+    with pytest.raises(UserError, match=r"another recipe \(optimizer.lr is 0.01 there and 0.1 here\)"):
+        train(recipe(optimizer={"lr": 0.1}), tmp_path / "run")
+
+
+def test_a_folder_of_something_else_is_refused(recipe, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        train(recipe(), tmp_path)
+
+
+def test_validation_during_training_changes_nothing(recipe, tmp_path):
+    train(recipe(), tmp_path / "a")
+    train(recipe(evaluation={"every": 2}, checkpoint={"every": 3}), tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert [row["step"] for row in records(tmp_path / "b") if "validation_bits_per_byte" in row] == [2, 4, 6]
+
+
+def test_accumulation_gives_the_same_curve_within_rounding(recipe, tmp_path):
+    train(recipe(batch={"micro": 8}), tmp_path / "a")
+    train(recipe(batch={"micro": 2}), tmp_path / "b")
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+
+
+def test_seed_changes_weights_and_order(recipe, tmp_path):
+    train(recipe(), tmp_path / "a")
+    train(recipe(seed=1), tmp_path / "b")
+    assert losses(tmp_path / "a")[0] != losses(tmp_path / "b")[0]
+
+
+def test_document_masking_changes_what_is_seen(recipe, tmp_path):
+    train(recipe(), tmp_path / "a")
+    train(recipe(data={"document_masking": True}), tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+def test_a_stage_trains_only_what_it_names(recipe, tmp_path):
+    both = [
+        {"tokens": 512 * 4},
+        {"tokens": 512 * 4, "train": ["blocks.1.*"], "schedule": {"name": "constant", "warmup": 0}},
+    ]
+    train(recipe(tokens=512 * 4, schedule={"decay": 0}), tmp_path / "first")
+    train(recipe(tokens=None, stages=both, schedule={"decay": 0}), tmp_path / "both")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "both"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("blocks.1.")}
+    assert losses(tmp_path / "both")[:4] == losses(tmp_path / "first")
+
+
+def test_a_stage_that_names_nothing_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"no parameter matches 'block.1.*'; one is blocks"):
+        train(recipe(stages=[{"train": ["block.1.*"]}]), tmp_path / "run")
+
+
+def test_interrupt_saves_and_says_how_to_go_on(recipe, tmp_path):
+    def interrupt(event):
+        if event["event"] == "step" and event["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    train(recipe(), tmp_path / "whole")
+    with pytest.raises(Failure, match=r"stopped at step \d of 8; a checkpoint is saved"):
+        train(recipe(), tmp_path / "run", reporter=interrupt)
+    assert 3 <= len(losses(tmp_path / "run")) < 8
+    train(recipe(), tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_non_finite_loss_stops_before_the_update_and_names_the_layer(recipe, tmp_path, monkeypatch):
+    built = []
+
+    class Broken(loop.Transformer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            built.append(self)
+
+    def poison(event):
+        if event["event"] == "step" and event["step"] == 4:
+            # An overflow, not a bad weight: finite, but too large for the product.
+            with torch.no_grad():
+                built[0].blocks[1].feedforward.down.weight.fill_(3e38)
+            built.append({name: p.clone() for name, p in built[0].named_parameters()})
+
+    monkeypatch.setattr(loop, "Transformer", Broken)
+    with pytest.raises(Failure, match=r"non-finite loss at step 5.*blocks\.1\.feedforward\.down"):
+        train(recipe(), tmp_path / "run", reporter=poison)
+    assert all(torch.equal(p, built[1][name]) for name, p in built[0].named_parameters())
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_out_of_memory_names_the_setting(recipe, tmp_path):
+    def exhaust(event):
+        if event["event"] == "step":
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    with pytest.raises(Failure, match=r"out of memory at step \d: lower batch.micro \(now 8 sequences of 64"):
+        train(recipe(), tmp_path / "run", reporter=exhaust)
+
+
+def test_wrong_vocabulary_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"vocabulary is 1000, but the tokenizer has \d+ ids"):
+        train(recipe(shape={**recipe().shape, "vocabulary": 1000}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_data_is_refused_on_resume(recipe, tmp_path, monkeypatch):
+    train(recipe(), tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    path = tmp_path / "run" / "environment.json"
+    path.write_text(path.read_text().replace('"train": "', '"train": "0'))
+    with pytest.raises(UserError, match="the train data has changed"):
+        train(recipe(), tmp_path / "run")
+
+
+def test_auto_follows_what_was_chosen_when_the_run_began(recipe):
+    stored = recipe(precision="bf16", batch={"micro": 2})
+    adopted = run_folder.adopt(recipe(precision="auto", batch={"micro": "auto"}), stored)
+    assert (adopted.precision, adopted.batch.micro) == ("bf16", 2)
+    assert run_folder.adopt(recipe(precision="fp32"), stored).precision == "fp32"
