@@ -1,0 +1,1 @@
+"""Floor 2: one decoder of per-layer shapes."""

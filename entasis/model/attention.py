@@ -1,0 +1,91 @@
+"""Causal grouped-query attention with its own number of heads in every layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from entasis.model.cache import KVCache
+from entasis.model.normalisation import Norm
+from entasis.model.rotary import rotate
+from entasis.shape.shapes import LayerShape, ModelShape
+
+
+class Attention(nn.Module):
+    """x [B, T, D] → [B, T, D].
+
+    `implementation` is "sdpa" (torch's fused attention) or "plain" (two matmuls and a softmax), which is the faster
+    of the two on some CPUs.
+    """
+
+    def __init__(self, shape: ModelShape, layer: LayerShape, implementation: str) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = layer.n_heads, layer.n_kv_heads, shape.head_dim
+        self.scale = shape.attention_scale or 1 / math.sqrt(shape.head_dim)
+        self.implementation = implementation
+        q_width, kv_width = layer.n_heads * shape.head_dim, layer.n_kv_heads * shape.head_dim
+        self.query = nn.Linear(shape.d_model, q_width, bias=shape.qkv_bias)
+        self.key = nn.Linear(shape.d_model, kv_width, bias=shape.qkv_bias)
+        self.value = nn.Linear(shape.d_model, kv_width, bias=shape.qkv_bias)
+        self.output = nn.Linear(q_width, shape.d_model, bias=shape.attention_output_bias)
+        self.qk_norm = shape.qk_norm
+        if shape.qk_norm != "none":
+            full = shape.qk_norm == "full"
+            self.query_norm = Norm(q_width if full else shape.head_dim, shape, rms=True)
+            self.key_norm = Norm(kv_width if full else shape.head_dim, shape, rms=True)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        *,
+        mask_BTS: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        index: int = 0,
+    ) -> torch.Tensor:
+        """`rotation` is rotary's (cos, sin); `mask_BTS` is true where attention is allowed, None for causal."""
+        B, T, _ = x_BTD.shape
+        q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.qk_norm == "full":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q_BHTK = q.view(B, T, self.n_heads, self.head_dim)
+        k_BGTK = k.view(B, T, self.n_kv_heads, self.head_dim)
+        v_BGTK = v.view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        if self.qk_norm == "head":
+            q_BHTK, k_BGTK = self.query_norm(q_BHTK), self.key_norm(k_BGTK)
+        q_BHTK, k_BGTK = q_BHTK.transpose(1, 2), k_BGTK.transpose(1, 2)
+        if rotation is not None:
+            q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
+        if cache is not None:
+            k_BGTK, v_BGTK = cache.append(index, k_BGTK.to(v_BGTK.dtype), v_BGTK)
+            k_BGTK, v_BGTK = k_BGTK.to(q_BHTK.dtype), v_BGTK.to(q_BHTK.dtype)
+        attend = self._sdpa if self.implementation == "sdpa" else self._plain
+        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask_BTS)
+        return self.output(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+    def _sdpa(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_BTS: torch.Tensor | None
+    ) -> torch.Tensor:
+        mask = None if mask_BTS is None else mask_BTS[:, None]
+        causal = mask is None and q.shape[2] > 1
+        grouped = self.n_heads != self.n_kv_heads
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
+        )
+
+    def _plain(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_BTS: torch.Tensor | None
+    ) -> torch.Tensor:
+        B, H, T, K = q.shape
+        S = k.shape[2]
+        q_BGRTK = q.view(B, self.n_kv_heads, H // self.n_kv_heads, T, K) * self.scale
+        scores_BGRTS = q_BGRTK @ k.unsqueeze(2).transpose(-1, -2)
+        if mask_BTS is not None:
+            allowed = mask_BTS[:, None, None]
+        else:
+            allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        weights = scores_BGRTS.float().masked_fill(~allowed, float("-inf")).softmax(-1).to(v.dtype)
+        return (weights @ v.unsqueeze(2)).view(B, H, T, K)

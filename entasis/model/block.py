@@ -1,0 +1,59 @@
+"""One layer: attention and feed-forward, each with its norm and its way back into the residual stream."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from entasis.model.attention import Attention
+from entasis.model.cache import KVCache
+from entasis.model.feedforward import FeedForward
+from entasis.model.normalisation import Norm
+from entasis.shape.shapes import ModelShape
+
+
+class Block(nn.Module):
+    """x [B, T, D] → [B, T, D].
+
+    `pre`: x + f(norm(x)). `reordered` (OLMo2): x + norm(f(x)). A layer with no heads or no FFN lacks that half.
+    """
+
+    def __init__(self, shape: ModelShape, index: int, implementation: str) -> None:
+        super().__init__()
+        layer = shape.layers[index]
+        self.index, self.reordered, self.scale = (
+            index,
+            shape.norm_placement == "reordered",
+            shape.residual_scale,
+        )
+        self.norm_scale = 1 / math.sqrt(index + 1) if shape.norm_scaling else 1.0
+        if layer.n_heads:
+            self.attention_norm = Norm(shape.d_model, shape, bias=shape.norm_bias)
+        self.attention = Attention(shape, layer, implementation) if layer.n_heads else None
+        if layer.d_ff:
+            self.feedforward_norm = Norm(shape.d_model, shape, bias=shape.norm_bias)
+        self.feedforward = FeedForward(shape, layer) if layer.d_ff else None
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        *,
+        mask_BTS: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        if self.attention is not None:
+            y_BTD = x_BTD if self.reordered else self.attention_norm(x_BTD, self.norm_scale)
+            y_BTD = self.attention(y_BTD, rotation, mask_BTS=mask_BTS, cache=cache, index=self.index)
+            x_BTD = self._add(x_BTD, y_BTD, self.attention_norm)
+        if self.feedforward is not None:
+            y_BTD = x_BTD if self.reordered else self.feedforward_norm(x_BTD, self.norm_scale)
+            x_BTD = self._add(x_BTD, self.feedforward(y_BTD), self.feedforward_norm)
+        return x_BTD
+
+    def _add(self, x_BTD: torch.Tensor, y_BTD: torch.Tensor, norm: Norm) -> torch.Tensor:
+        if self.reordered:
+            y_BTD = norm(y_BTD, self.norm_scale)
+        return x_BTD + (y_BTD * self.scale if self.scale != 1.0 else y_BTD)

@@ -1,0 +1,25 @@
+"""How tokens enter the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from entasis.shape.shapes import ModelShape
+
+
+class Embedding(nn.Module):
+    """tokens [B, T] → x [B, T, D]; adds a learned position where the shape has them."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(shape.vocabulary, shape.d_model)
+        learned = shape.positions == "learned"
+        self.positions = nn.Embedding(shape.context, shape.d_model) if learned else None
+
+    def forward(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
+        x_BTD = self.tokens(tokens_BT)
+        if self.positions is not None:
+            stop = start + tokens_BT.shape[1]
+            x_BTD = x_BTD + self.positions.weight[start:stop]
+        return x_BTD

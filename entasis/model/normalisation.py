@@ -1,0 +1,30 @@
+"""RMSNorm and LayerNorm, computed in fp32 whatever the input's precision."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from entasis.shape.shapes import ModelShape
+
+
+class Norm(nn.Module):
+    """Normalises the last dimension of x [..., width].
+
+    `scale` multiplies the output: LayerNorm scaling (2502.05795) gives 1/sqrt(layer) here.
+    """
+
+    def __init__(self, width: int, shape: ModelShape, *, bias: bool = False, rms: bool = False) -> None:
+        super().__init__()
+        self.rms, self.eps = rms or shape.norm == "rmsnorm", shape.norm_eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        if self.rms:
+            y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+        else:
+            bias = None if self.bias is None else self.bias.float()
+            y = F.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), bias, self.eps)
+        return (y * scale if scale != 1.0 else y).to(x.dtype)

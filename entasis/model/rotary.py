@@ -1,0 +1,43 @@
+"""Rotary positions (2104.09864) in the half-split convention of Hugging Face's Llama."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from entasis.errors import UserError
+from entasis.shape.shapes import ModelShape
+
+
+def frequencies(shape: ModelShape) -> torch.Tensor:
+    """Inverse frequencies [head_dim / 2], fp32, with `rope_scaling` (linear, llama3) applied.
+
+    Raises `UserError` for another kind of scaling.
+    """
+    inverse_K = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
+    scaling = shape.rope_scaling
+    kind = scaling.get("rope_type", scaling.get("type")) if scaling else "default"
+    if not scaling or kind == "default":
+        return inverse_K
+    factor = float(scaling["factor"])
+    if kind == "linear":
+        return inverse_K / factor
+    if kind == "llama3":
+        low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+        turns_K = float(scaling["original_max_position_embeddings"]) * inverse_K / (2 * math.pi)
+        smooth_K = ((turns_K - low) / (high - low)).clamp(0, 1)
+        return (1 - smooth_K) * inverse_K / factor + smooth_K * inverse_K
+    raise UserError(f"shape: rope_scaling {kind!r} is not known; linear and llama3 are")
+
+
+def table(inverse_K: torch.Tensor, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos_TK, sin_TK), fp32, for positions start .. start + length."""
+    angles_TK = torch.outer(torch.arange(start, start + length, device=inverse_K.device).float(), inverse_K)
+    return angles_TK.cos(), angles_TK.sin()
+
+
+def rotate(x_BHTK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
+    """Turns queries or keys; the two halves of the head are real and imaginary parts."""
+    a, b = x_BHTK.float().chunk(2, dim=-1)
+    return torch.cat((a * cos_TK - b * sin_TK, b * cos_TK + a * sin_TK), dim=-1).to(x_BHTK.dtype)

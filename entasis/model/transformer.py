@@ -1,0 +1,119 @@
+"""The decoder: a column of layers that need not be equal."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from entasis.errors import UserError
+from entasis.model import rotary
+from entasis.model.block import Block
+from entasis.model.cache import KVCache
+from entasis.model.embedding import Embedding
+from entasis.model.loss import summed_nll
+from entasis.model.normalisation import Norm
+from entasis.shape.shapes import ModelShape
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model of any `ModelShape`.
+
+    Parameters are uninitialised numbers until `initialisation.initialise` or `weights.load` fills them.
+    """
+
+    def __init__(self, shape: ModelShape, *, attention: Literal["sdpa", "plain"] = "sdpa") -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = Embedding(shape)
+        self.blocks = nn.ModuleList(Block(shape, i, attention) for i in range(shape.n_layers))
+        self.norm = Norm(shape.d_model, shape, bias=shape.norm_bias)
+        self.head = nn.Module()
+        weight = None if shape.tied_embeddings else nn.Parameter(torch.empty(shape.vocabulary, shape.d_model))
+        self.head.register_parameter("weight", weight)
+        self.head.register_parameter(
+            "bias", nn.Parameter(torch.empty(shape.vocabulary)) if shape.head_bias else None
+        )
+
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        cache: KVCache | None = None,
+        document_ids_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, T, V] of the token after each position.
+
+        With a `cache`, `tokens_BT` continue what it holds. `document_ids_BT` keeps attention inside a document.
+        """
+        return self.head_logits(self.hidden(tokens_BT, cache=cache, document_ids_BT=document_ids_BT))
+
+    def hidden(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        cache: KVCache | None = None,
+        document_ids_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the head reads: x [B, T, D] after the final norm. Raises `UserError` beyond a position table."""
+        start, T = cache.position if cache else 0, tokens_BT.shape[1]
+        x_BTD = self.embed(tokens_BT, start)
+        rotation = self.rotation(start, T, tokens_BT.device)
+        mask_BTS = attention_mask(start, T, document_ids_BT, tokens_BT.device)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rotation, mask_BTS=mask_BTS, cache=cache)
+        if cache:
+            cache.position += T
+        return self.norm(x_BTD)
+
+    def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """x [B, T, D] in front of the first block."""
+        if self.shape.positions == "learned" and start + tokens_BT.shape[1] > self.shape.context:
+            raise UserError(f"the model has learned positions for {self.shape.context} tokens and no more")
+        return self.embedding(tokens_BT, start)
+
+    def rotation(
+        self, start: int, length: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What each block needs to turn queries and keys; None with learned positions."""
+        if self.shape.positions == "learned":
+            return None
+        return rotary.table(rotary.frequencies(self.shape).to(device), start, length)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The output matrix [V, D], shared with the embedding where the shape ties them."""
+        return self.embedding.tokens.weight if self.shape.tied_embeddings else self.head.weight
+
+    def head_logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        logits_BTV = F.linear(x_BTD, self.head_weight, self.head.bias)
+        return logits_BTV * self.shape.logit_scale if self.shape.logit_scale != 1.0 else logits_BTV
+
+    def loss(
+        self,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        *,
+        document_ids_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Summed negative log-likelihood in nats, fp32; targets of -100 do not count."""
+        x_ND = self.hidden(tokens_BT, document_ids_BT=document_ids_BT).flatten(0, 1)
+        return summed_nll(
+            x_ND, self.head_weight, self.head.bias, targets_BT.flatten(), self.shape.logit_scale
+        )
+
+
+def attention_mask(
+    start: int, T: int, document_ids_BT: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """True where attention is allowed, [B or 1, T, S]; None when plain causal attention says the same."""
+    if document_ids_BT is not None:
+        same_BTS = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+        return same_BTS.tril()
+    if start and T > 1:
+        # Several new tokens on top of a cache: sdpa's own causal mask would be aligned to the wrong corner.
+        return torch.ones(1, T, start + T, dtype=torch.bool, device=device).tril(start)
+    return None
