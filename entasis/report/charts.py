@@ -97,13 +97,15 @@ def lines(
     log_x: bool = False,
     x_format: str = "~s",
     top: float | None = None,
+    focus: float = 0.0,
 ) -> altair.LayerChart:
     """Curves of several repeats of several series; the legend's names bring one forward on a click.
 
-    `top` cuts the y axis where the first steps would flatten everything else.
+    `top` cuts the y axis where the first steps would flatten everything else; `focus` sets it by the rows whose
+    `place` (share of the run, 0 to 1) is above it.
     """
     alt = _altair()
-    values = [row[y] for row in rows]
+    values = [row[y] for row in rows if not focus or row["place"] > focus]
     bottom, ceiling = min(values), max(values) if top is None else min(top, max(values))
     domain = [min(bottom, 0.0), max(ceiling, 0.0)] if zero else [bottom, ceiling]
     chosen = alt.selection_point(fields=[series], bind="legend", name="chosen")

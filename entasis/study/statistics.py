@@ -137,20 +137,18 @@ def evaluation_error(
 
 
 def compare(
-    baseline: ArrayLike,
-    arms: Mapping[str, ArrayLike],
+    differences: Mapping[str, ArrayLike],
     *,
     margin: float,
     evaluation_errors: Mapping[str, float] | None = None,
     comparisons: int | None = None,
 ) -> dict[str, Difference]:
-    """Every arm against the baseline.
+    """Judges every arm's paired differences to the baseline, [pairs of seeds] each; arms may have lost some.
 
-    `baseline` [seeds] and each arm [seeds] are scores of the same seeds in the same order. The noise behind
+    `comparisons` is how many arms the study set out to compare, if not all are here. The noise behind
     `detectable` is pooled over the arms, as three seeds tell little about one arm's own sd.
     """
-    base = np.asarray(baseline, dtype=np.float64)
-    d = {name: np.asarray(score, dtype=np.float64) - base for name, score in arms.items()}
+    d = {name: np.asarray(x, dtype=np.float64) for name, x in differences.items()}
     sd = {name: float(x.std(ddof=1)) if x.size > 1 else math.nan for name, x in d.items()}
     interval = {name: paired_interval(x) for name, x in d.items()}
     same = {name: equivalence_p(x, margin) for name, x in d.items()}

@@ -1,0 +1,123 @@
+"""Train arms against each other at equal cost, with paired seeds, and judge them.
+
+entasis study run quickstart                  run (or go on with) a study; a file or a shipped name
+entasis study plan where-capacity-belongs.yaml --noise 0.004     what it would cost and could show
+entasis study resume studies/quickstart       go on with what a folder holds
+entasis study report studies/quickstart       judge and report what is finished
+entasis study compare studies/a studies/b     two studies side by side
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, help_text in (
+        ("run", "run a study, or go on with it"),
+        ("plan", "print its grid and its price"),
+    ):
+        action = actions.add_parser(name, help=help_text)
+        action.add_argument("study", help="a YAML file, or the name of a shipped study")
+        action.add_argument("--size", help="one of the study's sizes")
+        action.add_argument(
+            "--seeds", type=int, metavar="N", help="another number of seeds than the file says"
+        )
+        action.add_argument(
+            "--output", type=Path, metavar="DIR", help="the study's folder (default: studies/NAME)"
+        )
+        action.add_argument("--json", action="store_true", help="print the answer as JSON")
+        if name == "plan":
+            action.add_argument("--noise", type=float, metavar="SD",
+                                help="sd of a paired difference in bits per byte, if known")  # fmt: skip
+    for name, help_text in (
+        ("resume", "go on with the study in a folder"),
+        ("report", "judge and report what is in a folder"),
+    ):
+        action = actions.add_parser(name, help=help_text)
+        action.add_argument("folder", type=Path)
+        action.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    action = actions.add_parser("compare", help="set two studies side by side")
+    action.add_argument("folders", type=Path, nargs=2, metavar="DIR")
+    action.add_argument("--json", action="store_true", help="print the rows as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console(stderr=args.json)
+    return {"run": _run, "resume": _run, "plan": _plan, "report": _report, "compare": _compare}[args.action](
+        args, console
+    )
+
+
+def _run(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-def]
+    from entasis.study import conduct
+
+    if args.action == "resume":
+        study, folder = conduct.stored(args.folder), args.folder
+    else:
+        study = _study(args)
+        folder = args.output or Path("studies", study.name)
+    verdict = conduct.run(study, folder, console)
+    _show(verdict, folder, args, console)
+    return 1 if verdict["failed"] else 0
+
+
+def _report(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-def]
+    from entasis.study import conduct
+
+    _show(conduct.report(args.folder, console), args.folder, args, console)
+    return 0
+
+
+def _plan(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-def]
+    from entasis.study import price
+
+    study = _study(args)
+    estimate = price.estimate(study, args.output or Path("studies", study.name), noise=args.noise)
+    if args.json:
+        print(json.dumps(estimate, indent=1))
+    else:
+        price.show(estimate, console)
+    return 0
+
+
+def _compare(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-def]
+    from entasis.study import side_by_side
+
+    rows, table, notes = side_by_side.compare(*args.folders)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    console.print(table.rich())
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    return 0
+
+
+def _study(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    import dataclasses
+
+    from entasis.errors import UserError
+    from entasis.study import definition
+
+    study = definition.read(args.study, size=args.size)
+    if args.seeds is not None:
+        if args.seeds < 1:
+            raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
+        study = dataclasses.replace(study, seeds=list(range(args.seeds)))
+    return study
+
+
+def _show(verdict, folder: Path, args: argparse.Namespace, console) -> None:  # type: ignore[no-untyped-def]
+    from entasis.study import conduct
+
+    if args.json:
+        print(json.dumps(verdict, indent=1))
+        return
+    conduct.summary(verdict, console)
+    console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,188 @@
+"""A study from its file to its report: corpora, shapes, runs, verdict.
+
+    entasis study run quickstart
+
+The folder holds everything and can be moved:
+
+    study.yaml  machine.json  corpora/  sweep/  throughput/  runs/ARM/seed-0/  logs/
+    verdict.json  report.html  tables/*.csv *.tex  charts/*.svg *.pdf
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from entasis.errors import Failure, UserError
+from entasis.report.page import write_text
+from entasis.study import execute, judgement, live, results
+from entasis.study.definition import Study, changed, read
+from entasis.study.judgement import Verdict
+from entasis.study.plan import Arm, Findings, Plan, PlannedRun, lay_out, preparatory, solve
+
+MACHINE = "machine.json"
+
+
+def run(study: Study, folder: Path, console: Console) -> Verdict:
+    """Runs what is not there yet and judges what is; the content of `verdict.json`.
+
+    Raises `UserError` for a folder that holds another study, `Failure` when no run could be finished.
+    """
+    folder = folder.resolve()
+    study = _at_home(study)
+    begin(study, folder)
+    with execute.only_one(folder):
+        _prepare(study, folder, console)
+        study = settled(study, folder)
+        arms = solve(study, vocabulary(study, folder))
+        prepared = preparatory(study, arms)
+        _train(study, folder, prepared, console, "preparing: learning rates and throughput")
+        plan = _lay_out(study, folder, arms, prepared)
+        _train(study, folder, plan.runs, console, study.title)
+        return _judge(study, plan, folder, prepared, console)
+
+
+def report(folder: Path, console: Console) -> Verdict:
+    """Judges and reports what is in a study's folder, without running anything."""
+    folder = folder.resolve()
+    study = settled(stored(folder), folder)
+    arms = solve(study, vocabulary(study, folder))
+    prepared = preparatory(study, arms)
+    return _judge(study, _lay_out(study, folder, arms, prepared), folder, prepared, console)
+
+
+def stored(folder: Path) -> Study:
+    """The study that a folder holds. Raises `UserError`."""
+    path = folder / "study.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no study (no study.yaml)")
+    return read(path)
+
+
+def begin(study: Study, folder: Path) -> None:
+    """Writes `study.yaml`, or recognises the same study. Raises `UserError` for another one."""
+    path = folder / "study.yaml"
+    if path.is_file():
+        there, here = dataclasses.asdict(stored(folder)), dataclasses.asdict(study)
+        for key in here:
+            if there[key] != here[key]:
+                raise UserError(f"{folder} holds another study ({key} differs); choose another --output")
+        return
+    if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no study; choose another --output")
+    write_text(path, study.to_yaml())
+
+
+def settled(study: Study, folder: Path) -> Study:
+    """The study with the machine's choices the same for all runs, made once and kept in `machine.json`.
+
+    A recipe leaves them to each run; here runs are compared, so none may differ by a measurement's whim.
+    """
+    path = folder / MACHINE
+    if not path.is_file():
+        write_text(path, json.dumps(_choices(study), indent=1) + "\n")
+    machine = results.json_of(path)
+    given = {k: v for k, v in machine.items() if study.base.get(k, "auto") == "auto"}
+    return dataclasses.replace(study, base=changed(study.base, given))
+
+
+def vocabulary(study: Study, folder: Path) -> int | None:
+    """The corpus's vocabulary, if the corpus is there already."""
+    from entasis.data.corpus import Corpus
+
+    path = study.base.get("data", {}).get("train")
+    if path is None:
+        return None
+    corpus = folder / str(path)  # an absolute path stays itself
+    return Corpus(corpus).vocabulary if (corpus / "corpus.json").is_file() else None
+
+
+def summary(verdict: Verdict, console: Console) -> None:
+    """The answer in the terminal."""
+    for protocol in verdict["protocols"]:
+        console.print(judgement.main_table(verdict, protocol).rich())
+    for name, message in verdict["failed"].items():
+        console.print(f"failed {name}: {message}", markup=False, highlight=False, style="red")
+    console.print(verdict["sentence"], markup=False, highlight=False, style="bold")
+
+
+def _at_home(study: Study) -> Study:
+    """Paths outside the study's folder made absolute, as the folder and the caller's place may differ."""
+    base = dict(study.base)
+    data = dict(base.get("data") or {})
+    own = tuple(f"corpora/{name}/" for name in study.corpora)
+    for key in ("train", "validation"):
+        if isinstance(data.get(key), str) and not (own and data[key].startswith(own)):
+            data[key] = str(Path(data[key]).absolute())
+    corpora = {
+        name: dataclasses.replace(
+            corpus,
+            sources=[str(Path(s).absolute()) if Path(s).exists() else s for s in corpus.sources],
+        )
+        for name, corpus in study.corpora.items()
+    }
+    return dataclasses.replace(study, base={**base, "data": data}, corpora=corpora)
+
+
+def _prepare(study: Study, folder: Path, console: Console) -> None:
+    from entasis.study import corpora
+
+    names = corpora.missing(study, folder)
+    if names:
+        console.print(f"preparing corpus {', '.join(names)}", markup=False, highlight=False)
+        corpora.make(study, folder)
+
+
+def _choices(study: Study) -> dict[str, Any]:
+    """Device, precision, attention and compilation for all runs alike."""
+    from entasis.train import hardware
+
+    device = hardware.device(str(study.base.get("device", "auto")))
+    return {
+        "device": device.type,
+        "precision": hardware.precision(device),
+        "attention": "sdpa",
+        # Compiling pays late on a CPU: some ten seconds for every model, and every arm is another.
+        "compile": device.type == "cuda" and hardware.has_compiler(device),
+    }
+
+
+def _train(study: Study, folder: Path, runs: Sequence[PlannedRun], console: Console, title: str) -> None:
+    left = [r for r in runs if not execute.finished(folder, r)]
+    if not left:
+        return
+    with live.watching(console, title) as watch:
+        states = execute.execute(folder, runs, execute.places(study.threads, len(left)), watch)
+    failed = [s for s in states if s.status == "failed"]
+    if len(failed) == len(left) and not any(s.status == "done" for s in states):
+        raise Failure(f"every run failed; the first, {failed[0].run.folder}: {failed[0].message}")
+    for state in failed:
+        console.print(
+            f"failed {state.run.folder}: {state.message}", markup=False, highlight=False, style="red"
+        )
+
+
+def _lay_out(study: Study, folder: Path, arms: dict[str, Arm], prepared: Sequence[PlannedRun]) -> Plan:
+    found = results.findings(study, folder, prepared) if prepared else Findings()
+    for arm in arms:
+        if study.sweep and arm not in found.multiplier:
+            raise Failure(f"study {study.name}: no run of the learning-rate sweep of {arm} was finished")
+        if "time" in study.protocols and arm not in found.tokens_per_second:
+            raise Failure(f"study {study.name}: the throughput of {arm} could not be measured")
+    return lay_out(study, arms, found)
+
+
+def _judge(
+    study: Study, plan: Plan, folder: Path, prepared: Sequence[PlannedRun], console: Console
+) -> Verdict:
+    from entasis.study import report as page
+
+    console.print("judging and writing the report", markup=False, highlight=False)
+    verdict = judgement.judge(study, plan, folder)
+    page.write(study, plan, folder, verdict, prepared)
+    return verdict

@@ -1,0 +1,285 @@
+"""What a study file says: base recipe, arms, seeds, protocol of equal cost, learning-rate treatment, margin.
+
+base:                        # a recipe, see entasis.train.recipe
+  shape: {profile: isotropic, budget: 1M, layers: 8, d_model: 128, head_dim: 32}
+  data: {train: corpora/code/train, validation: corpora/code/validation, sequence: 256}
+  tokens: 2M
+corpora:                     # made in the study's folder, before anything runs
+  code: {sources: [python-stdlib], train_tokenizer: 4096}
+arms:                        # named changes to the base
+  isotropic: {}
+  crown: {shape.profile: crown}
+seeds: 5
+baseline: isotropic
+protocols: [params]
+margin: 0.01
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from entasis.errors import UserError
+
+Protocol = Literal["params", "flops", "time"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """Learning rates tried for every arm before the study proper, each as a multiple of the base recipe's."""
+
+    multipliers: list[float]
+    changes: dict[str, Any] = field(default_factory=dict)
+    """The stated small size: dot-keys changed in the recipe for the sweep only."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """A corpus that the study makes itself: arguments of `entasis data prepare`."""
+
+    sources: list[str]
+    """Files and folders; `python-stdlib` is the interpreter's own standard library."""
+    train_tokenizer: int | None = None
+    tokenizer: str | None = None
+    validation: float = 0.05
+    """Share of the files held out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """A study as it will be run. Built by `read`, which checks everything."""
+
+    name: str
+    title: str
+    base: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    baseline: str
+    seeds: list[int]
+    protocols: list[Protocol]
+    margin: float
+    """Bits per byte: a smaller difference would not matter to the one who asks."""
+    learning_rate: Literal["shared", "mup"] = "shared"
+    sweep: Sweep | None = None
+    tolerance: float = 0.005
+    """How far an arm's parameters may be from the baseline's under the protocol `params`, as a share."""
+    hours: float | None = None
+    """Device time of each run under the protocol `time`; null is what the baseline's tokens take."""
+    noise: float | None = None
+    """Known standard deviation of a paired difference in bits per byte, for planning."""
+    threads: int | None = None
+    """CPU threads of one run; as many runs go at once as there are such shares of the cores. Null is all."""
+    corpora: dict[str, Corpus] = field(default_factory=dict)
+
+    def to_yaml(self) -> str:
+        """What `study.yaml` in the study's folder holds; `read` reads it back."""
+        plain = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {}, [])}
+        return yaml.safe_dump(plain, sort_keys=False, width=110, allow_unicode=True)
+
+
+_OTHER_KEYS = ("sizes", "size")
+
+
+def shipped() -> list[str]:
+    """Names of the studies that come with the package."""
+    folder = resources.files("entasis.study").joinpath("studies")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read(path_or_name: str | Path, *, size: str | None = None) -> Study:
+    """The study in a YAML file, or a shipped one by its name, at one of its `sizes` where it has any.
+
+    Raises `UserError` naming the file, the key, its value and what would be valid.
+    """
+    path = Path(path_or_name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"study {path}: no such file")
+        text, name, where = path.read_text(encoding="utf-8"), path.stem, f"study {path}"
+    elif str(path_or_name) in shipped():
+        name, where = str(path_or_name), f"study {path_or_name}"
+        text = (
+            resources.files("entasis.study").joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
+        )
+    else:
+        raise UserError(
+            f"study {path_or_name}: neither a YAML file nor a shipped study{_nearest(str(path_or_name), shipped())}"
+        )
+    try:
+        import jsonargparse
+
+        # This loader reads 6e-4 as a number, which YAML 1.1 does not.
+        source = jsonargparse.get_loader("yaml")(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    return from_dict(source, name=name, where=where, size=size)
+
+
+def from_dict(source: Any, *, name: str, where: str = "study", size: str | None = None) -> Study:
+    """A study from a plain mapping; see `read`."""
+    if not isinstance(source, Mapping):
+        raise UserError(f"{where}: must be a mapping with base: and arms:")
+    known = [f.name for f in dataclasses.fields(Study)]
+    _check_keys(source, [*known, *_OTHER_KEYS], where)
+    plain = _at_size(copy.deepcopy(dict(source)), size, where)
+    for key in ("base", "arms"):
+        if not isinstance(plain.get(key), Mapping) or not plain[key]:
+            raise UserError(f"{where}: {key} is missing; it must be a mapping")
+    plain.setdefault("name", name)
+    plain.setdefault("title", plain["name"])
+    arms = {str(k): dict(v or {}) for k, v in plain["arms"].items()}
+    plain["arms"] = arms
+    plain.setdefault("baseline", next(iter(arms)))
+    if plain["baseline"] not in arms:
+        raise UserError(
+            f"{where}: baseline is {plain['baseline']!r}, not an arm{_nearest(plain['baseline'], arms)}"
+        )
+    for arm in arms:
+        if not arm or set(arm) & set("/\\@ ") or arm.startswith("."):
+            raise UserError(f"{where}: arm {arm!r} names a folder; use letters, digits, - and _")
+    plain["seeds"] = _seeds(plain.get("seeds", 3), f"{where}: seeds")
+    plain["protocols"] = _protocols(plain.get("protocols", ["params"]), where)
+    plain["sweep"] = _sweep(plain.get("sweep"), where)
+    plain["corpora"] = _corpora(plain.get("corpora") or {}, where)
+    for key, least in (("margin", 0.0), ("tolerance", 0.0), ("hours", 0.0), ("noise", 0.0)):
+        if plain.get(key) is not None:
+            plain[key] = _number(plain[key], least, f"{where}: {key}")
+    plain.setdefault("margin", 0.01)
+    if plain.get("learning_rate", "shared") not in ("shared", "mup"):
+        raise UserError(
+            f"{where}: learning_rate is {plain['learning_rate']!r}; use shared or mup, or give sweep:"
+        )
+    if plain.get("threads") is not None and (not isinstance(plain["threads"], int) or plain["threads"] < 1):
+        raise UserError(f"{where}: threads is {plain['threads']!r}; it must be a whole number of at least 1")
+    return Study(**{k: v for k, v in plain.items() if v is not None or k in ("sweep",)})
+
+
+def changed(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of a recipe's mapping with dot-keys set (`shape.profile: crown`).
+
+    A change of `shape` itself replaces it whole. Setting `shape.preset` drops a profile, and the other way.
+    """
+    result = copy.deepcopy(dict(recipe))
+    for key, value in changes.items():
+        *path, last = str(key).split(".")
+        target = result
+        for part in path:
+            if not isinstance(target.get(part), dict):
+                target[part] = {}
+            target = target[part]
+        target[last] = copy.deepcopy(value)
+    return result
+
+
+def _at_size(source: dict[str, Any], size: str | None, where: str) -> dict[str, Any]:
+    """The study at one size: `sizes` holds, per name, changes to the base (dot-keys) and other keys replaced."""
+    sizes = source.pop("sizes", None) or {}
+    default = source.pop("size", None)
+    size = size or default
+    if size is None:
+        if sizes:
+            raise UserError(f"{where}: choose a --size: {', '.join(sizes)}")
+        return source
+    if size not in sizes:
+        known = f"; it has {', '.join(sizes)}" if sizes else "; it has no sizes"
+        raise UserError(f"{where}: there is no size {size!r}{known}")
+    over = dict(sizes[size] or {})
+    known_keys = [f.name for f in dataclasses.fields(Study)]
+    _check_keys(over, known_keys, f"{where}: sizes.{size}")
+    source["base"] = changed(source.get("base") or {}, over.pop("base", {}))
+    source["name"] = f"{source.get('name') or Path(where.removeprefix('study ')).stem}-{size}"
+    return {**source, **over}
+
+
+def _sweep(value: Any, where: str) -> Sweep | None:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        value = {"multipliers": value}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: sweep is {value!r}; give a list of multipliers such as [0.5, 1, 2]")
+    _check_keys(value, [f.name for f in dataclasses.fields(Sweep)], f"{where}: sweep")
+    multipliers = value.get("multipliers")
+    if not isinstance(multipliers, list) or len(set(multipliers)) < 2:
+        raise UserError(
+            f"{where}: sweep.multipliers is {multipliers!r}; give at least two, such as [0.5, 1, 2]"
+        )
+    return Sweep(
+        multipliers=sorted(_number(m, 0.0, f"{where}: sweep.multipliers") for m in multipliers),
+        changes=dict(value.get("changes") or {}),
+        seeds=_seeds(value.get("seeds", [0]), f"{where}: sweep.seeds"),
+    )
+
+
+def _corpora(value: Any, where: str) -> dict[str, Corpus]:
+    if not isinstance(value, Mapping):
+        raise UserError(
+            f"{where}: corpora is {value!r}; it must be a mapping from names to {{sources: [...]}}"
+        )
+    result = {}
+    for name, entry in value.items():
+        inside = f"{where}: corpora.{name}"
+        if not isinstance(entry, Mapping) or not entry.get("sources"):
+            raise UserError(f"{inside}: sources is missing; list files or folders, or python-stdlib")
+        _check_keys(entry, [f.name for f in dataclasses.fields(Corpus)], inside)
+        entry = dict(entry)
+        if isinstance(entry["sources"], str):
+            entry["sources"] = [entry["sources"]]
+        if (entry.get("tokenizer") is None) == (entry.get("train_tokenizer") is None):
+            raise UserError(
+                f"{inside}: give either tokenizer (a file or name) or train_tokenizer (a vocabulary)"
+            )
+        entry["validation"] = _number(entry.get("validation", 0.05), 0.0, f"{inside}: validation")
+        result[str(name)] = Corpus(**entry)
+    return result
+
+
+def _seeds(value: Any, where: str) -> list[int]:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return list(range(value))
+    valid = isinstance(value, list) and value and all(isinstance(s, int) and s >= 0 for s in value)
+    if not valid or len(set(value)) != len(value):
+        raise UserError(f"{where} is {value!r}; give how many (5) or a list of different ones ([0, 1, 2])")
+    return list(value)
+
+
+def _protocols(value: Any, where: str) -> list[Protocol]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names:
+        raise UserError(
+            f"{where}: protocols is {value!r}; list one or more of {', '.join(get_args(Protocol))}"
+        )
+    for name in names:
+        if name not in get_args(Protocol):
+            raise UserError(f"{where}: protocols holds {name!r}; use {', '.join(get_args(Protocol))}")
+    return list(dict.fromkeys(names))
+
+
+def _number(value: Any, above: float, where: str) -> float:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        value = float(value.strip().removesuffix("%")) / 100
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
+        raise UserError(f"{where} is {value!r}; it must be a number above {above:g}")
+    return float(value)
+
+
+def _check_keys(source: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for key in source:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"

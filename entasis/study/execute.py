@@ -1,0 +1,226 @@
+"""Runs what is planned: one worker process per free place, failures kept apart, everything resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from entasis.errors import Failure, UserError
+from entasis.report.page import write_text
+from entasis.study.plan import PlannedRun
+from entasis.study.worker import Place, serve
+
+FAILURE = "failure.txt"
+_PATIENCE = 60.0
+"""Seconds that runs get for their checkpoint after Ctrl-C."""
+
+
+@dataclass(slots=True)
+class State:
+    """Where a run is, for whoever shows it."""
+
+    run: PlannedRun
+    status: str = "waiting"
+    """waiting, running, done, failed."""
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    message: str = ""
+    doing: str = ""
+
+    @property
+    def fraction(self) -> float:
+        return 1.0 if self.status in ("done", "failed") else self.step / self.steps if self.steps else 0.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    place: Place
+    process: BaseProcess
+    pipe: Connection
+    state: State | None = None
+    stopping: bool = field(default=False)
+
+
+Watcher = Callable[[Sequence[State]], None]
+
+
+def places(threads: int | None, runs: int) -> list[Place]:
+    """One place per CUDA device, else one per share of the CPU cores; never more than there are runs."""
+    import torch
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return [Place(f"cuda-{i}", max(1, cores() // count), i) for i in range(min(count, runs))]
+    each = min(threads or cores(), cores())
+    return [Place(f"cpu-{i}", each) for i in range(min(cores() // each, max(1, runs)))]
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keeps a second call out of a study's folder while one is at work. Raises `UserError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: another `entasis study` is at work in this folder; wait for it"
+            ) from error
+        yield
+
+
+def finished(folder: Path, run: PlannedRun) -> bool:
+    """Whether a run has its result."""
+    return (folder / run.folder / "result.json").is_file()
+
+
+def execute(folder: Path, runs: Sequence[PlannedRun], where: Sequence[Place], watch: Watcher) -> list[State]:
+    """Trains every run that has no result yet. A failed one is noted in its folder and stops no other.
+
+    `watch` is called some four times a second with the states of all runs. Ctrl-C lets running ones save a
+    checkpoint and raises `Failure`; the same call later goes on from there.
+    """
+    states = [State(run, "done" if finished(folder, run) else "waiting") for run in runs]
+    queue = [s for s in states if s.status == "waiting"]
+    workers: list[_Worker] = []
+    try:
+        workers += [_start(place, folder) for place in where[: len(queue)]]
+        shown = 0.0
+        while queue or any(w.state for w in workers):
+            for worker in workers:
+                if worker.state is None and queue:
+                    _give(worker, queue.pop(0), folder)
+            handles: list[Any] = [w.pipe for w in workers] + [w.process.sentinel for w in workers]
+            ready = connection.wait(handles, timeout=0.25)
+            for i, worker in enumerate(workers):
+                if worker.pipe in ready:
+                    _listen(worker, folder)
+                if worker.process.sentinel in ready and not worker.pipe.poll():
+                    _mourn(worker, folder)
+                    if queue or worker.state:
+                        workers[i] = _start(worker.place, folder)
+            if time.monotonic() - shown > 0.25:
+                shown = time.monotonic()
+                watch(states)
+    except KeyboardInterrupt:
+        done = sum(s.status == "done" for s in states)
+        _save_and_stop(workers, folder)
+        raise Failure(
+            f"stopped by Ctrl-C with {done} of {len(runs)} runs done; "
+            f"`entasis study resume {folder}` goes on from there"
+        ) from None
+    finally:
+        for worker in workers:
+            with contextlib.suppress(OSError):
+                worker.pipe.send(None)
+        for worker in workers:
+            worker.process.join(2)
+            worker.process.kill()
+    watch(states)
+    return states
+
+
+def _start(place: Place, folder: Path) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, place, str(folder)), daemon=True, name=place.name)
+    process.start()
+    theirs.close()
+    return _Worker(place, process, ours)
+
+
+def _give(worker: _Worker, state: State, folder: Path) -> None:
+    (folder / state.run.folder / FAILURE).unlink(missing_ok=True)
+    state.status, state.doing, worker.state = "running", "starting", state
+    with contextlib.suppress(OSError):  # a worker that died is mourned in the loop
+        worker.pipe.send((state.run.folder, state.run.recipe))
+
+
+def _listen(worker: _Worker, folder: Path) -> None:
+    """Takes every message that has arrived."""
+    try:
+        while worker.pipe.poll():
+            kind, content = worker.pipe.recv()
+            state = worker.state
+            if state is None:
+                continue
+            if kind == "event":
+                _note(state, content)
+            else:
+                if kind == "failed":
+                    _fail(state, content, folder)
+                else:
+                    state.status, state.loss = "done", content["loss"]
+                    state.tokens_per_second = content["tokens_per_second"]
+                state.doing, worker.state = "", None
+    except (EOFError, OSError):
+        pass  # its process has ended; the sentinel tells
+
+
+def _note(state: State, event: dict[str, Any]) -> None:
+    kind = event.get("event")
+    state.step, state.steps = event.get("step", state.step), event.get("steps", state.steps)
+    state.doing = {"validating": "validating", "validation": "saving", "checkpoint": "saving"}.get(
+        str(kind), ""
+    )
+    state.loss = event.get("loss", state.loss)
+    state.tokens_per_second = event.get("tokens_per_second", state.tokens_per_second)
+    state.eta_seconds = event.get("eta_seconds", state.eta_seconds)
+
+
+def _mourn(worker: _Worker, folder: Path) -> None:
+    worker.process.join()
+    code = worker.process.exitcode or 0
+    cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    hint = "; the system may have run out of memory" if code == -signal.SIGKILL else ""
+    if worker.state:
+        _fail(worker.state, f"the worker process ended with {cause}{hint}", folder)
+        worker.state = None
+
+
+def _fail(state: State, message: str, folder: Path) -> None:
+    state.status, state.message, state.doing = "failed", message, ""
+    place = folder / state.run.folder
+    # A folder that holds only this file would look foreign to the training loop, so the note may stand alone
+    # only beside a begun run.
+    if (place / "recipe.yaml").is_file():
+        write_text(place / FAILURE, message + "\n")
+
+
+def _save_and_stop(workers: Sequence[_Worker], folder: Path) -> None:
+    """Asks running runs to stop after their step, and waits for their checkpoints."""
+    busy = [w for w in workers if w.state]
+    for worker in busy:
+        if worker.process.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _PATIENCE
+    while any(w.state and w.process.is_alive() for w in busy) and time.monotonic() < deadline:
+        connection.wait([w.pipe for w in busy if w.state], timeout=0.25)
+        for worker in busy:
+            while worker.state and worker.pipe.poll():
+                try:
+                    kind, _ = worker.pipe.recv()
+                except (EOFError, OSError):
+                    kind = "failed"
+                if kind != "event":
+                    worker.state = None

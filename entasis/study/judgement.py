@@ -1,0 +1,206 @@
+"""From finished runs to the verdict: `verdict.json` and the rows of every table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entasis.report.tables import Column, Table
+from entasis.study import results, statistics, wording
+from entasis.study.definition import Protocol, Study
+from entasis.study.plan import Plan
+from entasis.study.results import Outcome
+
+Verdict = dict[str, Any]
+"""What `verdict.json` holds: plain values, NaN as null."""
+
+
+def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
+    """Compares every arm with the baseline under each protocol, over the seeds that both have finished."""
+    done = results.outcomes(folder, plan.runs)
+    failed = results.failures(folder, plan.runs)
+    protocols = {p: _under(study, plan, p, done, failed) for p in study.protocols}
+    return {
+        "study": study.name,
+        "title": study.title,
+        "metric": "validation bits per byte",
+        "baseline": study.baseline,
+        "margin": study.margin,
+        "seeds": study.seeds,
+        "sentence": " ".join(part["sentence"] for part in protocols.values()),
+        "complete": len(done) == len(plan.runs),
+        "runs": len(plan.runs),
+        "finished": len(done),
+        "failed": failed,
+        "protocols": protocols,
+    }
+
+
+def _under(
+    study: Study, plan: Plan, protocol: Protocol, done: dict[str, Outcome], failed: dict[str, str]
+) -> dict[str, Any]:
+    runs = plan.grid[protocol]
+    pairs = {a: results.paired(runs, done, a, study.baseline) for a in study.arms if a != study.baseline}
+    judged = {arm: p for arm, p in pairs.items() if p}
+    values = {arm: np.array([x.bits_per_byte - b.bits_per_byte for b, x in p]) for arm, p in judged.items()}
+    differences = statistics.compare(
+        values,
+        margin=study.margin,
+        evaluation_errors={arm: _evaluation_error(p) for arm, p in judged.items()},
+        comparisons=len(pairs),
+    )
+    lost = len({run.folder for r in runs.values() for run in r} & set(failed))
+    sentence = wording.verdict(
+        differences, baseline=study.baseline, protocol=protocol, margin=study.margin, failed=lost
+    )
+    scores = [done[r.folder].bits_per_byte for r in runs[study.baseline] if r.folder in done]
+    return {
+        "sentence": sentence,
+        "baseline_sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        "paired_sd": _plain(statistics.pooled_sd(list(values.values()))),
+        "arms": {
+            arm: _arm(
+                study,
+                plan,
+                arm,
+                [done[r.folder] for r in runs[arm] if r.folder in done],
+                differences.get(arm),
+            )
+            | {"planned_tokens": runs[arm][0].tokens}
+            | {"differences": {x.run.seed: x.bits_per_byte - b.bits_per_byte for b, x in pairs.get(arm, [])}}
+            for arm in study.arms
+        },
+    }
+
+
+def _arm(
+    study: Study, plan: Plan, name: str, done: list[Outcome], d: statistics.Difference | None
+) -> dict[str, Any]:
+    arm = plan.arms[name]
+    scores = [o.bits_per_byte for o in done]
+
+    def middle(key: str) -> float | None:
+        return float(np.median([o.result[key] for o in done])) if done else None
+
+    return {
+        "parameters": arm.parameters,
+        "flops_per_token": arm.flops_per_token,
+        "layers": arm.shape.n_layers,
+        "distinct_layers": arm.shape.distinct_layers,
+        "tokens": done[0].result["tokens"] if done else None,
+        "training_flops": done[0].result["tokens"] * arm.flops_per_token if done else None,
+        "tokens_per_second": middle("tokens_per_second"),
+        "seconds": middle("seconds"),
+        "peak_memory_bytes": middle("peak_memory_bytes"),
+        "learning_rate_multiplier": done[0].run.multiplier if done else None,
+        "scores": {o.run.seed: o.bits_per_byte for o in done},
+        "bits_per_byte": float(np.mean(scores)) if scores else None,
+        "sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        "judgement": "baseline" if name == study.baseline else wording.judge(d) if d else "missing",
+        "says": "baseline" if name == study.baseline else wording.says(d, study.margin) if d else "no finished pair",
+        "difference": {k: _plain(v) for k, v in dataclasses.asdict(d).items()} if d else None,
+    }  # fmt: skip
+
+
+def _evaluation_error(pairs: list[tuple[Outcome, Outcome]]) -> float:
+    """From the choice of documents: NLL differences of each document, averaged over seeds, bootstrapped."""
+    nll = np.mean([arm.documents[0] - base.documents[0] for base, arm in pairs], axis=0)
+    return statistics.evaluation_error(nll, pairs[0][0].documents[1])
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rows(verdict: Verdict, protocol: str) -> list[dict[str, Any]]:
+    """One flat row an arm: what the tables show."""
+    result = []
+    for name, arm in verdict["protocols"][protocol]["arms"].items():
+        d = arm["difference"] or {}
+        interval = (
+            f"{d['low']:+.4f} … {d['high']:+.4f}".replace("-", "−") if d.get("low") is not None else None
+        )
+        flat = {k: v for k, v in arm.items() if k not in ("scores", "differences", "difference")}
+        result.append(
+            {"arm": name, **flat, **{f"difference_{k}": v for k, v in d.items()}, "interval": interval}
+        )
+    return result
+
+
+def main_table(verdict: Verdict, protocol: str) -> Table:
+    """The answer: score, difference, interval, judgement."""
+    return Table(
+        [
+            Column("arm", "arm"),
+            Column("parameters", "parameters", ",d"),
+            Column("flops_per_token", "FLOPs/token", ".3e", "training"),
+            Column("tokens_per_second", "tokens/s", ",.0f", "one run"),
+            Column("bits_per_byte", "bits per byte", ".4f", "mean of seeds"),
+            Column("difference_mean", "difference", "+.4f", f"to {verdict['baseline']}"),
+            Column("interval", "95 % interval", "s", "paired by seed"),
+            Column("judgement", "judgement"),
+        ],
+        rows(verdict, protocol),
+    )
+
+
+def statistics_table(verdict: Verdict, protocol: str) -> Table:
+    """Everything behind the judgement."""
+    return Table(
+        [
+            Column("arm", "arm"),
+            Column("difference_n", "pairs", "d"),
+            Column("difference_mean", "difference", "+.4f"),
+            Column("difference_low", "95 % from", "+.4f"),
+            Column("difference_high", "to", "+.4f"),
+            Column("difference_p", "p", ".3g"),
+            Column("difference_p_holm", "p", ".3g", "Holm"),
+            Column("difference_p_equivalent_holm", "p", ".3g", f"within ±{verdict['margin']:g}"),
+            Column("difference_sd", "sd", ".4f", "over seeds"),
+            Column("difference_evaluation_error", "error", ".4f", "documents"),
+            Column("difference_total_low", "both: from", "+.4f"),
+            Column("difference_total_high", "to", "+.4f"),
+            Column("difference_detectable", "detectable", ".4f", "power 0.8"),
+        ],
+        [row for row in rows(verdict, protocol) if row["arm"] != verdict["baseline"]],
+    )
+
+
+def cost_table(verdict: Verdict, protocol: str) -> Table:
+    """What each arm costs, in every currency."""
+    return Table(
+        [
+            Column("arm", "arm"),
+            Column("parameters", "parameters", ",d"),
+            Column("layers", "layers", "d"),
+            Column("distinct_layers", "distinct", "d", "layer shapes"),
+            Column("flops_per_token", "FLOPs/token", ".3e", "training"),
+            Column("tokens", "tokens", ",d"),
+            Column("training_flops", "training", ".3e", "FLOPs"),
+            Column("tokens_per_second", "tokens/s", ",.0f", "median of seeds"),
+            Column("seconds", "seconds", ",.1f", "one run"),
+            Column("peak_memory_bytes", "memory", ",.3e", "bytes, process"),
+        ],
+        rows(verdict, protocol),
+    )
+
+
+def seeds_table(verdict: Verdict, protocol: str) -> Table:
+    """Every run's score."""
+    arms = verdict["protocols"][protocol]["arms"]
+    seeds = verdict["seeds"]
+    return Table(
+        [
+            Column("arm", "arm"),
+            *(Column(f"seed_{s}", f"seed {s}", ".4f") for s in seeds),
+            Column("sd", "sd", ".4f"),
+        ],
+        [
+            {"arm": a, "sd": x["sd"], **{f"seed_{s}": x["scores"].get(s) for s in seeds}}
+            for a, x in arms.items()
+        ],
+    )

@@ -1,0 +1,227 @@
+"""From a study to its runs: shapes solved, budgets compared, tokens set by the protocol, everything priced.
+
+Nothing here needs torch. A plan has up to two parts: the preparatory runs (learning-rate sweep, throughput),
+whose findings set the learning rates and the lengths of the main runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from entasis.errors import UserError
+from entasis.shape import cost, specification
+from entasis.shape.shapes import ModelShape
+from entasis.study.definition import Protocol, Study, changed
+from entasis.train import recipe as recipes
+
+THROUGHPUT_STEPS = 25
+"""Of a throughput measurement: five to warm up, twenty timed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One arm with its shape solved."""
+
+    name: str
+    recipe: dict[str, Any]
+    shape: ModelShape
+    parameters: int
+    flops_per_token: int
+    """Training: three times forward, attention over the full sequence."""
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRun:
+    """One run: its folder (relative to the study's), its recipe, and what it costs."""
+
+    kind: Literal["main", "sweep", "throughput"]
+    arm: str
+    seed: int
+    folder: str
+    recipe: dict[str, Any] = field(repr=False)
+    tokens: int
+    flops: int
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What the preparatory runs found."""
+
+    multiplier: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The main grid: per protocol and arm one run a seed. Runs that protocols share are the same object."""
+
+    arms: dict[str, Arm]
+    grid: dict[Protocol, dict[str, list[PlannedRun]]]
+
+    @property
+    def runs(self) -> list[PlannedRun]:
+        """Every run once, seed by seed, so that a study cut short still has whole pairs."""
+        unique = {run.folder: run for arms in self.grid.values() for runs in arms.values() for run in runs}
+        return sorted(unique.values(), key=lambda run: run.seed)
+
+
+def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
+    """Each arm's shape and price. `vocabulary` serves shapes that name none.
+
+    Raises `UserError` for arms that cannot exist, and under the protocol `params` for arms whose parameters are
+    further from the baseline's than the tolerance.
+    """
+    arms = {}
+    for name, changes in study.arms.items():
+        try:
+            arms[name] = _arm(study, name, changes, vocabulary)
+        except UserError as error:
+            raise UserError(f"study {study.name}: arm {name}: {error}") from error
+    base = arms[study.baseline]
+    if "params" in study.protocols:
+        for arm in arms.values():
+            off = arm.parameters / base.parameters - 1
+            if abs(off) > study.tolerance:
+                raise UserError(
+                    f"study {study.name}: arm {arm.name} has {arm.parameters:,} parameters, {off:+.2%} from "
+                    f"{base.name}'s {base.parameters:,}; the tolerance is {study.tolerance:.2%}. Give the arms one "
+                    "shape.budget, or raise tolerance"
+                )
+    return arms
+
+
+def preparatory(study: Study, arms: Mapping[str, Arm]) -> list[PlannedRun]:
+    """The runs that must be finished before the main grid can be laid out."""
+    runs = []
+    if study.sweep:
+        for seed in study.sweep.seeds:
+            for name in arms:
+                arm = _arm(
+                    study, name, {**study.arms[name], **study.sweep.changes}, arms[name].shape.vocabulary
+                )
+                for multiplier in study.sweep.multipliers:
+                    plain = _with_rate(arm.recipe, multiplier)
+                    runs.append(
+                        _run(
+                            arm,
+                            plain,
+                            seed,
+                            f"sweep/{name}/lr-{multiplier:g}/seed-{seed}",
+                            "sweep",
+                            multiplier,
+                        )
+                    )
+    if "time" in study.protocols:
+        for arm in arms.values():
+            plain = changed(
+                arm.recipe,
+                {
+                    "tokens": THROUGHPUT_STEPS * _batch(arm.recipe),
+                    "data.validation": None,
+                    "checkpoint.every": None,
+                    "schedule": {"name": "constant", "warmup": 0},
+                },
+            )
+            runs.append(_run(arm, plain, 0, f"throughput/{arm.name}", "throughput"))
+    return runs
+
+
+def lay_out(study: Study, arms: Mapping[str, Arm], findings: Findings) -> Plan:
+    """The main grid. Raises `UserError` where a finding that it needs is missing."""
+    grid: dict[Protocol, dict[str, list[PlannedRun]]] = {}
+    seen: dict[tuple[str, int], str] = {}
+    for protocol in study.protocols:
+        grid[protocol] = {}
+        for arm in arms.values():
+            tokens = tokens_of(study, arms, arm, protocol, findings)
+            # An arm that two protocols train equally long is trained once.
+            folder = seen.setdefault(
+                (arm.name, tokens), arm.name if protocol == study.protocols[0] else f"{arm.name}@{protocol}"
+            )
+            multiplier = findings.multiplier.get(arm.name, 1.0)
+            plain = _with_rate({**arm.recipe, "tokens": tokens}, multiplier)
+            grid[protocol][arm.name] = [
+                _run(arm, plain, seed, f"runs/{folder}/seed-{seed}", "main", multiplier)
+                for seed in study.seeds
+            ]
+    return Plan(arms=dict(arms), grid=grid)
+
+
+def tokens_of(study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protocol, findings: Findings) -> int:
+    """How long an arm is trained under a protocol, in whole batches."""
+    base = arms[study.baseline]
+    batch = _batch(arm.recipe)
+    wanted = float(recipes.count(arm.recipe.get("tokens"), "tokens"))
+    if protocol == "flops":
+        wanted = (
+            recipes.count(base.recipe.get("tokens"), "tokens") * base.flops_per_token / arm.flops_per_token
+        )
+    if protocol == "time":
+        speed = findings.tokens_per_second
+        if study.hours is not None:
+            wanted = speed[arm.name] * 3600 * study.hours
+        else:
+            wanted = recipes.count(base.recipe.get("tokens"), "tokens") * speed[arm.name] / speed[base.name]
+    return max(1, round(wanted / batch)) * batch
+
+
+def _arm(study: Study, name: str, changes: Mapping[str, Any], vocabulary: int | None) -> Arm:
+    plain = changed(study.base, changes)
+    if study.learning_rate == "mup":
+        plain = changed(plain, {"optimizer.parametrisation": "mup"})
+    recipes.from_dict(plain)  # misspelt keys and wrong types are named before anything is solved
+    wanted = dict(plain["shape"])
+    if vocabulary is not None and "preset" not in wanted:
+        wanted.setdefault("vocabulary", vocabulary)
+    solution = specification.resolve(wanted)
+    shape = solution.shape
+    if study.learning_rate == "mup" and not plain["optimizer"].get("base_width"):
+        plain["optimizer"]["base_width"] = shape.d_model
+    plain["shape"] = shape.to_dict()
+    sequence = plain["data"].get("sequence", 1024)
+    if plain.get("tokens") is None:
+        raise UserError("tokens is missing; say how many tokens the base is trained on, such as 5M")
+    return Arm(
+        name=name,
+        recipe=plain,
+        shape=shape,
+        parameters=cost.parameters(shape),
+        flops_per_token=cost.flops_per_token(shape, sequence),
+        notes=list(solution.notes),
+    )
+
+
+def _run(
+    arm: Arm,
+    plain: dict[str, Any],
+    seed: int,
+    folder: str,
+    kind: Literal["main", "sweep", "throughput"],
+    multiplier: float = 1.0,
+) -> PlannedRun:
+    tokens = recipes.count(plain["tokens"], "tokens")
+    return PlannedRun(
+        kind=kind,
+        arm=arm.name,
+        seed=seed,
+        folder=folder,
+        recipe={**plain, "seed": seed},
+        tokens=tokens,
+        flops=tokens * arm.flops_per_token,
+        multiplier=multiplier,
+    )
+
+
+def _with_rate(plain: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
+    if multiplier == 1.0:
+        return changed(plain, {})
+    rate = (plain.get("optimizer") or {}).get("lr", recipes.Optimizer.lr)
+    return changed(plain, {"optimizer.lr": float(rate) * multiplier})
+
+
+def _batch(plain: Mapping[str, Any]) -> int:
+    return recipes.count((plain.get("batch") or {}).get("tokens", recipes.Batch.tokens), "batch.tokens")

@@ -1,0 +1,297 @@
+"""The study's report: `report.html`, and every chart and table of it as files for a paper."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entasis.report import charts, silhouettes
+from entasis.report.page import Page, write_bytes, write_text
+from entasis.report.tables import Column, Table
+from entasis.study import judgement, results
+from entasis.study.definition import Study
+from entasis.study.judgement import Verdict
+from entasis.study.live import duration
+from entasis.study.plan import Plan, PlannedRun
+from entasis.study.results import Outcome
+from entasis.study.wording import EQUAL
+
+_POINTS = 150
+"""Points a curve keeps; each is the mean over its stretch of steps, so that no step is left out."""
+
+
+def write(
+    study: Study, plan: Plan, folder: Path, verdict: Verdict, prepared: Sequence[PlannedRun] = ()
+) -> Path:
+    """Writes `verdict.json`, `report.html`, `tables/` and `charts/` into the study's folder."""
+    write_text(folder / "verdict.json", json.dumps(verdict, indent=1, allow_nan=False) + "\n")
+    done = list(results.outcomes(folder, plan.runs).values())
+    page = Page(study.title, subtitle=_subtitle(study, verdict))
+    page.verdict(verdict["sentence"])
+    page.section("The arms", *_columns(page, study, plan, folder))
+    for protocol in study.protocols:
+        heading = f"Differences: {EQUAL[protocol][0].lower()}{EQUAL[protocol][1:]}"
+        page.section(heading, *_differences(page, study, verdict, protocol, folder))
+    if done:
+        page.section("Loss as training goes", *_curves(page, study, plan, done, folder))
+    for protocol in study.protocols:
+        page.section(
+            f"Cost: {EQUAL[protocol][0].lower()}{EQUAL[protocol][1:]}",
+            *_cost(page, study, verdict, protocol, folder),
+        )
+    if study.sweep:
+        page.section("Learning rates", *_sweep(page, study, prepared, folder))
+    if verdict["failed"]:
+        page.section("Failed runs", page.facts(verdict["failed"]))
+    page.section("To repeat this", *_repeat(page, study, done))
+    page.write(folder / "report.html")
+    return folder / "report.html"
+
+
+def _subtitle(study: Study, verdict: Verdict) -> str:
+    runs = f"{verdict['finished']} of {verdict['runs']} runs finished · " if not verdict["complete"] else ""
+    return f"{runs}{len(study.arms)} arms × {len(study.seeds)} seeds · baseline {study.baseline} · lower is better"
+
+
+def _columns(page: Page, study: Study, plan: Plan, folder: Path) -> list[str]:
+    shapes = [(name, arm.shape) for name, arm in plan.arms.items()]
+    scale = silhouettes.widest([shape for _, shape in shapes])
+    drawn = [
+        (
+            silhouettes.silhouette(shape, scale=scale),
+            name,
+            f"{plan.arms[name].parameters / 1e6:,.2f} M parameters",
+        )
+        for name, shape in shapes
+    ]
+    figure = silhouettes.figure(shapes)
+    import vl_convert
+
+    write_text(folder / "charts" / "silhouettes.svg", figure)
+    write_bytes(folder / "charts" / "silhouettes.pdf", vl_convert.svg_to_pdf(figure))
+    notes = [page.note(f"{name}: {note}") for name, arm in plan.arms.items() for note in arm.notes]
+    return [page.columns(drawn, silhouettes.KEY), *notes]
+
+
+def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Path) -> list[str]:
+    part = verdict["protocols"][protocol]
+    judged = {name: arm for name, arm in part["arms"].items() if arm["difference"]}
+    blocks: list[str] = []
+    if judged:
+        rows = [
+            {
+                "arm": name,
+                **{k: arm["difference"][k] for k in ("mean", "low", "high", "total_low", "total_high")},
+                "values": {f"seed {s}": v for s, v in arm["differences"].items()},
+                "says": arm["says"],
+            }
+            for name, arm in judged.items()
+        ]
+        title = f"difference to {study.baseline}, bits per byte"
+        chart = charts.forest(rows, title=title, order=list(study.arms), margin=study.margin)
+        charts.save(chart, folder / "charts" / f"differences-{protocol}")
+        blocks += [
+            page.chart(chart),
+            page.note(
+                f"Dot: mean difference. Thick line: 95 % interval over seeds, paired (t). Thin line: with the error "
+                f"from the choice of evaluation documents added. Ticks: single seeds. Grey band: ±{study.margin:g}, "
+                "smaller than what matters here."
+            ),
+        ]
+    main = judgement.main_table(verdict, protocol)
+    blocks += [page.table(_save(main, folder, f"results-{protocol}")), *_noise(page, study, part)]
+    points = [
+        {"arm": name, "seed": f"seed {seed}", "score": score, "place": i}
+        for i, (name, arm) in enumerate(part["arms"].items())
+        for seed, score in arm["scores"].items()
+    ]
+    if points:
+        dots = charts.slopes(
+            points, y="score", y_title="bits per byte", series="arm", repeat="seed", order=list(study.arms)
+        )
+        charts.save(dots, folder / "charts" / f"runs-{protocol}")
+        blocks += [page.chart(dots), page.note("Every run; runs of one seed are joined.")]
+    tables = [
+        page.table(_save(judgement.statistics_table(verdict, protocol), folder, f"statistics-{protocol}")),
+        page.table(_save(judgement.seeds_table(verdict, protocol), folder, f"seeds-{protocol}")),
+    ]
+    return [*blocks, page.folded("All statistics, and every run's score", *tables)]
+
+
+def _noise(page: Page, study: Study, part: dict[str, Any]) -> list[str]:
+    if part["paired_sd"] is None:
+        return [page.note("With one seed there is no interval; give the study two seeds or more.")]
+    seen = max(
+        (a["difference"]["detectable"] or 0 for a in part["arms"].values() if a["difference"]), default=0
+    )
+    text = (
+        f"Noise: sd of {study.baseline} over seeds {part['baseline_sd']:.4f}, of a paired difference "
+        f"{part['paired_sd']:.4f} (pooled over arms). With {len(study.seeds)} seeds and {len(study.arms) - 1} "
+        f"comparisons (Holm), a true difference of {seen:.4f} would be found with probability 0.8."
+    )
+    return [page.note(text)]
+
+
+def _curves(page: Page, study: Study, plan: Plan, done: list[Outcome], folder: Path) -> list[str]:
+    rows = [point for o in done for point in _curve(plan, o)]
+    # The first steps fall from the logarithm of the vocabulary; what differs comes after.
+    settled = [row["loss"] for row in rows if row["place"] > 0.1]
+    order = list(dict.fromkeys(_label(o) for o in done))
+    order.sort(key=lambda label: list(study.arms).index(label.split("@")[0]))
+    kinds = {"tokens": "tokens", "FLOPs": "training FLOPs", "seconds": "seconds of training"}
+    shown = {}
+    for name, title in kinds.items():
+        shown[name] = charts.lines(
+            rows, x=name.lower(), x_title=title, y="loss", y_title="training loss, nats per token",
+            series="arm", repeat="seed", order=order, top=float(np.max(settled)),
+        )  # fmt: skip
+        charts.save(shown[name], folder / "charts" / f"loss-{name.lower()}")
+    blocks = [
+        page.switch(shown),
+        page.note(
+            "Every seed is drawn; each point is the mean over its stretch of steps. Click a name to bring its curves "
+            "forward. Seconds are of this device, so their ranking holds for it alone."
+        ),
+    ]
+    gaps = _gaps(study, rows)
+    if gaps:
+        chart = charts.lines(
+            gaps, x="tokens", x_title="tokens", y="gap", y_title=f"training loss minus {study.baseline}'s, nats",
+            series="arm", repeat="seed", order=order, zero=True, focus=0.1,
+        )  # fmt: skip
+        charts.save(chart, folder / "charts" / "loss-difference")
+        blocks += [
+            page.chart(chart),
+            page.note(
+                "The same curves as differences within a seed: as the data order is the same, its noise is gone."
+            ),
+        ]
+    return blocks
+
+
+def _label(o: Outcome) -> str:
+    return o.run.folder.split("/")[1]
+
+
+def _curve(plan: Plan, o: Outcome) -> list[dict[str, Any]]:
+    """The run's training loss, averaged over stretches of steps; tokens, FLOPs and seconds at their ends."""
+    metrics = o.metrics()
+    loss = np.array([m["loss"] for m in metrics])
+    seconds = np.cumsum([m["seconds"] for m in metrics])
+    stretches = np.array_split(np.arange(len(metrics)), min(_POINTS, len(metrics)))
+    price = plan.arms[o.run.arm].flops_per_token
+    return [
+        {
+            "arm": _label(o),
+            "seed": f"seed {o.run.seed}",
+            "tokens": metrics[s[-1]]["tokens"],
+            "flops": metrics[s[-1]]["tokens"] * price,
+            "seconds": round(float(seconds[s[-1]]), 3),
+            "loss": round(float(loss[s].mean()), 5),
+            "place": round(float(s[-1] + 1) / len(metrics), 4),
+        }
+        for s in stretches
+    ]
+
+
+def _gaps(study: Study, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    base = {(r["seed"], r["tokens"]): r["loss"] for r in rows if r["arm"] == study.baseline}
+    return [
+        {**{k: r[k] for k in ("arm", "seed", "tokens", "place")}, "gap": round(r["loss"] - base[key], 5)}
+        for r in rows
+        if r["arm"] != study.baseline and (key := (r["seed"], r["tokens"])) in base
+    ]
+
+
+def _cost(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Path) -> list[str]:
+    table = judgement.cost_table(verdict, protocol)
+    return [
+        page.table(_save(table, folder, f"cost-{protocol}")),
+        page.note(
+            "FLOPs are of the matrix products, attention counted over the full sequence, training as three times "
+            "forward. Tokens/s is of one run, with as many others beside it as the study ran at once."
+        ),
+    ]
+
+
+def _sweep(page: Page, study: Study, prepared: Sequence[PlannedRun], folder: Path) -> list[str]:
+    done = list(results.outcomes(folder, prepared).values())
+    rows = []
+    for arm in study.arms:
+        scores = results.sweep_scores(done, arm)
+        best = min(scores, key=lambda m: scores[m]) if scores else None
+        rows += [
+            {"arm": arm, "multiplier": m, "score": s, "chosen": "chosen" if m == best else ""}
+            for m, s in scores.items()
+        ]
+    table = Table(
+        [Column("arm", "arm"), Column("multiplier", "learning rate", "g", "× base"),
+         Column("score", "bits per byte", ".4f"), Column("chosen", "")],
+        rows,
+    )  # fmt: skip
+    blocks: list[str] = []
+    if rows:
+        points = [{**r, "seed": "mean"} for r in rows]
+        chart = charts.lines(
+            points, x="multiplier", x_title="learning rate, × base", y="score", y_title="bits per byte",
+            series="arm", repeat="seed", order=list(study.arms), log_x=True, x_format="g",
+        )  # fmt: skip
+        charts.save(chart, folder / "charts" / "learning-rate")
+        blocks = [page.chart(chart)]
+        edges = {min(study.sweep.multipliers), max(study.sweep.multipliers)} if study.sweep else set()
+        at_edge = [r["arm"] for r in rows if r["chosen"] and r["multiplier"] in edges]
+        if at_edge:
+            blocks.append(
+                page.note(f"Chosen at the edge of the sweep, so it may be too narrow: {', '.join(at_edge)}.")
+            )
+        if flips := _flips(study, rows):
+            blocks.append(
+                page.note(
+                    f"Distrust: against {study.baseline} the sign flips inside the sweep for {', '.join(flips)}."
+                )
+            )
+    return [*blocks, page.folded("All of the sweep", page.table(_save(table, folder, "learning-rates")))]
+
+
+def _flips(study: Study, rows: list[dict[str, Any]]) -> list[str]:
+    """Arms that are better than the baseline at one learning rate and worse at another."""
+    base = {r["multiplier"]: r["score"] for r in rows if r["arm"] == study.baseline}
+    result = []
+    for arm in study.arms:
+        signs = {
+            np.sign(r["score"] - base[r["multiplier"]])
+            for r in rows
+            if r["arm"] == arm and r["multiplier"] in base
+        }
+        if {1.0, -1.0} <= signs:
+            result.append(arm)
+    return result
+
+
+def _repeat(page: Page, study: Study, done: list[Outcome]) -> list[str]:
+    blocks: list[str] = [page.command("entasis study run study.yaml")]
+    if done:
+        environment = done[0].environment()
+        seconds = sum(o.result["seconds"] for o in done)
+        facts = {
+            "device": environment["device"],
+            "threads of one run": environment["threads"],
+            "precision": environment["precision"],
+            "compiled": "yes" if environment["compile"] else "no",
+            "platform": environment["platform"],
+            "versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items()),
+            **{f"{k} fingerprint": v for k, v in environment["data"].items()},
+            "training time, all runs": duration(seconds),
+        }
+        blocks.append(page.facts(facts))
+    return [*blocks, page.folded("study.yaml", page.command(study.to_yaml()))]
+
+
+def _save(table: Table, folder: Path, name: str) -> Table:
+    write_text(folder / "tables" / f"{name}.csv", table.csv())
+    write_text(folder / "tables" / f"{name}.tex", table.latex())
+    return table

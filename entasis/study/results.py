@@ -1,0 +1,105 @@
+"""What the runs of a study left in their folders, read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entasis.study.definition import Study
+from entasis.study.execute import FAILURE
+from entasis.study.plan import Findings, Plan, PlannedRun
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run."""
+
+    run: PlannedRun
+    folder: Path
+    result: dict[str, Any]
+
+    @property
+    def bits_per_byte(self) -> float:
+        """On the held-out corpus, after the last step."""
+        return float(self.result["validation"]["bits_per_byte"])
+
+    @cached_property
+    def documents(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(NLL in nats, UTF-8 bytes) of each held-out document."""
+        from safetensors.numpy import load_file
+
+        arrays = load_file(self.folder / "validation.safetensors")
+        return arrays["document_nll"].astype(np.float64), arrays["document_bytes"].astype(np.float64)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, one a step."""
+        with (self.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def environment(self) -> dict[str, Any]:
+        """The run's `environment.json`."""
+        return json_of(self.folder / "environment.json")
+
+
+def outcome(folder: Path, run: PlannedRun) -> Outcome | None:
+    """The finished run, or None."""
+    path = folder / run.folder / "result.json"
+    return Outcome(run, folder / run.folder, json_of(path)) if path.is_file() else None
+
+
+def outcomes(folder: Path, runs: Iterable[PlannedRun]) -> dict[str, Outcome]:
+    """Finished runs by their folder."""
+    found = ((run.folder, outcome(folder, run)) for run in runs)
+    return {name: o for name, o in found if o is not None}
+
+
+def failures(folder: Path, runs: Iterable[PlannedRun]) -> dict[str, str]:
+    """Why runs failed, by their folder."""
+    notes = {run.folder: folder / run.folder / FAILURE for run in runs}
+    return {name: path.read_text(encoding="utf-8").strip() for name, path in notes.items() if path.is_file()}
+
+
+def findings(study: Study, folder: Path, runs: Iterable[PlannedRun]) -> Findings:
+    """What the preparatory runs say: each arm's best learning rate, each arm's speed."""
+    done = list(outcomes(folder, runs).values())
+    rates: dict[str, float] = {}
+    for arm in study.arms:
+        scores = sweep_scores(done, arm)
+        if scores:
+            rates[arm] = min(scores, key=lambda multiplier: scores[multiplier])
+    speeds = {o.run.arm: float(o.result["tokens_per_second"]) for o in done if o.run.kind == "throughput"}
+    return Findings(multiplier=rates, tokens_per_second=speeds)
+
+
+def sweep_scores(done: Iterable[Outcome], arm: str) -> dict[float, float]:
+    """Mean bits per byte of one arm at each multiplier of the learning rate."""
+    scores: dict[float, list[float]] = {}
+    for o in done:
+        if o.run.kind == "sweep" and o.run.arm == arm:
+            scores.setdefault(o.run.multiplier, []).append(o.bits_per_byte)
+    return {multiplier: float(np.mean(values)) for multiplier, values in sorted(scores.items())}
+
+
+def paired(
+    plan_runs: dict[str, list[PlannedRun]], done: dict[str, Outcome], arm: str, baseline: str
+) -> list[tuple[Outcome, Outcome]]:
+    """(baseline's run, arm's run) for every seed that both have finished."""
+    base = {run.seed: done.get(run.folder) for run in plan_runs[baseline]}
+    pairs = ((base[run.seed], done.get(run.folder)) for run in plan_runs[arm])
+    return [(b, a) for b, a in pairs if b is not None and a is not None]
+
+
+def seeds_of(plan: Plan) -> list[int]:
+    """All seeds of the main grid."""
+    return sorted({run.seed for run in plan.runs})
+
+
+def json_of(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,118 @@
+"""Sentences that follow from the numbers, and claim no more than they do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from entasis.study.definition import Protocol
+from entasis.study.statistics import ALPHA, Difference
+
+Judgement = Literal["better", "worse", "same", "undecided", "unjudged"]
+UNIT = "bits per byte"
+EQUAL = {
+    "params": "At equal parameters and tokens",
+    "flops": "At equal training FLOPs",
+    "time": "At equal device time",
+}
+
+
+def judge(d: Difference) -> Judgement:
+    """What one comparison supports, after Holm over the arms.
+
+    `same` is a demonstrated equivalence (TOST within the margin), `undecided` no difference detected, `unjudged`
+    too few seeds for any statement.
+    """
+    if math.isnan(d.p_holm):
+        return "unjudged"
+    if d.p_holm < ALPHA:
+        return "better" if d.mean < 0 else "worse"
+    return "same" if d.p_equivalent_holm < ALPHA else "undecided"
+
+
+def says(d: Difference, margin: float) -> str:
+    """One arm's result in a line."""
+    judgement = judge(d)
+    if judgement == "unjudged":
+        return "one seed: no interval, no judgement" if d.n == 1 else "no pair of runs to compare"
+    if judgement in ("better", "worse"):
+        small = "; less than the margin" if abs(d.mean) < margin and d.p_equivalent_holm < ALPHA else ""
+        single = (
+            " on these evaluation documents; their choice alone could explain it"
+            if _documents_explain(d)
+            else ""
+        )
+        return f"{judgement} by {amount(d.mean)} {UNIT}{small}{single}"
+    if judgement == "same":
+        return f"no different within ±{amount(margin)} {UNIT}"
+    hint = " (single interval excludes zero, not after Holm's correction)" if d.p < ALPHA else ""
+    return f"no difference detected{hint}; this study could have seen {amount(d.detectable)} {UNIT}"
+
+
+def verdict(
+    differences: Mapping[str, Difference],
+    *,
+    baseline: str,
+    protocol: Protocol,
+    margin: float,
+    failed: int = 0,
+) -> str:
+    """The study's answer under one protocol, in a sentence or two."""
+    groups: dict[Judgement, list[str]] = {}
+    for name, d in differences.items():
+        groups.setdefault(judge(d), []).append(name)
+    parts = []
+    for judgement, comparative in (("better", "better"), ("worse", "worse")):
+        for name in sorted(groups.get(judgement, []), key=lambda n: differences[n].mean):  # type: ignore[call-overload]
+            d = differences[name]
+            parts.append(
+                f"{name} is {comparative} than {baseline} by {amount(d.mean)} {UNIT} (95 % interval {span(d)})"
+            )
+    if same := groups.get("same"):
+        parts.append(
+            f"{listed(same)} {_is(same)} no different from {baseline} within ±{amount(margin)} {UNIT}"
+        )
+    if undecided := groups.get("undecided"):
+        seen = max(differences[name].detectable for name in undecided)
+        only = len(undecided) == len(differences)
+        whom = (
+            f"{listed(undecided, 'or')} and {baseline}"
+            if len(undecided) > 1
+            else f"{undecided[0]} and {baseline}"
+        )
+        start = "no difference detected between" if only else "between"
+        end = "" if only else " no difference was detected"
+        parts.append(f"{start} {whom}{end}; this study could have seen {amount(seen)} {UNIT}")
+    if unjudged := groups.get("unjudged"):
+        parts.append(f"{listed(unjudged)} cannot be judged: an interval needs two seeds or more")
+    if not parts:
+        return f"{EQUAL[protocol]}: nothing to compare yet."
+    text = f"{EQUAL[protocol]}: {'; '.join(parts)}."
+    if failed:
+        text += f" {failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} left out."
+    return text
+
+
+def amount(x: float) -> str:
+    """A size without sign: four decimals, or three significant digits where that shows more."""
+    x = abs(x)
+    return f"{x:.4f}" if x >= 0.001 or x == 0 else f"{x:.2g}"
+
+
+def span(d: Difference) -> str:
+    """`−0.0123 to 0.0045`."""
+    return f"{d.low:+.4f} to {d.high:+.4f}".replace("-", "−")
+
+
+def listed(names: Sequence[str], word: str = "and") -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _documents_explain(d: Difference) -> bool:
+    return not math.isnan(d.total_low) and d.total_low <= 0 <= d.total_high
