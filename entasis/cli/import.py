@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
-        help="of the written weights (default: each tensor's own; quantised ones become float32)",
+        help="of the written weights (default: the source's; float32 where it is quantised)",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json to use instead of the source's")
     parser.add_argument("--json", action="store_true", help="print what was imported as JSON")

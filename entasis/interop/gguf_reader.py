@@ -10,7 +10,6 @@ name, sizes (innermost first), type and offset; padding; the data.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import struct
@@ -85,9 +84,7 @@ class GGUFFile:
 
     def close(self) -> None:
         """Lets the file go."""
-        # A tensor still being used keeps the mapping; it goes with that tensor.
-        with contextlib.suppress(BufferError):
-            self._bytes.close()
+        self._bytes.close()
 
     @property
     def sizes(self) -> dict[str, tuple[int, ...]]:
@@ -101,10 +98,15 @@ class GGUFFile:
     def read(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype; a quantised one as float32."""
         stored = self.tensors[name]
-        raw = np.frombuffer(self._bytes, np.uint8, stored.n_bytes, stored.start)
+        raw = bytearray(stored.n_bytes)
+        # Read, not mapped: a mapping of the whole file would come to be held in memory.
+        with self.path.open("rb") as file:
+            file.seek(stored.start)
+            if file.readinto(raw) != stored.n_bytes:
+                raise UserError(f"{self.path.name}: was cut short while it was read")
         if (dtype := self.dtype(name)) is not None:
-            return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(stored.size)
-        rows = raw.reshape(*stored.size[:-1], -1)
+            return torch.frombuffer(raw, dtype=dtype).reshape(stored.size)
+        rows = np.frombuffer(raw, np.uint8).reshape(*stored.size[:-1], -1)
         return torch.from_numpy(np.ascontiguousarray(dequantize(rows, stored.kind))).reshape(stored.size)
 
     def strings(self, key: str) -> list[str]:
@@ -176,7 +178,7 @@ class GGUFFile:
         n_bytes = math.prod(size) // block * block_bytes
         if offset % alignment or data + offset + n_bytes > self._length:
             raise UserError(
-                f"{self.path.name}: tensor {name} ({n_bytes} bytes at {offset}) does not lie within the file's "
+                f"{self.path.name}: tensor {name}, {n_bytes} bytes at {offset}, does not lie within the "
                 f"{max(self._length - data, 0)} bytes of data; the file is cut short or damaged"
             )
         return Stored(size, quantisation, data + offset, n_bytes)

@@ -19,6 +19,8 @@ from entasis.interop.settings import Settings
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_JSON = 64 * 2**20
+_MOST_HEADER = 16 * 2**20
+"""Bytes of a safetensors header; real ones have some hundred thousand."""
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -34,8 +36,8 @@ class HFFolder:
         self.config = Settings(read_json(member(path, "config.json")), "config.json")
         self.files = [member(path, name) for name in self._shards()]
         self.sizes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, str] = {}
-        self._handles: dict[str, Any] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._files: dict[str, Path] = {}
         for file in self.files:
             self._open(file)
         self._check_index()
@@ -59,22 +61,25 @@ class HFFolder:
         return sorted(set(weight_map.values()))
 
     def _open(self, file: Path) -> None:
+        described, before = _described(file), len(self.sizes)
         try:
-            handle = safe_open(file, framework="pt")
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                if not name.isprintable() or not name:
-                    raise UserError(f"{file.name}: tensor {name[:64]!r} has no printable name")
-                if name in self._handles:
-                    raise UserError(f"{file.name}: tensor {name} is in another shard too")
-                part = handle.get_slice(name)
-                self.sizes[name] = tuple(part.get_shape())
-                self._dtypes[name] = part.get_dtype()
-                self._handles[name] = handle
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (not a dict)
+                    if not name.isprintable() or not name:
+                        raise UserError(f"{file.name}: tensor {name[:64]!r} has no printable name")
+                    if name in self._files:
+                        raise UserError(f"{file.name}: tensor {name} is in another shard too")
+                    part = handle.get_slice(name)
+                    if part.get_dtype() not in _DTYPES:
+                        found = f"tensor {name} is {part.get_dtype()}"
+                        raise UserError(f"{file.name}: {found}; weights must be F32, F16 or BF16")
+                    self.sizes[name] = tuple(part.get_shape())
+                    self._dtypes[name] = _DTYPES[part.get_dtype()]
+                    self._files[name] = file
         except (SafetensorError, OSError, OverflowError) as error:
             raise UserError(f"{file.name}: is not a whole safetensors file ({_line(error)})") from None
-        for name, dtype in self._dtypes.items():
-            if dtype not in _DTYPES:
-                raise UserError(f"{file.name}: tensor {name} is {dtype}; weights must be F32, F16 or BF16")
+        if described > len(self.sizes) - before:
+            raise UserError(f"{file.name}: describes a tensor twice")
 
     def _check_index(self) -> None:
         if self._weight_map and (odd := set(self._weight_map) ^ set(self.sizes)):
@@ -86,15 +91,33 @@ class HFFolder:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in."""
-        return _DTYPES[self._dtypes[name]]
+        return self._dtypes[name]
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype."""
-        return self._handles[name].get_tensor(name)
+        # Opened anew each time: one mapping kept open would come to hold the whole file in memory.
+        with safe_open(self._files[name], framework="pt") as handle:
+            return handle.get_tensor(name)
 
     def close(self) -> None:
-        """Lets the files go."""
-        self._handles.clear()
+        """Nothing is held between reads."""
+
+
+def _described(file: Path) -> int:
+    """How many tensors the header describes, counting those that are described twice.
+
+    safetensors checks sizes, offsets and overlaps, but takes the last of two equal names. Raises
+    `UserError` for a header that is longer than the file or than any real one.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(size - 8, _MOST_HEADER):
+            raise UserError(
+                f"{file.name}: is not a whole safetensors file (its header would be {length} bytes)"
+            )
+        header = opened.read(length)
+    return header.count(b'"data_offsets"')
 
 
 def member(folder: Path, name: str) -> Path:

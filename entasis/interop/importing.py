@@ -48,7 +48,6 @@ class ImportResult:
     parameters: int
     tensors: int
     dtype: str
-    """That of most of the weights."""
     tokenizer: bool
     chat_template: bool
     notes: tuple[str, ...]
@@ -81,8 +80,8 @@ def import_model(
 ) -> ImportResult:
     """Imports a Hugging Face folder or a GGUF file into the new folder `folder`.
 
-    `dtype` is float32, float16 or bfloat16; None keeps each tensor's own, and makes quantised ones
-    float32, which is exactly what their blocks say. `tokenizer` is a tokenizer.json to use instead of the
+    `dtype` is float32, float16 or bfloat16; None keeps that of most of the source's weights, and
+    makes float32 of quantised ones, which is exactly what their blocks say. `tokenizer` is a tokenizer.json to use instead of the
     source's. `progress` is called with the parameters done and the parameters there are.
 
     Raises `UserError`, with nothing written, for a source that is damaged, inconsistent or of an
@@ -148,18 +147,14 @@ def _open_gguf(path: Path, tokenizer: Path | None) -> _Opened:
 def _write(
     opened: _Opened, folder: Path, dtype: torch.dtype | None, progress: Callable[[int, int], None] | None
 ) -> ImportResult:
-    source, plan = opened.source, opened.plan
-    described = {
-        name: (dtype or source.dtype(piece.source) or torch.float32, piece.size)
-        for name, piece in opened.pieces.items()
-    }
-    counts: Counter[torch.dtype] = Counter()
-    for kind, size in described.values():
-        counts[kind] += torch.Size(size).numel()
+    plan = opened.plan
+    kind, mixed = _dtype(opened, dtype)
+    described = {name: (kind, piece.size) for name, piece in opened.pieces.items()}
+    parameters = sum(torch.Size(piece.size).numel() for piece in opened.pieces.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
-        tensors = _tensors(opened, described, counts.total(), progress)
+        tensors = _tensors(opened, kind, parameters, progress)
         digest = weights_writer.write(aside / "model.safetensors", described, tensors)
         _write_json(aside / "shape.json", plan.shape.to_dict())
         for name, content in opened.tokenizer.contents.items():
@@ -177,18 +172,42 @@ def _write(
         family=opened.family,
         format=opened.format,
         shape=plan.shape,
-        parameters=counts.total(),
+        parameters=parameters,
         tensors=len(described),
-        dtype=str(counts.most_common(1)[0][0]).removeprefix("torch."),
+        dtype=_name(kind),
         tokenizer=bool(opened.tokenizer.contents),
         chat_template=opened.tokenizer.chat_template,
-        notes=plan.notes + opened.tokenizer.notes,
+        notes=plan.notes + mixed + opened.tokenizer.notes,
     )
+
+
+def _dtype(opened: _Opened, asked: torch.dtype | None) -> tuple[torch.dtype, tuple[str, ...]]:
+    """The one dtype of the written weights, and a note where that rounds some of the source's.
+
+    Unless asked otherwise it is that of most parameters; where any are quantised float32, which holds
+    exactly what their blocks say. GGUF files of half precision keep their norms in float32.
+    """
+    counts: Counter[torch.dtype | None] = Counter()
+    for piece in opened.pieces.values():
+        counts[opened.source.dtype(piece.source)] += torch.Size(piece.size).numel()
+    if asked is not None:
+        return asked, ()
+    most = counts.most_common(1)[0][0]
+    if most is None or None in counts:
+        return torch.float32, ()
+    if len(counts) == 1:
+        return most, ()
+    others = sorted(_name(dtype) for dtype in counts if dtype and dtype != most)
+    return most, (f"tensors of {' and '.join(others)} were made {_name(most)}, as most are; --dtype chooses",)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(
     opened: _Opened,
-    described: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    dtype: torch.dtype,
     total: int,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -198,7 +217,7 @@ def _tensors(
         if piece.source != held:
             tensor = torch.empty(0)  # lets the last one go before the next comes
             held, tensor = piece.source, opened.source.read(piece.source)
-        part = piece.cut(tensor).to(described[name][0])
+        part = piece.cut(tensor).to(dtype)
         yield name, part
         done += part.numel()
         if progress:
