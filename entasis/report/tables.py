@@ -47,7 +47,8 @@ class Table:
 
         def cell(tag: str, column: Column, content: str) -> str:
             kinds = " ".join(k for k, on in (("text", not column.form), ("wrap", column.wrap)) if on)
-            return f"<{tag}{f' class="{kinds}"' if kinds else ''}>{content}</{tag}>"
+            marked = f' class="{kinds}"' if kinds else ""
+            return f"<{tag}{marked}>{content}</{tag}>"
 
         head = "".join(
             cell(

@@ -130,11 +130,10 @@ def from_dict(source: Any, *, name: str, where: str = "study", size: str | None 
         raise UserError(f"{where}: must be a mapping with base: and arms:")
     known = [f.name for f in dataclasses.fields(Study)]
     _check_keys(source, [*known, *_OTHER_KEYS], where)
-    plain = _at_size(copy.deepcopy(dict(source)), size, where)
+    plain = _at_size({"name": name, **copy.deepcopy(dict(source))}, size, where)
     for key in ("base", "arms"):
         if not isinstance(plain.get(key), Mapping) or not plain[key]:
             raise UserError(f"{where}: {key} is missing; it must be a mapping")
-    plain.setdefault("name", name)
     plain.setdefault("title", plain["name"])
     arms = {str(k): dict(v or {}) for k, v in plain["arms"].items()}
     plain["arms"] = arms
@@ -196,7 +195,7 @@ def _at_size(source: dict[str, Any], size: str | None, where: str) -> dict[str, 
     known_keys = [f.name for f in dataclasses.fields(Study)]
     _check_keys(over, known_keys, f"{where}: sizes.{size}")
     source["base"] = changed(source.get("base") or {}, over.pop("base", {}))
-    source["name"] = f"{source.get('name') or Path(where.removeprefix('study ')).stem}-{size}"
+    source["name"] = f"{source['name']}-{size}"
     return {**source, **over}
 
 

@@ -1,0 +1,50 @@
+"""A real Chromium for tests: what is on the page after its scripts ran."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PROBE = """<script>
+addEventListener("load", () => setInterval(() => {
+  const root = document.documentElement;
+  root.dataset.width = innerWidth;
+  root.dataset.overflow = root.scrollWidth - root.clientWidth;
+  root.dataset.background = getComputedStyle(document.body).backgroundColor;
+}, 50));
+</script>"""
+
+
+def find() -> str:
+    """The browser's path; skips the test with the reason where there is none."""
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium), so the page was not looked at")
+    return path
+
+
+def dom(page: Path, folder: Path, *, width: int = 1100, theme: str = "light", click: str = "") -> str:
+    """The page's DOM once it is drawn, with its width, overflow and background noted on `<html>`.
+
+    `click` is a CSS selector of a button to press.
+    """
+    chromium = find()
+    wait = f'addEventListener("load", () => setTimeout(() => document.querySelector({click!r}).click(), 300))'
+    press = f"<script>{wait};</script>"
+    copy = folder / f"{page.stem}-{width}-{theme}.html"
+    # The last one: the scripts' own text holds others.
+    before, _, after = page.read_text(encoding="utf-8").rpartition("</body>")
+    copy.write_text(before + PROBE + (press if click else "") + "</body>" + after, encoding="utf-8")
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=8000",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", f"{copy.as_uri()}#{theme}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout

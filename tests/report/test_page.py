@@ -1,0 +1,97 @@
+"""The page holds everything it shows, shows it in a real browser, and lets no request out."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import browser
+
+from entasis.report import charts
+from entasis.report.page import Page, write_text
+from entasis.report.tables import Column, Table
+
+ARMS = ["plain", "crown"]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    result = Page("Which <shape> wins?", subtitle="2 arms & 2 seeds")
+    result.verdict("No difference detected; this study could have seen 0.0080 bits per byte.")
+    rows = [
+        {"arm": a, "seed": f"seed {s}", "tokens": t * 1000, "flops": t * 1e9, "loss": 5 - t / 50 + s / 10}
+        for a in ARMS
+        for s in range(2)
+        for t in range(1, 40)
+    ]
+    curves = {
+        name: charts.lines(
+            rows, x=x, x_title=name, y="loss", y_title="loss", series="arm", repeat="seed", order=ARMS
+        )
+        for name, x in (("tokens", "tokens"), ("FLOPs", "flops"))
+    }
+    forest = [
+        {"arm": "crown", "mean": -0.01, "low": -0.02, "high": 0.0, "total_low": -0.03, "total_high": 0.01,
+         "values": {"seed 0": -0.012, "seed 1": -0.008}, "says": "no difference detected"}
+    ]  # fmt: skip
+    table = Table([Column("arm", "arm"), *(Column(f"c{i}", f"column {i}", ",.3f") for i in range(12))],
+                  [{"arm": "crown", **{f"c{i}": 12345.6789 for i in range(12)}}])  # fmt: skip
+    result.section("Differences", result.chart(charts.forest(forest, title="bits per byte", order=ARMS, margin=0.01)))
+    result.section("Loss", result.switch(curves), result.table(table))
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    result.write(path)
+    return path
+
+
+def test_nothing_is_fetched(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    outside = re.sub(r"<script>.*?</script>", "", text, flags=re.S)
+    assert not re.findall(r"""(?:src|href)\s*=|@import|url\(""", outside)
+
+
+def test_data_shared_by_charts_is_held_once(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").count('"tokens":39000') == 4  # once for each of the four curves
+
+
+def test_text_is_escaped(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "Which &lt;shape&gt; wins?" in text and "<shape>" not in text
+
+
+@pytest.mark.parametrize(("width", "theme", "background"), [
+    (1100, "light", "rgb(255, 255, 255)"), (1100, "dark", "rgb(22, 21, 20)"), (500, "light", "rgb(255, 255, 255)")
+])  # fmt: skip
+def test_a_browser_draws_every_chart(page: Path, tmp_path: Path, width: int, theme: str, background: str) -> None:
+    dom = browser.dom(page, tmp_path, width=width, theme=theme)
+    assert 'data-ready="yes"' in dom and 'data-drawn="failed"' not in dom
+    assert dom.count('data-drawn="yes"') == 2  # the forest plot and the first of the switched charts
+    assert f'data-width="{width}"' in dom and 'data-overflow="0"' in dom
+    assert f'data-background="{background}"' in dom
+    assert "No difference detected; this study could have seen" in dom
+    svg = "".join(re.findall(r"<svg.*?</svg>", dom, flags=re.S))
+    assert "crown" in svg and "bits per byte" in svg
+
+
+def test_a_click_switches_the_chart(page: Path, tmp_path: Path) -> None:
+    dom = browser.dom(page, tmp_path, click=".tabs button:nth-child(2)")
+    assert dom.count('data-drawn="yes"') == 3
+    assert re.search(r'id="chart-1"[^>]*hidden', dom) and not re.search(r'id="chart-2"[^>]*hidden', dom)
+
+
+def test_charts_are_saved_for_paper(tmp_path: Path) -> None:
+    points = [{"arm": a, "seed": "seed 0", "score": 1.5 + i, "place": i} for i, a in enumerate(ARMS)]
+    chart = charts.slopes(points, y="score", y_title="bits per byte", series="arm", repeat="seed", order=ARMS)
+    charts.save(chart, tmp_path / "runs")
+    assert "bits per byte" in (tmp_path / "runs.svg").read_text(encoding="utf-8")
+    assert (tmp_path / "runs.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert path.read_text(encoding="utf-8") == "old" and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,85 @@
+"""Study files: what is read, and what one clear line says when something is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entasis.errors import UserError
+from entasis.study import definition
+
+
+def source(**changes: Any) -> dict[str, Any]:
+    return {
+        "base": {"shape": {"profile": "isotropic"}, "data": {"train": "a"}, "tokens": "1M"},
+        "arms": {"plain": {}, "crown": {"shape.profile": "crown"}},
+    } | changes
+
+
+def read(**changes: Any) -> definition.Study:
+    return definition.from_dict(source(**changes), name="s")
+
+
+def test_defaults() -> None:
+    study = read()
+    assert (study.baseline, study.seeds, study.protocols) == ("plain", [0, 1, 2], ["params"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedes": 3}, "unknown key 'sedes'; did you mean seeds?"),
+        ({"baseline": "plian"}, "baseline is 'plian', not an arm; did you mean plain?"),
+        ({"arms": {}}, "arms is missing"),
+        ({"seeds": 0}, "seeds is 0; give how many"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),
+        ({"protocols": ["parameters"]}, "protocols holds 'parameters'; use params, flops, time"),
+        ({"margin": "wide"}, "margin is 'wide'; it must be a number above 0"),
+        ({"margin": -1}, "margin is -1"),
+        ({"learning_rate": "tuned"}, "learning_rate is 'tuned'; use shared or mup"),
+        ({"sweep": [1]}, "sweep.multipliers is"),
+        ({"threads": 0}, "threads is 0"),
+        ({"arms": {"a/b": {}}}, "arm 'a/b' names a folder"),
+        ({"corpora": {"c": {}}}, "corpora.c: sources is missing"),
+        ({"corpora": {"c": {"sources": ["x"]}}}, "give either tokenizer"),
+        ({"corpora": {"c": {"sources": ["x"], "train_tokeniser": 9}}}, "did you mean train_tokenizer"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_study_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean quickstart"):
+        definition.read("quickstrat")
+
+
+def test_shipped_studies_are_valid_and_survive_writing(tmp_path: Path) -> None:
+    assert "quickstart" in definition.shipped()
+    for name in definition.shipped():
+        text = Path(definition.__file__).parent.joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
+        sizes = [None] if "\nsizes:" not in text else ["nano", "small", "paper"]
+        for size in sizes:
+            study = definition.read(name, size=size)
+            stored = tmp_path / f"{name}.yaml"
+            stored.write_text(study.to_yaml(), encoding="utf-8")
+            assert definition.read(stored) == study
+
+
+def test_dot_keys_change_a_copy() -> None:
+    base = {"shape": {"profile": "isotropic", "layers": 8}}
+    out = definition.changed(base, {"shape.profile": "crown", "optimizer.lr": 1e-3})
+    assert out == {"shape": {"profile": "crown", "layers": 8}, "optimizer": {"lr": 1e-3}}
+    assert base == {"shape": {"profile": "isotropic", "layers": 8}}
+
+
+def test_sizes_change_the_base_and_replace_the_rest() -> None:
+    sizes = {"nano": {"base": {"tokens": "10k"}, "seeds": 5}, "small": {"base": {"tokens": "10M"}}}
+    study = definition.from_dict(source(sizes=sizes), name="s", size="nano")
+    assert (study.name, study.base["tokens"], study.seeds) == ("s-nano", "10k", [0, 1, 2, 3, 4])
+    with pytest.raises(UserError, match="choose a --size: nano, small"):
+        read(sizes=sizes)
+    with pytest.raises(UserError, match="no size 'huge'; it has nano, small"):
+        definition.from_dict(source(sizes=sizes), name="s", size="huge")
