@@ -1,0 +1,112 @@
+"""What a shape costs: parameters, FLOPs, KV cache, memory. Exact, layer by layer.
+
+FLOPs are those of the matrix products, a multiply and an add counted as two, as `torch.utils.flop_counter` does.
+Per token and layer, forward: `2·d·(2·h·k + 2·g·k + n·f) + 4·s·h·k` with d the model width, h query heads, g KV
+heads, k the head width, f the FFN width, n its number of matrices (3 for SwiGLU, 2 for GELU) and s the attended
+length; the head adds `2·d·V`. Training is three times forward: each product has two in the backward pass.
+
+The attended length is the whole sequence by default ("full": what a plain product or flop_counter computes);
+"causal" counts half of it, what a kernel that skips the masked half computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from entasis.shape.shapes import LayerShape, ModelShape
+
+Attended = Literal["full", "causal"]
+
+
+def layer_parameters(shape: ModelShape, index: int) -> int:
+    """Parameters of one layer: its matrices, biases and norms."""
+    layer, d, k = shape.layers[index], shape.d_model, shape.head_dim
+    q_width, kv_width = layer.n_heads * k, layer.n_kv_heads * k
+    norm = d * (2 if shape.norm_bias else 1)
+    total = 0
+    if layer.n_heads:
+        total += norm + 2 * d * q_width + 2 * d * kv_width
+        total += (q_width + 2 * kv_width) if shape.qkv_bias else 0
+        total += d if shape.attention_output_bias else 0
+        total += {"none": 0, "head": 2 * k, "full": q_width + kv_width}[shape.qk_norm]
+    if layer.d_ff:
+        total += norm + ffn_matrices(shape) * d * layer.d_ff
+        total += ((ffn_matrices(shape) - 1) * layer.d_ff + d) if shape.ffn_bias else 0
+    return total
+
+
+def parameters(shape: ModelShape) -> int:
+    """All parameters, a tied embedding counted once."""
+    tables = shape.vocabulary * shape.d_model * (1 if shape.tied_embeddings else 2)
+    tables += shape.context * shape.d_model if shape.positions == "learned" else 0
+    tables += shape.vocabulary if shape.head_bias else 0
+    final_norm = shape.d_model * (2 if shape.norm_bias else 1)
+    return tables + final_norm + sum(layer_parameters(shape, i) for i in range(shape.n_layers))
+
+
+def parameters_without_input_embedding(shape: ModelShape) -> int:
+    """Parameters less the token table at the input; a tied table stays counted as the head."""
+    return parameters(shape) - (0 if shape.tied_embeddings else shape.vocabulary * shape.d_model)
+
+
+def layer_flops_per_token(
+    shape: ModelShape,
+    index: int,
+    sequence: int = 1024,
+    *,
+    training: bool = True,
+    attended: Attended = "full",
+) -> float:
+    """FLOPs per token of one layer at a sequence length."""
+    layer, d, k = shape.layers[index], shape.d_model, shape.head_dim
+    length = sequence if attended == "full" else sequence / 2
+    weights = 2 * d * k * (layer.n_heads + layer.n_kv_heads) + ffn_matrices(shape) * d * layer.d_ff
+    return (3 if training else 1) * (2 * weights + 4 * length * layer.n_heads * k)
+
+
+def flops_per_token(
+    shape: ModelShape, sequence: int = 1024, *, training: bool = True, attended: Attended = "full"
+) -> int:
+    """FLOPs per token of the whole model at a sequence length, head included."""
+    head = (3 if training else 1) * 2 * shape.d_model * shape.vocabulary
+    layers = (
+        layer_flops_per_token(shape, i, sequence, training=training, attended=attended)
+        for i in range(shape.n_layers)
+    )
+    return round(head + sum(layers))
+
+
+def kv_bytes_per_token(shape: ModelShape, bytes_per_element: int = 2) -> int:
+    """Bytes of keys and values that one token leaves in the cache (16-bit elements by default)."""
+    return sum(2 * layer.n_kv_heads * shape.head_dim * bytes_per_element for layer in shape.layers)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes held through training: fp32 weights, their gradients, AdamW's two moments."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def training_memory(shape: ModelShape) -> Memory:
+    """Memory of weights, gradients and optimizer; activations are not in it."""
+    n = parameters(shape)
+    return Memory(weights=4 * n, gradients=4 * n, optimizer=8 * n)
+
+
+def ffn_matrices(shape: ModelShape) -> int:
+    """Matrices in one FFN: SwiGLU has gate, up and down, GELU has up and down."""
+    return 3 if shape.ffn == "swiglu" else 2
+
+
+def mean_layer(shape: ModelShape) -> LayerShape:
+    """The layer of mean widths, rounded: for messages, not for building."""
+    n = shape.n_layers
+    return LayerShape(
+        round(sum(x.n_heads for x in shape.layers) / n),
+        round(sum(x.n_kv_heads for x in shape.layers) / n),
+        round(sum(x.d_ff for x in shape.layers) / n),
+    )

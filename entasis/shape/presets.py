@@ -1,0 +1,109 @@
+"""Published models by name. Each is a profile with its published numbers, not a list typed in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from entasis.errors import UserError
+from entasis.shape.shapes import LayerShape, ModelShape
+
+PRESETS: dict[str, Callable[[], ModelShape]] = {}
+
+
+def preset(name: str) -> ModelShape:
+    """The shape of a published model. Raises `UserError` for an unknown name, with the nearest."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
+        raise UserError(f"shape: preset {name!r} is not known; {advice}")
+    return PRESETS[name]()
+
+
+def names() -> list[str]:
+    """All presets."""
+    return list(PRESETS)
+
+
+def _designed(**source: Any) -> Callable[[], ModelShape]:
+    def build() -> ModelShape:
+        from entasis.shape.specification import resolve
+
+        return resolve(source).shape
+
+    return build
+
+
+# Crown, Frame, Reverse (2509.06518): published table and the authors' code. Heads in groups of 3 per KV head.
+_CROWN = {
+    "d_model": 768,
+    "head_dim": 64,
+    "vocabulary": 50_304,
+    "norm_placement": "reordered",
+    "qk_norm": "full",
+    "norm_eps": 1e-6,
+    "rope_theta": 500_000.0,
+    "context": 1024,
+    "q_per_kv": 3,
+    "rounding": "crown-paper",
+}
+for _name, _profile, _layers, _ffn, _heads in (
+    ("baseline-12", "isotropic", 12, {"value": 4.0}, {"value": 1.0}),
+    ("vanilla-12", "vanilla", 12, {"start": 2.0, "end": 5.3}, {"start": 0.5, "end": 2.0}),
+    ("baseline-18", "isotropic", 18, {"value": 2.5}, {"value": 0.75}),
+    ("vanilla-18", "vanilla", 18, {"start": 1.0, "end": 4.0}, {"start": 0.5, "end": 1.0}),
+    ("framed-18", "framed", 18, {"start": 0.5, "end": 4.0}, {"start": 0.5, "end": 1.0}),
+    ("reverse-18", "reverse", 18, {"start": 4.0, "end": 0.5}, {"start": 1.0, "end": 0.5}),
+    ("crown-18", "crown", 18, {}, {}),
+):
+    PRESETS[f"crown-paper/{_name}"] = _designed(
+        profile=_profile, layers=_layers, ffn_multipliers=_ffn, head_multipliers=_heads, **_CROWN
+    )
+
+# OpenELM (2404.14619; corenet general_gpt.py): FFN 0.5 → 4.0, heads 0.5 → 1.0, four query heads per KV head.
+for _size, _layers, _width, _head_dim in (
+    ("270m", 16, 1280, 64),
+    ("450m", 20, 1536, 64),
+    ("1.1b", 28, 2048, 64),
+    ("3b", 36, 3072, 128),
+):
+    PRESETS[f"openelm/{_size}"] = _designed(
+        profile="vanilla",
+        layers=_layers,
+        d_model=_width,
+        head_dim=_head_dim,
+        ffn_multipliers={"start": 0.5, "end": 4.0},
+        vocabulary=32_000,
+        tied_embeddings=True,
+        qk_norm="head",
+        norm_eps=1e-6,
+        q_per_kv=4,
+        rounding="corenet",
+    )
+
+PRESETS["smollm2/135m"] = lambda: ModelShape(
+    d_model=576,
+    head_dim=64,
+    vocabulary=49_152,
+    layers=(LayerShape(9, 3, 1536),) * 30,
+    tied_embeddings=True,
+    rope_theta=100_000.0,
+    context=8192,
+)
+
+PRESETS["gpt2/small"] = lambda: ModelShape(
+    d_model=768,
+    head_dim=64,
+    vocabulary=50_257,
+    layers=(LayerShape(12, 12, 3072),) * 12,
+    norm="layernorm",
+    norm_bias=True,
+    ffn="gelu_tanh",
+    tied_embeddings=True,
+    qkv_bias=True,
+    attention_output_bias=True,
+    ffn_bias=True,
+    positions="learned",
+    context=1024,
+)

@@ -1,0 +1,198 @@
+"""Hitting a budget without bending the profile.
+
+A profile says how layers relate; a budget says how much there is in all. The solver multiplies one common factor
+into the FFN multipliers (or the heads', or both) until the cost meets the budget, rounding every layer as the
+policy says. Rounding leaves a miss; where moving one group of equal layers by a single rounding step makes it
+smaller and does not change the order of the layers, that is done and said. The silhouette changes in no other way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from entasis.errors import UserError
+from entasis.shape import cost
+from entasis.shape.rounding import Rounding
+from entasis.shape.shapes import LayerShape, ModelShape
+
+TOLERANCE = 0.001
+"""A miss above 0.1 % is explained."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number to hit: what is counted, how much, and at which sequence length FLOPs are counted."""
+
+    kind: str
+    value: int
+    sequence: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.kind not in MEASURES:
+            raise UserError(f"shape: budget {self.kind!r} is not known; choose one of {', '.join(MEASURES)}")
+        if self.value < 1:
+            raise UserError(f"shape: the budget of {self.kind} is {self.value}; it must be above 0")
+
+    def measure(self, shape: ModelShape) -> int:
+        return MEASURES[self.kind](shape, self.sequence)
+
+
+MEASURES: dict[str, Callable[[ModelShape, int], int]] = {
+    "parameters": lambda shape, _: cost.parameters(shape),
+    "parameters_without_input_embedding": lambda shape, _: cost.parameters_without_input_embedding(shape),
+    "flops_per_token": lambda shape, sequence: cost.flops_per_token(shape, sequence),
+    "kv_bytes_per_token": lambda shape, _: cost.kv_bytes_per_token(shape),
+}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A shape, what was asked of it, and what was missed and why."""
+
+    shape: ModelShape
+    budget: Budget | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def achieved(self) -> int | None:
+        return self.budget.measure(self.shape) if self.budget else None
+
+    @property
+    def miss(self) -> float:
+        """Signed, as a fraction of the budget; 0 without one."""
+        return self.budget.measure(self.shape) / self.budget.value - 1 if self.budget else 0.0
+
+
+@dataclass(frozen=True)
+class Silhouette:
+    """Multipliers of every layer and how they become layers."""
+
+    ffn: Sequence[float]
+    heads: Sequence[float]
+    rounding: Rounding
+    n_kv_heads: int | None
+    """Fixed in every layer; None keeps the ratio `q_per_kv`."""
+    q_per_kv: int = 1
+    template: ModelShape = field(repr=False, kw_only=True)
+    """Everything of the model shape but its layers."""
+
+    def shape(self, ffn_factor: float = 1.0, head_factor: float = 1.0) -> ModelShape:
+        d, k = self.template.d_model, self.template.head_dim
+        layers = []
+        for f, a in zip(self.ffn, self.heads, strict=True):
+            f, a = f * ffn_factor, a * head_factor
+            if self.rounding.two_decimals:
+                f, a = round(f, 2), round(a, 2)
+            heads = self.rounding.heads(a * d / k) if a > 0 else 0
+            kv = min(heads, self.n_kv_heads) if self.n_kv_heads else heads // self.q_per_kv
+            layers.append(LayerShape(heads, kv, self.rounding.ffn(f * d) if f > 0 else 0))
+        return replace(self.template, layers=tuple(layers))
+
+
+def solve(silhouette: Silhouette, budget: Budget, scale: str) -> tuple[Solution, float]:
+    """The shape of this silhouette nearest to the budget, and the common factor that gave it.
+
+    `scale` is "ffn", "heads" or "both": whose multipliers carry the factor. Raises `UserError` when even the
+    smallest shape costs more than the budget.
+    """
+    if scale not in ("ffn", "heads", "both"):
+        raise UserError(f"shape: scale is {scale!r}; choose ffn, heads or both")
+
+    def build(factor: float) -> ModelShape:
+        return silhouette.shape(
+            factor if scale != "heads" else 1.0,
+            factor if scale != "ffn" else 1.0,
+        )
+
+    low, high = 1e-6, 1.0
+    smallest = budget.measure(build(low))
+    if smallest > budget.value * (1 + TOLERANCE):
+        raise UserError(
+            f"shape: {budget.kind} {budget.value:,} is too small: with d_model {silhouette.template.d_model} and "
+            f"{len(silhouette.ffn)} layers everything but what is solved for costs {smallest:,}"
+        )
+    while budget.measure(build(high)) < budget.value:
+        high *= 2
+        if high > 1e9:
+            raise UserError(f"shape: {budget.kind} does not grow with {scale}; choose another `scale`")
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if budget.measure(build(middle)) <= budget.value else (low, middle)
+    candidates = [(abs(budget.measure(build(f)) - budget.value), f) for f in (low, high)]
+    _, factor = min(candidates)
+    shape, notes = build(factor), []
+    if scale != "heads":
+        shape, notes = _adjust(shape, silhouette, budget)
+    solution = Solution(shape, budget, tuple(notes))
+    if abs(solution.miss) > TOLERANCE:
+        notes.append(_why(solution, silhouette, scale))
+    if scale == "ffn" and silhouette.rounding.name in ("crown-paper", "corenet"):
+        floor = silhouette.rounding.ffn_multiple
+        if any(
+            x.d_ff == floor and f * factor * shape.d_model < floor * 0.75
+            for x, f in zip(shape.layers, silhouette.ffn, strict=True)
+        ):
+            notes.append(
+                f"the narrowest layers are held at {silhouette.rounding.name}'s smallest FFN, {floor}"
+            )
+    return replace(solution, notes=tuple(notes)), factor
+
+
+def _adjust(shape: ModelShape, silhouette: Silhouette, budget: Budget) -> tuple[ModelShape, list[str]]:
+    """Moves one group of equal layers by one rounding step where that lessens the miss and keeps the order."""
+    best, best_miss, note = shape, abs(budget.measure(shape) - budget.value), ""
+    for layer in sorted(set(shape.layers), key=lambda x: x.d_ff):
+        members = [i for i, x in enumerate(shape.layers) if x == layer]
+        if not layer.d_ff or len(members) == shape.n_layers:
+            continue
+        for step in (silhouette.rounding.ffn_multiple, -silhouette.rounding.ffn_multiple):
+            moved = replace(layer, d_ff=layer.d_ff + step)
+            others = {x.d_ff for x in shape.layers if x != layer}
+            crossed = any((o > layer.d_ff) != (o > moved.d_ff) or o == moved.d_ff for o in others)
+            if moved.d_ff < silhouette.rounding.ffn_multiple or crossed:
+                continue
+            layers = tuple(moved if i in members else x for i, x in enumerate(shape.layers))
+            candidate = replace(shape, layers=layers)
+            miss = abs(budget.measure(candidate) - budget.value)
+            if miss < best_miss:
+                named = ", ".join(map(str, members))
+                note = (
+                    f"layer {named}: FFN {layer.d_ff} → {moved.d_ff}, one rounding step, to meet the budget"
+                )
+                best, best_miss = candidate, miss
+    return best, [note] if note else []
+
+
+def _why(solution: Solution, silhouette: Silhouette, scale: str) -> str:
+    assert solution.budget is not None
+    rounding = silhouette.rounding
+    step = (
+        f"FFN steps of {rounding.ffn_multiple}"
+        if scale == "ffn"
+        else f"head steps of {rounding.head_multiple}"
+    )
+    together = " in all layers at once" if solution.shape.uniform else ""
+    return (
+        f"misses {solution.budget.kind} {solution.budget.value:,} by {solution.miss:+.2%}: rounding "
+        f"{rounding.name} moves in {step}{together}"
+    )
+
+
+def isotropic_of_equal_cost(shape: ModelShape, kind: str = "parameters", sequence: int = 1024) -> Solution:
+    """The model of equal layers, same depth and width, that costs what `shape` costs.
+
+    Every layer gets the mean number of heads (in whole KV groups) and the FFN that meets the cost.
+    """
+    from entasis.shape.rounding import policy
+
+    n = shape.n_layers
+    kv = max(1, round(sum(x.n_kv_heads for x in shape.layers) / n))
+    heads = max(kv, round(sum(x.n_heads for x in shape.layers) / n / kv) * kv)
+    rounding = policy("exact", head_dim=shape.head_dim, group=kv, ffn_multiple=None, device="other")
+    silhouette = Silhouette(
+        [1.0] * n, [heads * shape.head_dim / shape.d_model] * n, rounding, kv, template=shape
+    )
+    budget = Budget(kind, MEASURES[kind](shape, sequence), sequence)
+    return solve(silhouette, budget, "heads" if kind == "kv_bytes_per_token" else "ffn")[0]
