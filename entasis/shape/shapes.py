@@ -80,8 +80,9 @@ class ModelShape:
         for name in ("d_model", "head_dim", "vocabulary", "context"):
             _positive(name, getattr(self, name))
         for name in ("norm_eps", "rope_theta", "residual_scale", "logit_scale"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"shape: {name} is {getattr(self, name)}; it must be a number above 0")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise UserError(f"shape: {name} is {value!r}; it must be a number above 0")
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))

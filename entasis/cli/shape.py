@@ -1,0 +1,276 @@
+"""Design, solve, draw and compare model shapes.
+
+examples:
+  entasis shape crown-paper/crown-18 crown-paper/baseline-18
+  entasis shape --profile crown --layers 18 --d-model 768 --budget 180M
+  entasis shape profile=isotropic,layers=8,d_model=256 profile=crown,layers=8,d_model=256,budget=20M
+  entasis shape profile=crown,layers=12,d_model=768,head_multipliers.mid=2.0 --json
+  entasis shape crown-paper/crown-18 --isotropic parameters --svg columns.svg
+
+A shape is a preset, a list key=value,key=value (keys as under `shape:` in a recipe), or a file: a recipe, a
+shape.json, or a folder that holds one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from entasis.errors import UserError
+from entasis.shape import cost, presets, profiles, rounding, specification
+from entasis.shape.solve import MEASURES, Solution, isotropic_of_equal_cost
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shapes", nargs="*", metavar="NAME", help="preset, key=value,… or file")
+    parser.add_argument(
+        "--list", action="store_true", help="name all presets, profiles and rounding policies"
+    )
+    design = parser.add_argument_group("a shape of one's own")
+    for key, explanation in (
+        ("profile", specification.DESIGN["profile"]),
+        ("layers", "number of layers; left out, it is found from the budget"),
+        ("d-model", "width of the residual stream; left out, it is found from the budget"),
+        ("head-dim", "width of a head (64)"),
+        ("vocabulary", "rows of the embedding (50304)"),
+        ("budget", "parameters, such as 180M; or KIND=NUMBER with KIND one of " + ", ".join(MEASURES)),
+        ("rounding", specification.DESIGN["rounding"]),
+        ("device", specification.DESIGN["device"]),
+        ("q-per-kv", specification.DESIGN["q_per_kv"]),
+        ("n-kv-heads", specification.DESIGN["n_kv_heads"]),
+    ):
+        design.add_argument(f"--{key}", help=explanation)
+    design.add_argument("--tied", action="store_true", help="input and output embedding are one table")
+    design.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other key, as in a recipe's shape:",
+    )
+    parser.add_argument(
+        "--isotropic",
+        choices=list(MEASURES),
+        help="beside each shape, the one of equal layers that costs the same",
+    )
+    parser.add_argument("--sequence", type=int, default=1024, help="length at which FLOPs are counted (1024)")
+    parser.add_argument(
+        "--attended",
+        choices=["full", "causal"],
+        default="full",
+        help="attended length: the whole sequence, as flop_counter counts (default), or half of it",
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--svg", metavar="FILE", help="write the columns as a figure")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list:
+        return _list(args.json)
+    if args.sequence < 1:
+        raise UserError(f"--sequence is {args.sequence}; it must be at least 1")
+    named = [(_label(name), _read(name)) for name in args.shapes]
+    if own := _own(args):
+        named.append((str(own.get("profile", "own")), specification.resolve(own)))
+    if not named:
+        raise UserError("name a shape (entasis shape --list shows the presets) or give --profile")
+    if args.isotropic:
+        named = [
+            pair
+            for name, solution in named
+            for pair in (
+                (name, solution),
+                (
+                    f"isotropic of equal {args.isotropic}",
+                    isotropic_of_equal_cost(solution.shape, args.isotropic, args.sequence),
+                ),
+            )
+        ]
+    shapes = [(name, solution.shape) for name, solution in named]
+    if args.svg:
+        from entasis.report.silhouettes import figure
+
+        _write_new(Path(args.svg), figure(shapes))
+    if args.json:
+        answers = [_answer(solution, args.sequence, args.attended) for _, solution in named]
+        print(json.dumps(answers[0] if len(answers) == 1 else answers))
+        return 0
+    _print(named, args)
+    return 0
+
+
+def _print(named: list[tuple[str, Solution]], args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from entasis.shape import draw
+
+    # Piped into a file there is no terminal to ask; the table needs about this much.
+    console = Console(width=None if os.isatty(1) else 160, highlight=False)
+    shapes = [(name, solution.shape) for name, solution in named]
+    console.print(draw.columns(shapes, console.width))
+    console.print()
+    console.print(draw.table(shapes, sequence=args.sequence, attended=args.attended))
+    for name, solution in named:
+        if solution.budget is not None:
+            budget = f"{solution.budget.kind} {solution.budget.value:,}"
+            console.print(f"{name}: budget {budget}, achieved {solution.achieved:,} ({solution.miss:+.3%})")
+        for note in solution.notes:
+            console.print(f"{name}: {note}")
+    if args.svg:
+        console.print(f"figure: {args.svg}")
+
+
+def _answer(solution: Solution, sequence: int, attended: cost.Attended) -> dict[str, Any]:
+    shape = solution.shape
+    memory = cost.training_memory(shape)
+    return {
+        "parameters": cost.parameters(shape),
+        "parameters_without_input_embedding": cost.parameters_without_input_embedding(shape),
+        "flops_per_token": cost.flops_per_token(shape, sequence, attended=attended),
+        "forward_flops_per_token": cost.flops_per_token(shape, sequence, training=False, attended=attended),
+        "kv_bytes_per_token": cost.kv_bytes_per_token(shape),
+        "memory_bytes": {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+        },
+        "sequence": sequence,
+        "attended": attended,
+        "miss": solution.miss,
+        "notes": list(solution.notes),
+        "layers": [
+            {
+                "n_heads": layer.n_heads,
+                "n_kv_heads": layer.n_kv_heads,
+                "d_ff": layer.d_ff,
+                "parameters": cost.layer_parameters(shape, i),
+                "flops_per_token": cost.layer_flops_per_token(shape, i, sequence, attended=attended),
+            }
+            for i, layer in enumerate(shape.layers)
+        ],
+        "shape": shape.to_dict(),
+    }
+
+
+def _list(as_json: bool) -> int:
+    known = {
+        "presets": presets.names(),
+        "profiles": {name: (rule.__doc__ or "").split("\n")[0] for name, rule in profiles.PROFILES.items()},
+        "rounding": {name: (rule.__doc__ or "").split("\n")[0] for name, rule in rounding.POLICIES.items()},
+    }
+    if as_json:
+        print(json.dumps(known))
+        return 0
+    print("presets:   " + "\n           ".join(known["presets"]))
+    for heading in ("profiles", "rounding"):
+        print(f"{heading}:")
+        for name, explanation in known[heading].items():
+            print(f"  {name:12} {explanation}")
+    print("controls:    PROFILE/reversed and PROFILE/shuffled:SEED, of any profile")
+    return 0
+
+
+def _own(args: argparse.Namespace) -> dict[str, Any]:
+    """The specification that the options spell out; empty without --profile, --budget or --set."""
+    pairs = []
+    for key in (
+        "profile",
+        "layers",
+        "d_model",
+        "head_dim",
+        "vocabulary",
+        "rounding",
+        "device",
+        "q_per_kv",
+        "n_kv_heads",
+    ):
+        if (value := getattr(args, key)) is not None:
+            pairs.append(f"{key}={value}")
+    if args.budget:
+        kind, equals, _ = args.budget.partition("=")
+        pairs.append(f"budget.{args.budget}" if equals and kind else f"budget={args.budget}")
+    if not pairs and not args.set:
+        return {}
+    return _pairs([*pairs, *(["tied_embeddings=true"] if args.tied else []), *args.set])
+
+
+def _read(name: str) -> Solution:
+    """A shape by preset, by key=value pairs, or from a file."""
+    path = Path(name)
+    if path.is_dir() and (path / "shape.json").is_file():
+        path = path / "shape.json"
+    if path.suffix in (".json", ".yaml", ".yml"):
+        try:
+            source = _load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        if isinstance(source, dict) and isinstance(source.get("shape"), dict):
+            source = source["shape"]
+        return specification.resolve(source)
+    if "=" in name:
+        return specification.resolve(_pairs(_split(name)))
+    return Solution(presets.preset(name))
+
+
+def _label(name: str) -> str:
+    """A file's or preset's own name; the profile of a list of pairs, which would be too long."""
+    return str(_pairs(_split(name)).get("profile", name)) if "=" in name else name
+
+
+def _split(text: str) -> list[str]:
+    """Pairs between commas; a comma inside brackets belongs to the value."""
+    pairs, depth, start = [], 0, 0
+    for i, letter in enumerate(text):
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            pairs.append(text[start:i])
+            start = i + 1
+    return [*pairs, text[start:]]
+
+
+def _pairs(pairs: list[str]) -> dict[str, Any]:
+    """`a=1`, `b.c=2` as a nested mapping; values are YAML."""
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"{pair!r}: write key=value")
+        *path, last = key.strip().replace("-", "_").split(".")
+        target = result
+        for part in path:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise UserError(f"{pair!r}: {part} already has a value")
+        try:
+            target[last] = _load(value)
+        except ValueError as error:
+            raise UserError(f"{pair!r}: {value} is not a value") from error
+    return result
+
+
+def _load(text: str) -> Any:
+    """YAML (JSON is a part of it), with 1e-5 read as a number, which YAML 1.1 does not. Raises `ValueError`."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _write_new(path: Path, text: str) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists; name another file")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
