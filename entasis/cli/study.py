@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=help_text)
         action.add_argument("study", help="a YAML file, or the name of a shipped study")
+        action.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="such as seeds=5 base.tokens=2M"
+        )
         action.add_argument("--size", help="one of the study's sizes")
         action.add_argument(
             "--seeds", type=int, metavar="N", help="another number of seeds than the file says"
@@ -49,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(stderr=args.json)
+    if not console.is_terminal:
+        console.width = 160  # in a file or a pipe no table need be cut
     return {"run": _run, "resume": _run, "plan": _plan, "report": _report, "compare": _compare}[args.action](
         args, console
     )
@@ -100,17 +105,9 @@ def _compare(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyp
 
 
 def _study(args: argparse.Namespace):  # type: ignore[no-untyped-def]
-    import dataclasses
-
-    from entasis.errors import UserError
     from entasis.study import definition
 
-    study = definition.read(args.study, size=args.size)
-    if args.seeds is not None:
-        if args.seeds < 1:
-            raise UserError(f"--seeds is {args.seeds}; it must be at least 1")
-        study = dataclasses.replace(study, seeds=list(range(args.seeds)))
-    return study
+    return definition.read(args.study, size=args.size, overrides=args.overrides)
 
 
 def _show(verdict, folder: Path, args: argparse.Namespace, console) -> None:  # type: ignore[no-untyped-def]

@@ -93,13 +93,13 @@ def settled(study: Study, folder: Path) -> Study:
 
 def vocabulary(study: Study, folder: Path) -> int | None:
     """The corpus's vocabulary, if the corpus is there already."""
+    path = (study.base.get("data") or {}).get("train")
+    corpus = folder / str(path)  # an absolute path stays itself
+    if path is None or not (corpus / "corpus.json").is_file():
+        return None
     from entasis.data.corpus import Corpus
 
-    path = study.base.get("data", {}).get("train")
-    if path is None:
-        return None
-    corpus = folder / str(path)  # an absolute path stays itself
-    return Corpus(corpus).vocabulary if (corpus / "corpus.json").is_file() else None
+    return Corpus(corpus).vocabulary
 
 
 def summary(verdict: Verdict, console: Console) -> None:

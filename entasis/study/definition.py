@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -95,8 +95,10 @@ def shipped() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def read(path_or_name: str | Path, *, size: str | None = None) -> Study:
+def read(path_or_name: str | Path, *, size: str | None = None, overrides: Sequence[str] = ()) -> Study:
     """The study in a YAML file, or a shipped one by its name, at one of its `sizes` where it has any.
+
+    `overrides` are `key=value` with dots for keys inside keys (`seeds=5`, `base.tokens=2M`).
 
     Raises `UserError` naming the file, the key, its value and what would be valid.
     """
@@ -118,19 +120,35 @@ def read(path_or_name: str | Path, *, size: str | None = None) -> Study:
         import jsonargparse
 
         # This loader reads 6e-4 as a number, which YAML 1.1 does not.
-        source = jsonargparse.get_loader("yaml")(text)
+        load = jsonargparse.get_loader("yaml")
+        source = load(text)
+        changes = {}
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise UserError(f"override {override!r}: write key=value, as in seeds=5")
+            changes[key] = load(value)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    return from_dict(source, name=name, where=where, size=size)
+    return from_dict(source, name=name, where=where, size=size, changes=changes)
 
 
-def from_dict(source: Any, *, name: str, where: str = "study", size: str | None = None) -> Study:
-    """A study from a plain mapping; see `read`."""
+def from_dict(
+    source: Any,
+    *,
+    name: str,
+    where: str = "study",
+    size: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Study:
+    """A study from a plain mapping; see `read`. `changes` are dot-keys set after the size is chosen."""
     if not isinstance(source, Mapping):
         raise UserError(f"{where}: must be a mapping with base: and arms:")
     known = [f.name for f in dataclasses.fields(Study)]
     _check_keys(source, [*known, *_OTHER_KEYS], where)
     plain = _at_size({"name": name, **copy.deepcopy(dict(source))}, size, where)
+    plain = changed(plain, changes or {})
+    _check_keys(plain, known, where)
     for key in ("base", "arms"):
         if not isinstance(plain.get(key), Mapping) or not plain[key]:
             raise UserError(f"{where}: {key} is missing; it must be a mapping")

@@ -59,7 +59,9 @@ def test_unknown_study_names_the_nearest() -> None:
 def test_shipped_studies_are_valid_and_survive_writing(tmp_path: Path) -> None:
     assert "quickstart" in definition.shipped()
     for name in definition.shipped():
-        text = Path(definition.__file__).parent.joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
+        text = (
+            Path(definition.__file__).parent.joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
+        )
         sizes = [None] if "\nsizes:" not in text else ["nano", "small", "paper"]
         for size in sizes:
             study = definition.read(name, size=size)

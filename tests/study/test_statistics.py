@@ -62,12 +62,14 @@ def test_equivalence_is_claimed_falsely_at_most_5_percent_of_the_time() -> None:
     assert claimed <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 2000)
 
 
-def test_detectable_effect_is_found_with_power_80_percent() -> None:
-    sd, comparisons = 0.004, 3
-    effect = statistics.detectable_effect(sd, SEEDS, comparisons)
-    draws = np.random.default_rng(4).normal(effect, sd, (4000, SEEDS))
-    found = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05 / comparisons
-    assert found.mean() == pytest.approx(0.8, abs=0.02)
+@pytest.mark.parametrize(("seeds", "comparisons"), [(3, 1), (3, 4), (3, 14), (5, 3), (10, 6)])
+def test_detectable_effect_is_found_with_power_80_percent(seeds: int, comparisons: int) -> None:
+    sd = 0.004
+    effect = statistics.detectable_effect(sd, seeds, comparisons)
+    draws = np.random.default_rng(4).normal(effect, sd, (20_000, seeds))
+    t = draws.mean(axis=1) / (draws.std(axis=1, ddof=1) / math.sqrt(seeds))
+    found = np.abs(t) > stats.t.isf(0.025 / comparisons, seeds - 1)
+    assert found.mean() == pytest.approx(0.8, abs=0.01)
 
 
 @pytest.mark.parametrize(("seeds", "factor"), [(3, 3.26), (5, 1.68), (8, 1.16), (10, 1.00)])

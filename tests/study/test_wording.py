@@ -71,7 +71,9 @@ def test_verdict_names_every_arm_once() -> None:
     assert all(text.count(name + " ") == 1 for name in d)
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.01234, "0.0123"), (-0.5, "0.5000"), (0.00012, "0.00012"), (0.0, "0.0000")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01234, "0.0123"), (-0.5, "0.5000"), (0.00012, "0.00012"), (0.0, "0.0000")]
+)
 def test_amounts(value: float, text: str) -> None:
     assert wording.amount(value) == text
 
@@ -79,4 +81,6 @@ def test_amounts(value: float, text: str) -> None:
 def test_missing_numbers_never_reach_a_sentence() -> None:
     d = difference([0.1])
     assert math.isnan(d.low)
-    assert "nan" not in wording.says(d, 0.01) + wording.verdict({"a": d}, baseline="b", protocol="time", margin=0.01)
+    assert "nan" not in wording.says(d, 0.01) + wording.verdict(
+        {"a": d}, baseline="b", protocol="time", margin=0.01
+    )
