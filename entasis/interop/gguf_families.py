@@ -180,6 +180,9 @@ def deci(file: GGUFFile, settings: Settings) -> Plan:
                 f"layer {i} has a linear map for attention, which models here have not",
             )
     kept = tuple(i for i, layer in enumerate(layers) if layer.n_heads or layer.d_ff)
+    notes = left_out(len(layers) - len(kept))
+    if alone := [i for i, layer in enumerate(layers) if layer.n_heads and not layer.d_ff]:
+        notes += (f"layer {alone[0]} has attention and no FFN; llama.cpp would leave its attention out",)
     shape = _shape(file, settings, [layers[i] for i in kept])
     return Plan(
         shape=shape,
@@ -187,7 +190,7 @@ def deci(file: GGUFFile, settings: Settings) -> Plan:
         layers=kept,
         interleaved=True,
         ignored=r"rope_freqs\.weight",
-        notes=left_out(len(layers) - len(kept)),
+        notes=notes,
     )
 
 

@@ -128,6 +128,8 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         for _ in range(n_keys):
             key = self._string("a key")
+            if not key.isprintable() or not key:
+                raise UserError(f"{self.path.name}: key {_shown(key)} has no printable name")
             if key in self.metadata:
                 raise UserError(f"{self.path.name}: key {_shown(key)} is there twice")
             self.metadata[key] = self._value(self._number("I", "a type"), _shown(key))

@@ -61,7 +61,10 @@ def check_vocabulary(files: TokenizerFiles, rows: int) -> None:
 
     try:
         vocabulary = Tokenizer.from_buffer(files.contents["tokenizer.json"]).get_vocab(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:
+        # tokenizers raises bare Exception, and a Rust panic, which is none, for some damaged files.
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         raise UserError(f"tokenizer.json: cannot be read ({' '.join(str(error).split())[:120]})") from None
     if not vocabulary:
         raise UserError("tokenizer.json: has no tokens")

@@ -6,7 +6,6 @@ and key.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ from entasis.errors import UserError
 _REQUIRED: Any = object()
 LARGEST = 2**31 - 1
 """No width, count or context of a real model is larger; keeps arithmetic on hostile values small."""
+MOST = 1e15
+"""The same for numbers that need not be whole, such as rope_theta."""
 
 
 class Settings:
@@ -46,17 +47,13 @@ class Settings:
         return [self._whole(f"{key}[{i}]", x) for i, x in enumerate(value)]
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """A finite number."""
+        """A finite number, at most 10^15 either way."""
         value = self._given(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(key, value, "a number")
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise self.wrong(key, value, "a finite number")
-        return number
+        if not -MOST <= value <= MOST:  # false for NaN too
+            raise self.wrong(key, value, f"a finite number of at most {MOST:g}")
+        return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""

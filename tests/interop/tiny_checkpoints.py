@@ -158,17 +158,18 @@ DECI_LAYERS = [(4, 2, 256), (0, 0, 512), (0, 0, 0), (4, 1, 0), (4, 4, 48)]
 
 
 class DeciLM(torch.nn.Module):
-    """transformers' Llama attention, FFN and norms, put together as `DECI_LAYERS` says."""
+    """transformers' Llama attention, FFN and norms, put together as `sizes` says."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: list[tuple[int, int, int]] = DECI_LAYERS) -> None:
         from transformers import LlamaConfig
         from transformers.models.llama import modeling_llama as llama
 
         super().__init__()
+        self.sizes = sizes
         self.model = torch.nn.Module()
         self.model.embed_tokens = torch.nn.Embedding(VOCABULARY, 64)
         self.model.layers = torch.nn.ModuleList()
-        for i, (heads, kv_heads, d_ff) in enumerate(DECI_LAYERS):
+        for i, (heads, kv_heads, d_ff) in enumerate(sizes):
             config = LlamaConfig(
                 hidden_size=64, num_attention_heads=4, num_key_value_heads=kv_heads or 1,
                 intermediate_size=d_ff or 1, head_dim=16, rms_norm_eps=1e-5, attn_implementation="eager",
@@ -321,9 +322,9 @@ def gguf_openelm(path: Path, w: dict[str, torch.Tensor]) -> Path:
 
 def gguf_deci(path: Path, model: DeciLM) -> Path:
     writer = gguf.GGUFWriter(path, "deci")
-    heads, kv_heads, d_ffs = (list(column) for column in zip(*DECI_LAYERS, strict=True))
+    heads, kv_heads, d_ffs = (list(column) for column in zip(*model.sizes, strict=True))
     _unequal(writer, heads, kv_heads, d_ffs, 1e-5)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(DECI_LAYERS))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(model.sizes))
     for name, tensor in model.state_dict().items():
         if name.startswith("rotary"):
             continue
