@@ -75,12 +75,15 @@ def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
     Raises `UserError` for arms that cannot exist, and under the protocol `params` for arms whose parameters are
     further from the baseline's than the tolerance.
     """
-    arms = {}
-    for name, changes in study.arms.items():
+    arms: dict[str, Arm] = {}
+    # The baseline first: under muP its width is where the others' learning rates are scaled from.
+    for name in sorted(study.arms, key=lambda name: name != study.baseline):
+        width = arms[study.baseline].shape.d_model if arms else None
         try:
-            arms[name] = _arm(study, name, changes, vocabulary)
+            arms[name] = _arm(study, name, study.arms[name], vocabulary, width)
         except UserError as error:
             raise UserError(f"study {study.name}: arm {name}: {error}") from error
+    arms = {name: arms[name] for name in study.arms}
     base = arms[study.baseline]
     if "params" in study.protocols:
         for arm in arms.values():
@@ -100,8 +103,9 @@ def preparatory(study: Study, arms: Mapping[str, Arm]) -> list[PlannedRun]:
     if study.sweep:
         for seed in study.sweep.seeds:
             for name in arms:
+                changes = {**study.arms[name], **study.sweep.changes}
                 arm = _arm(
-                    study, name, {**study.arms[name], **study.sweep.changes}, arms[name].shape.vocabulary
+                    study, name, changes, arms[name].shape.vocabulary, arms[study.baseline].shape.d_model
                 )
                 for multiplier in study.sweep.multipliers:
                     plain = _with_rate(arm.recipe, multiplier)
@@ -169,7 +173,9 @@ def tokens_of(study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protoco
     return max(1, round(wanted / batch)) * batch
 
 
-def _arm(study: Study, name: str, changes: Mapping[str, Any], vocabulary: int | None) -> Arm:
+def _arm(
+    study: Study, name: str, changes: Mapping[str, Any], vocabulary: int | None, base_width: int | None
+) -> Arm:
     plain = changed(study.base, changes)
     if study.learning_rate == "mup":
         plain = changed(plain, {"optimizer.parametrisation": "mup"})
@@ -180,7 +186,7 @@ def _arm(study: Study, name: str, changes: Mapping[str, Any], vocabulary: int | 
     solution = specification.resolve(wanted)
     shape = solution.shape
     if study.learning_rate == "mup" and not plain["optimizer"].get("base_width"):
-        plain["optimizer"]["base_width"] = shape.d_model
+        plain["optimizer"]["base_width"] = base_width or shape.d_model
     plain["shape"] = shape.to_dict()
     sequence = plain["data"].get("sequence", 1024)
     if plain.get("tokens") is None:

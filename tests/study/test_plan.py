@@ -1,0 +1,103 @@
+"""The grid: equal budgets, lengths set by the protocol, runs that protocols share, pairs that differ in one thing."""
+
+from typing import Any
+
+import pytest
+
+from entasis.errors import UserError
+from entasis.study import definition, plan
+from entasis.study.plan import Findings
+
+
+def study(**changes: Any) -> definition.Study:
+    source: dict[str, Any] = {
+        "base": {
+            "shape": {"profile": "isotropic", "budget": "300k", "layers": 6, "d_model": 64, "head_dim": 16,
+                      "vocabulary": 512, "context": 64},
+            "data": {"train": "corpora/a/train", "sequence": 64},
+            "tokens": 100_000,
+            "batch": {"tokens": 1024},
+            "optimizer": {"lr": 1e-3},
+        },
+        "arms": {"plain": {}, "crown": {"shape.profile": "crown"}, "deep": {"shape.layers": 10, "shape.d_model": 48}},
+    }  # fmt: skip
+    return definition.from_dict(source | changes, name="s")
+
+
+def test_quickstart_meets_its_budget_within_half_a_percent() -> None:
+    arms = plan.solve(definition.read("quickstart"))
+    assert list(arms) == ["isotropic", "vanilla", "framed", "reverse", "crown"]
+    sizes = [arm.parameters for arm in arms.values()]
+    assert max(sizes) / min(sizes) < 1.005
+    assert len({arm.shape.layers for arm in arms.values()}) == 5
+
+
+def test_arms_of_unequal_size_are_refused_under_params_and_not_under_flops() -> None:
+    arms = {"plain": {}, "big": {"shape.budget": "400k"}}
+    with pytest.raises(UserError, match=r"arm big has .* from plain's .* tolerance is 0.50%"):
+        plan.solve(study(arms=arms))
+    assert plan.solve(study(arms=arms, protocols=["flops"]))["big"].parameters > 390_000
+
+
+def test_an_impossible_arm_is_named() -> None:
+    with pytest.raises(UserError, match=r"study s: arm bad: .*did you mean profile"):
+        plan.solve(study(arms={"plain": {}, "bad": {"shape.profil": "crown"}}))
+    with pytest.raises(UserError, match=r"arm bad: .*optimizer.rl; did you mean optimizer.lr"):
+        plan.solve(study(arms={"plain": {}, "bad": {"optimizer.rl": 1}}))
+
+
+def test_pairs_differ_in_shape_alone() -> None:
+    s = study()
+    layout = plan.lay_out(s, plan.solve(s), Findings())
+    for base, arm in zip(layout.grid["params"]["plain"], layout.grid["params"]["crown"], strict=True):
+        assert base.recipe["seed"] == arm.recipe["seed"] == base.seed
+        assert {k: v for k, v in base.recipe.items() if k != "shape"} == {
+            k: v for k, v in arm.recipe.items() if k != "shape"
+        }
+        assert base.recipe["shape"] != arm.recipe["shape"]
+
+
+def test_equal_flops_stretch_the_tokens() -> None:
+    s = study(protocols=["params", "flops"], tolerance=0.1)
+    arms = plan.solve(s)
+    layout = plan.lay_out(s, arms, Findings())
+    base = layout.grid["flops"]["plain"][0]
+    for name, runs in layout.grid["flops"].items():
+        # Within half a batch of the baseline's compute.
+        assert abs(runs[0].flops - base.flops) <= 512 * arms[name].flops_per_token
+        assert runs[0].tokens % 1024 == 0
+
+
+def test_runs_that_two_protocols_share_are_trained_once() -> None:
+    s = study(protocols=["params", "flops"], tolerance=0.1)
+    layout = plan.lay_out(s, plan.solve(s), Findings())
+    folders = [run.folder for run in layout.runs]
+    assert len(folders) == len(set(folders))
+    assert layout.grid["flops"]["plain"][0].folder == "runs/plain/seed-0"
+    assert layout.grid["flops"]["deep"][0].folder == "runs/deep@flops/seed-0"
+    assert [run.seed for run in layout.runs] == sorted(run.seed for run in layout.runs)
+
+
+def test_equal_time_follows_the_measured_speed() -> None:
+    s = study(protocols=["time"], hours=0.01)
+    arms = plan.solve(s)
+    assert {r.folder for r in plan.preparatory(s, arms)} == {f"throughput/{a}" for a in arms}
+    layout = plan.lay_out(s, arms, Findings(tokens_per_second={"plain": 1000, "crown": 2000, "deep": 500}))
+    tokens = {name: runs[0].tokens for name, runs in layout.grid["time"].items()}
+    assert tokens == {"plain": 35 * 1024, "crown": 70 * 1024, "deep": 18 * 1024}
+
+
+def test_a_sweep_tries_every_arm_and_its_best_rate_is_used() -> None:
+    s = study(sweep={"multipliers": [0.5, 1, 2], "changes": {"tokens": 20_000}})
+    arms = plan.solve(s)
+    runs = plan.preparatory(s, arms)
+    assert len(runs) == 9 and {r.tokens for r in runs} == {20_000}
+    assert {r.recipe["optimizer"]["lr"] for r in runs} == {5e-4, 1e-3, 2e-3}
+    layout = plan.lay_out(s, arms, Findings(multiplier={"plain": 1.0, "crown": 2.0, "deep": 0.5}))
+    assert layout.grid["params"]["crown"][0].recipe["optimizer"]["lr"] == 2e-3
+    assert layout.grid["params"]["crown"][0].tokens == 98 * 1024  # the full length, in whole batches
+
+
+def test_mup_scales_every_arm_from_the_baseline_s_width() -> None:
+    arms = plan.solve(study(learning_rate="mup"))
+    assert {a.recipe["optimizer"]["base_width"] for a in arms.values()} == {64}
