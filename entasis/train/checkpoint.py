@@ -10,11 +10,13 @@ so `load` is only ever given the run's own folder; what leaves the run is `model
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ def save(
             _discard(final)
             partial.mkdir(parents=True)
         parallel.barrier()
-        dcp.save(_tensors(model, optimizers), checkpoint_id=partial)
+        with _quiet():
+            dcp.save(_tensors(model, optimizers), checkpoint_id=partial, no_dist=parallel.world() == 1)
         if parallel.is_main():
             (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
             if kept:
@@ -92,7 +95,8 @@ def load(folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.
     """Puts a checkpoint of this very run into the model and optimizers (in place); returns its `state`."""
     optimizers = list(optimizers)
     tensors = _tensors(model, optimizers)
-    dcp.load(tensors, checkpoint_id=folder)
+    with _quiet():
+        dcp.load(tensors, checkpoint_id=folder, no_dist=parallel.world() == 1)
     set_state_dict(
         model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
     )
@@ -127,6 +131,14 @@ def is_disk_full(error: BaseException | None) -> bool:
 def _tensors(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, list(optimizers))
     return {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Told that there is no process group, DCP warns that there is none.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _forget_old(run: Path, keep_last: int, keep_every: int | None) -> None:

@@ -15,7 +15,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """CUDA's own error, the CPU allocator's RuntimeError, or Python's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    said = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def out_of_memory(recipe: Recipe, step: int) -> Failure:

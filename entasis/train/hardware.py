@@ -12,13 +12,14 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import torch
 
 import entasis
 from entasis.errors import UserError
+from entasis.model.attention import Attention
 from entasis.shape.cost import flops_per_token
 from entasis.shape.shapes import ModelShape
 from entasis.train import parallel
@@ -44,7 +45,7 @@ def device(name: str) -> torch.device:
     return chosen
 
 
-def precision(device: torch.device) -> str:
+def precision(device: torch.device) -> Literal["fp32", "bf16"]:
     """`bf16` where its matrix product is faster than fp32's, measured; else `fp32`. About 50 ms."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -66,6 +67,25 @@ def has_compiler(device: torch.device) -> bool:
         return torch.utils._triton.has_triton()
     named = os.environ.get("CXX")
     return any(shutil.which(name) for name in (named, "g++", "clang++", "c++") if name)
+
+
+def attention(device: torch.device, precision: str, shape: ModelShape, sequence: int) -> Literal["sdpa", "plain"]:
+    """The faster way to compute the widest layer's attention, forward and backward; on CUDA always `sdpa`."""
+    layer = max(shape.layers, key=lambda layer: layer.n_heads)
+    if device.type == "cuda" or not layer.n_heads:
+        return "sdpa"
+    x_BTD = torch.zeros(max(1, 2048 // sequence), sequence, shape.d_model, device=device)
+
+    def timed(implementation: str) -> float:
+        module = Attention(shape, layer, implementation).to(device)
+
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                module(x_BTD, None).sum().backward()
+
+        return seconds(step, device)
+
+    return "plain" if timed("plain") < 0.95 * timed("sdpa") else "sdpa"
 
 
 def compile_pays(device: torch.device, recipe: Recipe, shape: ModelShape) -> bool:

@@ -105,7 +105,7 @@ class _Loop:
             # Sums split over other numbers of threads round differently.
             torch.set_num_threads(run.environment["threads"])
         self.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
-        self.model = Transformer(run.shape, **hardware.attention_option(recipe.attention))
+        self.model = Transformer(run.shape, attention=recipe.attention)  # type: ignore[arg-type]
         self.model.to(device)
         scheme = recipe.optimizer
         initialise(

@@ -201,6 +201,8 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
     if "preset" not in wanted:
         wanted.setdefault("vocabulary", vocabulary)
     solution = specification.resolve(wanted)
+    if recipe.optimizer.parametrisation == "mup":
+        solution = specification.resolve(_mup_scales(wanted, solution.shape, recipe.optimizer.base_width))
     recipe.shape = solution.shape.to_dict()
     recipe.batch.tokens = count(recipe.batch.tokens, "batch.tokens")
     sequence = recipe.data.sequence
@@ -217,10 +219,6 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
             f"recipe: data.sequence is {sequence}, longer than the shape's context {solution.shape.context}; "
             "set shape.context"
         )
-    if recipe.optimizer.parametrisation == "mup" and not recipe.optimizer.base_width:
-        raise UserError(
-            "recipe: optimizer.parametrisation is mup; give optimizer.base_width (where lr was found)"
-        )
     if recipe.checkpoint.keep_last < 1:
         raise UserError(
             f"recipe: checkpoint.keep_last is {recipe.checkpoint.keep_last}; it must be at least 1"
@@ -233,6 +231,14 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
     if recipe.evaluation.tokens is not None:
         recipe.evaluation.tokens = count(recipe.evaluation.tokens, "evaluation.tokens")
     return recipe, solution.shape, list(solution.notes)
+
+
+def _mup_scales(wanted: dict[str, Any], shape: ModelShape, base_width: int | None) -> dict[str, Any]:
+    """muP's part of the function, unless the recipe has its own: logits by width, attention by 1 / head_dim."""
+    if not base_width or base_width < 1:
+        raise UserError("recipe: optimizer.parametrisation is mup; give optimizer.base_width, where lr was found")
+    scales = {"logit_scale": base_width / shape.d_model, "attention_scale": 1 / shape.head_dim}
+    return {**scales, **wanted}
 
 
 def _resolve_stages(recipe: Recipe) -> None:
@@ -324,7 +330,7 @@ def _assign(target: Any, key: str, value: Any) -> None:
             target = target[_index(target, name, where)]
         else:
             if target.get(name) is None:
-                target[name] = {}
+                target[name] = [] if [*path, last][i + 1].isdigit() else {}
             target = target[name]
         if not isinstance(target, dict | list):
             raise UserError(f"override {key}: {where} is {target!r}, which has no parts")

@@ -114,7 +114,7 @@ def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> Recipe:
     if recipe.device == "auto":
         result.device = device.type
     if recipe.precision == "auto":
-        result.precision = hardware.precision(device)  # type: ignore[assignment]
+        result.precision = hardware.precision(device)
     if recipe.attention == "auto":
         result.attention = hardware.attention(device, result.precision, shape, recipe.data.sequence)
     if recipe.batch.micro == "auto":

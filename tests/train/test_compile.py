@@ -1,5 +1,7 @@
 """No layer may run eagerly when the recipe says compile, however many shapes there are."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -38,20 +40,23 @@ def test_twelve_distinct_layers_are_one_graph_without_breaks():
     assert len(seen) == 1
     assert sum(counters["graph_break"].values()) == 0
     # Every FFN of every layer is in the graph: none was left to run outside of it.
-    widths = {node.meta["example_value"].shape[-1] for node in seen[0].graph.nodes if "example_value" in node.meta}
+    values = [node.meta.get("example_value") for node in seen[0].graph.nodes]
+    widths = {value.shape[-1] for value in values if isinstance(value, torch.Tensor) and value.ndim}
     assert {layer.d_ff for layer in shape.layers} <= widths
 
 
 def test_more_models_than_dynamo_s_limit_in_one_process():
-    for layers in range(1, 12):
-        model = Transformer(many_shapes(layers))
-        tokens = torch.randint(64, (1, 16))
+    tokens = torch.randint(64, (1, 16))
+    for width in range(16, 96, 8):
+        shape = many_shapes(1)
+        model = Transformer(dataclasses.replace(shape, layers=(LayerShape(1, 1, width),)))
         compiled(model, backend="eager")(tokens, tokens)
 
 
 @pytest.mark.slow
 def test_compiled_training_follows_the_eager_curve(recipe, tmp_path):
-    train(recipe(), tmp_path / "eager")
-    train(recipe(compile=True), tmp_path / "compiled")
+    shape = {**recipe().shape, "layers": recipe().shape["layers"][:1]}
+    train(recipe(shape=shape), tmp_path / "eager")
+    train(recipe(shape=shape, compile=True), tmp_path / "compiled")
     a, b = ([row["loss"] for row in records(tmp_path / name)] for name in ("eager", "compiled"))
     assert a == pytest.approx(b, rel=1e-4)

@@ -90,8 +90,8 @@ def test_seed_changes_weights_and_order(recipe, tmp_path):
 
 
 def test_document_masking_changes_what_is_seen(recipe, tmp_path):
-    train(recipe(), tmp_path / "a")
-    train(recipe(data={"document_masking": True}), tmp_path / "b")
+    train(recipe(tokens=512 * 40), tmp_path / "a")
+    train(recipe(tokens=512 * 40, data={"document_masking": True}), tmp_path / "b")
     assert losses(tmp_path / "a") != losses(tmp_path / "b")
 
 

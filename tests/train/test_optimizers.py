@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from entasis.model.initialisation import initialise
+from entasis.model.transformer import Transformer
+from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.train import optimizers
+from entasis.train.recipe import Optimizer
+
+SHAPE = {
+    "d_model": 32,
+    "head_dim": 8,
+    "vocabulary": 64,
+    "context": 32,
+    "layers": (LayerShape(2, 1, 48), LayerShape(4, 2, 0), LayerShape(0, 0, 96)),
+}
+
+
+def model(**changes) -> Transformer:
+    return Transformer(ModelShape(**{**SHAPE, "norm": "layernorm", "norm_bias": True, "ffn_bias": True, **changes}))
+
+
+def names_where(built, module, condition) -> set[str]:
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {
+        names[id(p)]
+        for rule in built
+        for group in rule.param_groups
+        for p in group["params"]
+        if condition(rule, group)
+    }
+
+
+def every(module) -> list[str]:
+    return [name for name, _ in module.named_parameters()]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weight_decay_spares_vectors_and_embeddings(tied):
+    module = model(tied_embeddings=tied)
+    built = optimizers.build(module, Optimizer(weight_decay=0.1), every(module))
+    decayed = names_where(built, module, lambda _, group: group["weight_decay"] > 0)
+    matrices = {name for name, p in module.named_parameters() if p.ndim == 2 and not name.startswith("embedding.")}
+    assert decayed == matrices
+    assert ("head.weight" in decayed) is not tied
+
+
+def test_muon_gets_hidden_matrices_and_adamw_the_rest():
+    module = model()
+    built = optimizers.build(module, Optimizer(name="muon"), every(module))
+    muon = names_where(built, module, lambda rule, _: isinstance(rule, torch.optim.Muon))
+    assert muon == {name for name, p in module.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+    rest = names_where(built, module, lambda rule, _: isinstance(rule, torch.optim.AdamW))
+    assert rest == set(every(module)) - muon
+
+
+def test_only_what_learns_is_in_a_group():
+    module = model()
+    learning = [name for name in every(module) if name.startswith("blocks.2.")]
+    built = optimizers.build(module, Optimizer(), learning)
+    assert names_where(built, module, lambda *_: True) == set(learning)
+
+
+def test_mup_divides_learning_rates_of_hidden_matrices_by_their_own_fan_in():
+    module = model()
+    built = optimizers.build(
+        module, Optimizer(lr=1e-2, parametrisation="mup", base_width=16), every(module)
+    )
+    rate = {}
+    names = {id(p): name for name, p in module.named_parameters()}
+    for rule in built:
+        for group in rule.param_groups:
+            rate |= {names[id(p)]: group["peak_lr"] for p in group["params"]}
+    assert rate["embedding.tokens.weight"] == pytest.approx(1e-2)
+    assert rate["blocks.0.attention.query.weight"] == pytest.approx(1e-2 / 2)
+    up, down = (module.get_parameter(f"blocks.2.feedforward.{part}.weight") for part in ("up", "down"))
+    ratio = rate["blocks.2.feedforward.up.weight"] / rate["blocks.2.feedforward.down.weight"]
+    narrow = rate["blocks.0.feedforward.down.weight"] / rate["blocks.2.feedforward.down.weight"]
+    assert down.shape[1] == up.shape[0] == 96
+    assert narrow == pytest.approx(96 / 48)
+    assert ratio > 0
+
+
+def test_fused_adamw_moves_every_parameter():
+    module = model()
+    initialise(module, 0)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    built = optimizers.build(module, Optimizer(), every(module))
+    tokens = torch.randint(64, (2, 16))
+    module.loss(tokens, tokens).backward()
+    for rule in built:
+        rule.step()
+    still = [name for name, p in module.named_parameters() if torch.equal(p, before[name])]
+    assert still == []
