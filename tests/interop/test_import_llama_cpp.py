@@ -10,7 +10,7 @@ from entasis.interop.importing import import_model
 from entasis.model import weights
 
 pytest.importorskip("xllamacpp", reason="llama.cpp's wheel xllamacpp is not installed")
-import llama_cpp
+import judge_llama_cpp as llama_cpp
 
 IDS = tiny.tokens(batch=1, length=30)
 

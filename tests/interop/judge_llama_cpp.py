@@ -27,3 +27,11 @@ def log_probabilities(server: xllamacpp.Server, ids: list[int], top: int) -> dic
     )
     first = answer["choices"][0]["logprobs"]["content"][0]
     return {entry["id"]: entry["logprob"] for entry in first["top_logprobs"]}
+
+
+def n_tokens(server: xllamacpp.Server, text: str) -> int:
+    """How many tokens llama.cpp makes of a text."""
+    answer = server.handle_completions(
+        {"prompt": text, "n_predict": 1, "temperature": 0.0, "cache_prompt": False}
+    )
+    return answer["usage"]["prompt_tokens"]

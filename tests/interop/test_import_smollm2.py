@@ -1,0 +1,127 @@
+"""SmolLM2-135M-Instruct, a real model in a 4-bit GGUF: imported, it is the model that transformers and
+llama.cpp run.
+
+The file comes with `make smollm2`; without it these tests are skipped and say so.
+"""
+
+import argparse
+import inspect
+import re
+import statistics
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from entasis.interop.importing import import_model
+from entasis.model import weights
+
+SOURCE = Path(__file__).parents[2] / ".cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+pytestmark = [
+    pytest.mark.skipif(
+        not SOURCE.exists(), reason=f"{SOURCE.name} is not in .cache/smollm2; run `make smollm2`"
+    ),
+    pytest.mark.xdist_group("smollm2"),
+]
+
+PROSE = """It was a bright cold day in April, and the clocks were striking thirteen. The old lighthouse
+keeper climbed the stairs slowly, one hand on the rail, listening to the wind that came in from the sea.
+He had done this every evening for forty years, and he knew each step by its sound. At the top he wiped
+the salt from the glass, trimmed the wick, and sat down to wait for the boats. In a few hours the
+fishermen would pass the point, and the youngest of them, who was his grandson, would raise a lantern
+twice so that the old man could go to bed."""
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    return folder, import_model(SOURCE, folder)
+
+
+@pytest.fixture(scope="module")
+def ours(imported):
+    return weights.load(imported[0]).eval()
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        SOURCE.parent, gguf_file=SOURCE.name, dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SOURCE.parent, gguf_file=SOURCE.name)
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(imported):
+    return Tokenizer.from_file(str(imported[0] / "tokenizer.json"))
+
+
+def test_it_is_the_model_of_its_model_card(imported):
+    _, result = imported
+    shape = result.shape
+    assert result.parameters == 134_515_008
+    assert (shape.n_layers, shape.d_model, shape.head_dim, shape.vocabulary) == (30, 576, 64, 49_152)
+    assert {(x.n_heads, x.n_kv_heads, x.d_ff) for x in shape.layers} == {(9, 3, 1536)}
+    assert shape.tied_embeddings and shape.rope_theta == 1e5 and shape.context == 8192
+    assert result.tokenizer and result.chat_template and result.dtype == "float32"
+
+
+@torch.no_grad()
+def test_the_capital_of_france(ours, tokenizer):
+    ids = tokenizer.encode("The capital of France is", add_special_tokens=False).ids
+    assert tokenizer.decode([int(ours(torch.tensor([ids]))[0, -1].argmax())]) == " Paris"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_loss_on_prose_and_logits_equal_transformers(ours, theirs, tokenizer):
+    ids = torch.tensor([tokenizer.encode(PROSE, add_special_tokens=False).ids])
+    reference = theirs[0](ids).logits
+    mine = ours(ids)
+    assert ids.shape[1] > 100
+    losses = [
+        torch.nn.functional.cross_entropy(x[0, :-1].float(), ids[0, 1:]).item() for x in (mine, reference)
+    ]
+    assert abs(losses[0] - losses[1]) < 1e-3, losses
+    assert losses[0] < 3.5
+    torch.testing.assert_close(mine, reference, atol=2e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_tokenizer_equals_transformers(theirs, tokenizer):
+    """On real text without blanks before digits: transformers' GGUF conversion forgets that SmolLM splits
+    digits off first, which changes how the blanks before one are taken; llama.cpp, below, agrees with
+    ours there."""
+    text = "\n".join(inspect.getsource(module) for module in (argparse, typing, statistics))
+    text = re.sub(r"\s+(?=\d)", "", text)
+    chatted = "<|im_start|>user\nWho's there?  naïve café 日本語 😀\r\n\tend   <|im_end|>\n"
+    for sample in (text, PROSE, chatted):
+        ids = tokenizer.encode(sample, add_special_tokens=False).ids
+        assert ids == theirs[1].encode(sample, add_special_tokens=False)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == sample
+
+
+def test_the_chat_template_is_that_of_the_file(imported):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    chat = transformers.PreTrainedTokenizerFast.from_pretrained(imported[0]).apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+
+
+@torch.no_grad()
+def test_llama_cpp_splits_and_continues_alike(ours, tokenizer):
+    llama_cpp = pytest.importorskip("judge_llama_cpp", reason="llama.cpp's wheel xllamacpp is not installed")
+    server = llama_cpp.open_server(SOURCE, threads=2)
+    text = "In 1889,  12345 people paid 2.50 francs to climb it.\n\n   7 of them were from"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert llama_cpp.n_tokens(server, text) == len(ids)
+    theirs = llama_cpp.log_probabilities(server, ids, 20)
+    mine = ours(torch.tensor([ids]))[0, -1].log_softmax(-1)
+    # llama.cpp also rounds the activations to 8 bits, so the two agree in rank and roughly in value.
+    assert int(mine.argmax()) == max(theirs, key=theirs.get)
+    assert max(abs(mine[i].item() - value) for i, value in list(theirs.items())[:5]) < 0.5
