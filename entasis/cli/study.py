@@ -12,6 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from entasis.study.definition import Study
+    from entasis.study.judgement import Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
-def _run(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-def]
+def _run(args: argparse.Namespace, console: Console) -> int:
     from entasis.study import conduct
 
     if args.action == "resume":
@@ -72,14 +79,14 @@ def _run(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-d
     return 1 if verdict["failed"] else 0
 
 
-def _report(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-def]
+def _report(args: argparse.Namespace, console: Console) -> int:
     from entasis.study import conduct
 
     _show(conduct.report(args.folder, console), args.folder, args, console)
     return 0
 
 
-def _plan(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-def]
+def _plan(args: argparse.Namespace, console: Console) -> int:
     from entasis.study import price
 
     study = _study(args)
@@ -91,7 +98,7 @@ def _plan(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-
     return 0
 
 
-def _compare(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyped-def]
+def _compare(args: argparse.Namespace, console: Console) -> int:
     from entasis.study import side_by_side
 
     rows, table, notes = side_by_side.compare(*args.folders)
@@ -104,13 +111,13 @@ def _compare(args: argparse.Namespace, console) -> int:  # type: ignore[no-untyp
     return 0
 
 
-def _study(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _study(args: argparse.Namespace) -> Study:
     from entasis.study import definition
 
     return definition.read(args.study, size=args.size, overrides=args.overrides)
 
 
-def _show(verdict, folder: Path, args: argparse.Namespace, console) -> None:  # type: ignore[no-untyped-def]
+def _show(verdict: Verdict, folder: Path, args: argparse.Namespace, console: Console) -> None:
     from entasis.study import conduct
 
     if args.json:

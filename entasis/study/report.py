@@ -150,7 +150,7 @@ def _curves(page: Page, study: Study, plan: Plan, done: list[Outcome], folder: P
             series="arm", repeat="seed", order=order, top=float(np.max(settled)),
         )  # fmt: skip
         charts.save(shown[name], folder / "charts" / f"loss-{name.lower()}")
-    blocks = [
+    blocks: list[str] = [
         page.switch(shown),
         page.note(
             "Every seed is drawn; each point is the mean over its stretch of steps. Click a name to bring its curves "
@@ -243,7 +243,7 @@ def _sweep(page: Page, study: Study, prepared: Sequence[PlannedRun], folder: Pat
         charts.save(chart, folder / "charts" / "learning-rate")
         blocks = [page.chart(chart)]
         edges = {min(study.sweep.multipliers), max(study.sweep.multipliers)} if study.sweep else set()
-        at_edge = [r["arm"] for r in rows if r["chosen"] and r["multiplier"] in edges]
+        at_edge = [str(r["arm"]) for r in rows if r["chosen"] and r["multiplier"] in edges]
         if at_edge:
             blocks.append(
                 page.note(f"Chosen at the edge of the sweep, so it may be too narrow: {', '.join(at_edge)}.")
