@@ -1,0 +1,339 @@
+"""From text to a corpus: surveyed, split, tokenised, written shard by shard.
+
+    entasis data prepare stdlib --train-tokenizer 4096 --output corpora/stdlib
+
+The text is read twice. The first time it is measured: sizes, exact and near duplicates, and from them which
+documents are held out. The second time it is tokenised and written. Neither reading holds more than a batch of
+text and one shard of tokens. What a killed run finished is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entasis.data import split
+from entasis.data import tokenizer as tokenizers
+from entasis.data.corpus import INDEX, TOKENIZER
+from entasis.data.shards import sync_and_rename, write_shard
+from entasis.data.sources import Document, documents
+from entasis.errors import UserError
+
+SHARD_TOKENS = 1 << 25
+_BATCH_BYTES = 4 << 20
+_TOKENIZER_SAMPLE = 64 << 20
+_SKIPPED, _TRAIN, _VALIDATION = 0, 1, 2
+SIDES = {"train": _TRAIN, "validation": _VALIDATION}
+
+Progress = Callable[[str, int, int], Any]
+"""Called with the phase (survey, tokenizer, tokens), the bytes done and the bytes in all (0: not known yet)."""
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    train_tokenizer: int | None = None,
+    validation: float = 0.05,
+    seed: int = 0,
+    limit: int | None = None,
+    column: str = "text",
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Writes `output/train` and `output/validation`; returns what they hold.
+
+    `validation` is the held-out share of bytes, `limit` a cap on source bytes (whole documents, drawn by name).
+    Exactly one of `tokenizer` (see `tokenizer.load`) and `train_tokenizer` (its number of ids) is given. A folder
+    that holds the same is answered from; one that holds something else is refused (`UserError`).
+    """
+    output, report = Path(output), progress or (lambda *_: None)
+    if (tokenizer is None) == (train_tokenizer is None):
+        raise UserError("give either a tokenizer or --train-tokenizer VOCABULARY")
+    if not 0 <= validation < 1:
+        raise UserError(f"--validation is {validation}; it must be a share from 0 to below 1")
+    arguments = {
+        "sources": [str(s) for s in sources],
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "train_tokenizer": train_tokenizer,
+        "validation": validation,
+        "seed": seed,
+        "limit": limit,
+        "column": column,
+        "shard_tokens": shard_tokens,
+    }
+    _claim(output, arguments)
+    done = output / "prepared.json"
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    work = output / ".work"
+    work.mkdir(exist_ok=True)
+    sides, sizes = _survey(sources, column, validation, seed, limit, work, report)
+    chosen = _tokenizer(tokenizer, train_tokenizer, sources, column, sides, work, report)
+    total = int(sizes[sides != _SKIPPED].sum())
+    _write_tokens(sources, column, sides, total, chosen, output, shard_tokens, report)
+    result = {
+        "output": str(output),
+        "arguments": arguments,
+        "tokenizer": chosen.hash,
+        "vocabulary": chosen.vocabulary,
+        "source_documents": len(sides),
+        "skipped_documents": int((sides == _SKIPPED).sum()),
+        "seconds": time.perf_counter() - started,
+        **{name: _totals(output / name) for name in SIDES if (output / name / INDEX).is_file()},
+    }
+    _write_json(done, result)
+    shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def _claim(output: Path, arguments: dict[str, Any]) -> None:
+    """Makes the folder this preparation's own, or finds that it is. Raises `UserError` if it is another's."""
+    file = output / "arguments.json"
+    if file.is_file():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in arguments.items():
+            if earlier.get(name) != value:
+                raise UserError(
+                    f"{output}: prepared with {name} {earlier.get(name)!r}, not {value!r}; name another folder"
+                )
+        return
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output}: not empty and not a corpus; name another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    _write_json(file, arguments)
+
+
+def _survey(
+    sources: Sequence[str | Path],
+    column: str,
+    validation: float,
+    seed: int,
+    limit: int | None,
+    work: Path,
+    report: Progress,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The side of every document (skipped, train, validation) and its bytes."""
+    saved = work / "survey.npy"
+    if saved.is_file():
+        sides, sizes = np.load(saved, allow_pickle=False)
+        return sides, sizes
+    names: list[str] = []
+    bytes_of: list[int] = []
+    signatures: list[np.ndarray] = []
+    for document in documents(sources, column):
+        names.append(document.name)
+        bytes_of.append(len(document.text.encode("utf-8")))
+        signatures.append(split.signature(document.text))
+        report("survey", sum(bytes_of[-1:]), 0)
+    if not names:
+        raise UserError(f"no text in {', '.join(map(str, sources))}")
+    sizes = np.array(bytes_of, np.int64)
+    sides = np.full(len(names), _TRAIN, np.int64)
+    if limit is not None:
+        drawn = np.array(sorted(range(len(names)), key=lambda i: split.hash_of(names[i], seed + 1)))
+        sides[drawn[np.cumsum(sizes[drawn]) > limit]] = _SKIPPED
+    kept = np.flatnonzero(sides)
+    if validation and len(kept):
+        group = split.groups(np.stack([signatures[i] for i in kept]))
+        out = split.held_out([names[i] for i in kept], sizes[kept], group, validation, seed)
+        if out.all() or not out.any():
+            raise UserError(
+                "all documents are near-duplicates of one another or there is but one, so nothing can be held out; "
+                "add text, or give --validation 0"
+            )
+        sides[kept[out]] = _VALIDATION
+    partial = work / "survey.npy.partial"
+    with partial.open("wb") as file:
+        np.save(file, np.stack([sides, sizes]), allow_pickle=False)
+    sync_and_rename(partial, saved)
+    return sides, sizes
+
+
+def _tokenizer(
+    given: str | Path | None,
+    train: int | None,
+    sources: Sequence[str | Path],
+    column: str,
+    sides: np.ndarray,
+    work: Path,
+    report: Progress,
+) -> tokenizers.Tokenizer:
+    if given is not None:
+        return tokenizers.load(given)
+    saved = work / TOKENIZER
+    if not saved.is_file():
+        assert train is not None
+        trained = tokenizers.train(_sample(sources, column, sides, report), train)
+        trained.save(work / "tokenizer.json.partial")
+        sync_and_rename(work / "tokenizer.json.partial", saved)
+    return tokenizers.load(saved)
+
+
+def _sample(sources: Sequence[str | Path], column: str, sides: np.ndarray, report: Progress) -> Iterator[str]:
+    """Training text, from the beginning of the corpus to its end where that is short enough."""
+    taken = 0
+    for side, document in zip(sides, documents(sources, column), strict=True):
+        if side == _TRAIN and taken < _TOKENIZER_SAMPLE:
+            taken += len(document.text)
+            report("tokenizer", taken, 0)
+            yield document.text
+
+
+@dataclass
+class _Side:
+    """One half of the corpus on its way to disk."""
+
+    folder: Path
+    chosen: tokenizers.Tokenizer
+    shards: dict[str, str] = field(default_factory=dict)
+    finished: int = 0
+    """Source documents up to here are in finished shards."""
+    ids: list[np.ndarray] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    waiting: int = 0
+
+    def resume(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.folder / "progress.json"
+        if state.is_file():
+            earlier = json.loads(state.read_text(encoding="utf-8"))
+            self.shards, self.finished = earlier["shards"], earlier["finished"]
+        for path in self.folder.glob("shard-*"):
+            if path.name not in self.shards:
+                path.unlink()  # written after the last entry in progress.json, or half-written
+
+    def add(self, ids: np.ndarray, size: int) -> None:
+        if self.chosen.end_of_text is not None:
+            ids = np.append(ids, np.uint32(self.chosen.end_of_text))
+        self.ids.append(ids)
+        self.sizes.append(size)
+        self.waiting += len(ids)
+
+    def flush(self, finished: int) -> None:
+        """Writes what waits as a shard, and then that it is there."""
+        if self.ids:
+            name = f"shard-{len(self.shards):05d}.safetensors"
+            ends = np.cumsum([0, *(len(x) for x in self.ids)], dtype=np.int64)
+            self.shards[name] = write_shard(
+                self.folder / name,
+                np.concatenate(self.ids),
+                ends,
+                np.array(self.sizes, np.int64),
+                vocabulary=self.chosen.vocabulary,
+                tokenizer_hash=self.chosen.hash,
+            )
+        self.ids, self.sizes, self.waiting, self.finished = [], [], 0, finished
+        _write_json(self.folder / "progress.json", {"shards": self.shards, "finished": finished})
+
+    def close(self) -> None:
+        self.chosen.save(self.folder / f"{TOKENIZER}.partial")
+        sync_and_rename(self.folder / f"{TOKENIZER}.partial", self.folder / TOKENIZER)
+        index = {
+            "shards": self.shards,
+            "vocabulary": self.chosen.vocabulary,
+            "tokenizer": self.chosen.hash,
+            "end_of_text": self.chosen.end_of_text,
+        }
+        _write_json(self.folder / INDEX, index)
+        (self.folder / "progress.json").unlink()
+
+
+def _write_tokens(
+    sources: Sequence[str | Path],
+    column: str,
+    sides: np.ndarray,
+    total: int,
+    chosen: tokenizers.Tokenizer,
+    output: Path,
+    shard_tokens: int,
+    report: Progress,
+) -> None:
+    halves = {
+        side: _Side(output / name, chosen)
+        for name, side in SIDES.items()
+        if (sides == side).any() and not (output / name / INDEX).is_file()
+    }
+    for half in halves.values():
+        half.resume()
+    done = 0
+
+    def encode(batch: list[tuple[int, int, Document]]) -> list[tuple[int, int, int, np.ndarray]]:
+        ids = chosen.encode_batch([d.text for _, _, d in batch])
+        return [(i, side, len(d.text.encode("utf-8")), x) for (i, side, d), x in zip(batch, ids, strict=True)]
+
+    def wanted() -> Iterator[tuple[int, int, Document]]:
+        for i, document in enumerate(documents(sources, column)):
+            if i >= len(sides):
+                raise UserError(
+                    "the sources have changed since they were surveyed; prepare into a new folder"
+                )
+            side = int(sides[i])
+            if side in halves and i >= halves[side].finished:
+                yield i, side, document
+
+    # One batch is encoded (on all cores, without the interpreter's lock) while the last one is stored.
+    with ThreadPoolExecutor(1) as pool:
+        for encoded in _one_ahead(pool, encode, _batches(wanted())):
+            for i, side, size, ids in encoded:
+                half = halves[side]
+                half.add(ids, size)
+                done += size
+                if half.waiting >= shard_tokens:
+                    half.flush(i + 1)
+            report("tokens", done, total)
+    for half in halves.values():
+        half.flush(len(sides))
+        half.close()
+
+
+def _batches(items: Iterator[tuple[int, int, Document]]) -> Iterator[list[tuple[int, int, Document]]]:
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += len(item[2].text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _one_ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
+    pending = None
+    for item in items:
+        started = pool.submit(work, item)
+        if pending is not None:
+            yield pending.result()
+        pending = started
+    if pending is not None:
+        yield pending.result()
+
+
+def _totals(folder: Path) -> dict[str, Any]:
+    from entasis.data.corpus import Corpus
+
+    corpus = Corpus(folder)
+    return {
+        "documents": corpus.documents,
+        "tokens": corpus.tokens,
+        "bytes": corpus.bytes,
+        "shards": len(corpus.shards),
+        "fingerprint": corpus.fingerprint,
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    sync_and_rename(partial, path)

@@ -1,0 +1,149 @@
+"""One shard: a safetensors file of tokens that says what they are.
+
+    tokens           uint16 or uint32 [n]         the ids, documents one after another
+    documents        int64 [m + 1]                where each document begins; the last entry is n
+    document_bytes   int64 [m]                    UTF-8 bytes of each document's text
+    metadata         format, vocabulary, tokenizer (its hash), tokens, bytes, content (a hash)
+
+The dtype stands in the file and is read from it. An id outside the vocabulary is refused when written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from entasis.errors import UserError
+
+FORMAT = "entasis-tokens-1"
+DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
+
+
+def dtype_for(vocabulary: int) -> np.dtype:
+    """The narrowest dtype that holds every id below `vocabulary`."""
+    return DTYPES["U16"] if vocabulary <= 1 << 16 else DTYPES["U32"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An opened shard; `tokens` is mapped from disk, not read."""
+
+    path: Path
+    tokens: np.ndarray
+    documents: np.ndarray
+    document_bytes: np.ndarray
+    vocabulary: int
+    tokenizer_hash: str
+    content_hash: str
+
+
+def write_shard(
+    path: Path,
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    document_bytes: np.ndarray,
+    *,
+    vocabulary: int,
+    tokenizer_hash: str,
+) -> str:
+    """Writes a shard aside, syncs and renames it; returns its content hash.
+
+    Raises `UserError` when an id is negative or not below `vocabulary`, or when the file exists.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists; nothing is overwritten")
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= vocabulary):
+        at = int(np.flatnonzero((tokens < 0) | (tokens >= vocabulary))[0])
+        raise UserError(
+            f"{path.name}: id {int(tokens[at])} at {at} is outside the vocabulary of {vocabulary}"
+        )
+    assert documents[0] == 0 and documents[-1] == len(tokens) and len(documents) == len(document_bytes) + 1
+    tensors = {
+        "tokens": tokens.astype(dtype_for(vocabulary)),
+        "documents": documents.astype("<i8"),
+        "document_bytes": document_bytes.astype("<i8"),
+    }
+    content = content_hash(tensors["tokens"], tensors["documents"], tensors["document_bytes"])
+    metadata = {
+        "format": FORMAT,
+        "vocabulary": str(vocabulary),
+        "tokenizer": tokenizer_hash,
+        "tokens": str(len(tokens)),
+        "bytes": str(int(document_bytes.sum())),
+        "content": content,
+    }
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=metadata)
+    sync_and_rename(partial, path)
+    return content
+
+
+def sync_and_rename(partial: Path, path: Path) -> None:
+    """Makes a file written aside the real one, surviving a power cut."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def content_hash(*arrays: np.ndarray) -> str:
+    """A hash over arrays' bytes and dtypes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(array.dtype.str.encode())
+        digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+    return digest.hexdigest()
+
+
+def open_shard(path: Path) -> Shard:
+    """Maps a shard, checking what is cheap: structure, sizes, dtypes, metadata. Raises `UserError`."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            if metadata.get("format") != FORMAT:
+                raise UserError(
+                    f"{path}: not a token shard of this version (format {metadata.get('format')!r})"
+                )
+            if names != {"tokens", "documents", "document_bytes"}:
+                raise UserError(
+                    f"{path}: holds {sorted(names)}; a shard has tokens, documents, document_bytes"
+                )
+            documents, document_bytes = file.get_tensor("documents"), file.get_tensor("document_bytes")
+            kind = file.get_slice("tokens").get_dtype()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the shard is missing; prepare the corpus again") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged or cut short ({error}); prepare the corpus again") from error
+    if kind not in DTYPES:
+        raise UserError(f"{path}: tokens are {kind}; a shard holds U16 or U32")
+    tokens = _map(path, DTYPES[kind])
+    vocabulary = int(metadata["vocabulary"])
+    whole = (
+        len(documents) == len(document_bytes) + 1
+        and documents[0] == 0
+        and documents[-1] == len(tokens) == int(metadata["tokens"])
+        and bool((np.diff(documents) >= 0).all())
+        and int(document_bytes.sum()) == int(metadata["bytes"])
+    )
+    if not whole:
+        raise UserError(f"{path}: its counts contradict one another; prepare the corpus again")
+    return Shard(
+        path, tokens, documents, document_bytes, vocabulary, metadata["tokenizer"], metadata["content"]
+    )
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))["tokens"]["data_offsets"]
+    if begin == end:
+        return np.zeros(0, dtype)
+    return np.memmap(
+        path, dtype, mode="r", offset=8 + length + begin, shape=((end - begin) // dtype.itemsize,)
+    )

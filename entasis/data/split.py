@@ -1,0 +1,109 @@
+"""Which documents are held out, with near-duplicates kept on one side.
+
+Two documents are near-duplicates when about half or more of what one says is said in the other. Each document is
+reduced to a one-permutation MinHash (Li, Owen and Zhang, 2012) of its byte shingles; documents that agree in a
+whole band of it are compared, and groups of those that agree go to one side. No library on the dependency list
+does this, and it must not hold the text, only 512 bytes a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+SHINGLE = 32
+"""Bytes in a shingle, white space folded."""
+_BINS, _ROWS = 128, 4
+_SIMILAR = 0.5
+_EMPTY = np.iinfo(np.uint32).max
+_ODD = 0x9E3779B97F4A7C15
+_INVERSE = pow(_ODD, -1, 1 << 64)
+_SPACE = re.compile(rb"\s+")
+
+
+def signature(text: str) -> np.ndarray:
+    """The MinHash of a text: uint32 [128]."""
+    data = np.frombuffer(_SPACE.sub(b" ", text.encode("utf-8")), np.uint8)
+    result = np.full(_BINS, _EMPTY, np.uint32)
+    if len(data) < SHINGLE:
+        data = np.pad(data, (0, SHINGLE - len(data)))
+    # Rolling polynomial hash of all windows at once: prefix sums of b[j]·p^j, times p^-i, modulo 2^64.
+    powers, inverses = _powers(len(data))
+    sums = np.zeros(len(data) + 1, np.uint64)
+    np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers[: len(data)], out=sums[1:])
+    hashes = (sums[SHINGLE:] - sums[:-SHINGLE]) * inverses[: len(data) - SHINGLE + 1]
+    hashes = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes ^= hashes >> np.uint64(32)
+    bins = (hashes >> np.uint64(57)).astype(np.int64)
+    np.minimum.at(result, bins, (hashes & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+    return result
+
+
+_tables: list[np.ndarray] = [np.ones(1, np.uint64), np.ones(1, np.uint64)]
+
+
+def _powers(n: int) -> list[np.ndarray]:
+    if len(_tables[0]) < n:
+        for i, base in enumerate((_ODD, _INVERSE)):
+            steps = np.full(max(n, 1 << 16), base, np.uint64)
+            steps[0] = 1
+            _tables[i] = np.multiply.accumulate(steps)
+    return _tables
+
+
+def groups(signatures: np.ndarray) -> np.ndarray:
+    """The group of each document, as the index of its first member: int64 [n]."""
+    parent = np.arange(len(signatures))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = int(parent[i])
+        return i
+
+    for start in range(0, _BINS, _ROWS):
+        bands: dict[bytes, list[int]] = defaultdict(list)
+        band = np.ascontiguousarray(signatures[:, start : start + _ROWS])
+        for i, row in enumerate(band):
+            if not (row == _EMPTY).all():
+                bands[row.tobytes()].append(i)
+        for members in bands.values():
+            for i in members[1:]:
+                a, b = sorted((root(members[0]), root(i)))
+                if a != b and _similar(signatures[members[0]], signatures[i]):
+                    parent[b] = a
+    return np.array([root(i) for i in range(len(parent))], np.int64)
+
+
+def _similar(a: np.ndarray, b: np.ndarray) -> bool:
+    used = (a != _EMPTY) | (b != _EMPTY)
+    return bool((a == b)[used].mean() >= _SIMILAR)
+
+
+def held_out(
+    names: Sequence[str], sizes: np.ndarray, group: np.ndarray, share: float, seed: int
+) -> np.ndarray:
+    """Which documents are held out: bool [n], whole groups up to `share` of all bytes, at least one group.
+
+    The order in which groups are drawn depends on names and seed alone.
+    """
+    total = np.bincount(group, weights=sizes, minlength=len(group))
+    leaders = np.unique(group)
+    drawn = sorted(leaders, key=lambda i: hash_of(names[i], seed))
+    left, chosen = share * float(sizes.sum()), np.zeros(len(group), bool)
+    for leader in drawn:
+        if total[leader] <= left:
+            chosen[leader] = True
+            left -= total[leader]
+    if share > 0 and len(leaders) > 1 and not chosen.any():
+        chosen[min(drawn, key=lambda i: total[i])] = True
+    return chosen[group]
+
+
+def hash_of(name: str, seed: int) -> int:
+    """A number for a name, the same everywhere."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,125 @@
+"""Tokenizers: all of them `tokenizers.Tokenizer` underneath, plain bytes included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Library
+from tokenizers.models import BPE
+
+from entasis.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
+
+
+class Tokenizer:
+    """Text to ids and back. `hash` identifies it; `end_of_text` closes a document (None when there is none)."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        library.no_padding()
+        library.no_truncation()
+        ids = library.get_vocab(with_added_tokens=True)
+        self.vocabulary = max(ids.values()) + 1
+        self.end_of_text: int | None = next((ids[name] for name in _ENDS if name in ids), None)
+        self.hash = hashlib.blake2b(library.to_str().encode(), digest_size=16).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, on all cores."""
+        encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(e.ids, np.uint32) for e in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save(self, path: str | Path) -> None:
+        """Writes `tokenizer.json`."""
+        Path(path).write_text(self.library.to_str(), encoding="utf-8")
+
+
+def load(source: str | Path) -> Tokenizer:
+    """A tokenizer from `bytes`, a `tokenizer.json`, a folder with one, or a folder with GPT-2's vocabulary and merges.
+
+    Raises `UserError` when there is none or it cannot be read.
+    """
+    if source == "bytes":
+        return from_bytes()
+    path = Path(source)
+    if path.is_dir():
+        for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+            if (path / vocabulary).is_file() and not (path / "tokenizer.json").is_file():
+                return from_gpt2(path / vocabulary, path / merges)
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"tokenizer {source}: no such file; give a tokenizer.json, a GPT-2 folder, or bytes")
+    try:
+        return Tokenizer(Library.from_str(path.read_text(encoding="utf-8")))
+    except Exception as error:  # the library raises bare Exception for anything it cannot parse
+        raise UserError(f"tokenizer {path}: cannot be read ({' '.join(str(error).split())})") from error
+
+
+def from_bytes() -> Tokenizer:
+    """Every byte of the UTF-8 text is a token (ids 0 … 255), and 256 ends a document."""
+    # `tokenizers` writes bytes as printable characters; sorted by byte value they are the ids.
+    return _byte_level({symbol: i for i, symbol in enumerate(_byte_symbols())}, [])
+
+
+def from_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
+    """GPT-2's own files: a JSON of symbols to ids and a list of merges."""
+    try:
+        ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").splitlines()
+        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        return _byte_level(ids, pairs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer {vocabulary.parent}: cannot be read ({error})") from error
+
+
+def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """A byte-level BPE with `vocabulary` ids, its end-of-text included, trained on `texts`.
+
+    The same texts give the same tokenizer. Raises `UserError` below 257 ids.
+    """
+    if vocabulary < 257:
+        raise UserError(f"--train-tokenizer {vocabulary}: a byte-level tokenizer has at least 257 ids")
+    library = _empty()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    return Tokenizer(library)
+
+
+def _empty(model: BPE | None = None) -> Library:
+    library = Library(model or BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+def _byte_level(ids: dict[str, int], merges: list[tuple[str, ...]]) -> Tokenizer:
+    library = _empty(BPE(vocab=ids, merges=merges))
+    library.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    return Tokenizer(library)
+
+
+def _byte_symbols() -> list[str]:
+    """GPT-2's printable character for each byte: itself where it is printable, else from U+0100 upwards."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols, spare = [], 256
+    for byte in range(256):
+        symbols.append(chr(byte if byte in plain else spare))
+        spare += byte not in plain
+    return symbols
