@@ -101,8 +101,9 @@ def evaluate(
     step = sequence * batch
     for start in range(rank * step, total, world * step):
         stop = min(start + step, total)
-        before = [first] if start == 0 else []
-        stream = np.concatenate([before, read(start - 1 + len(before), stop)]).astype(np.int64)
+        stream = read(max(0, start - 1), stop).astype(np.int64)
+        if start == 0:
+            stream = np.concatenate([[first], stream])
         owner = np.searchsorted(ends, np.arange(start, stop), side="right")
         for a, b in _windows(stop - start, sequence):
             tokens_BT = torch.from_numpy(stream[a:b].reshape(-1, min(sequence, b - a)))
