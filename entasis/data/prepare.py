@@ -92,7 +92,7 @@ def prepare(
         "seconds": time.perf_counter() - started,
         **{name: _totals(output / name) for name in SIDES if (output / name / INDEX).is_file()},
     }
-    _write_json(done, result)
+    write_json(done, result)
     shutil.rmtree(work, ignore_errors=True)
     return result
 
@@ -111,7 +111,7 @@ def _claim(output: Path, arguments: dict[str, Any]) -> None:
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output}: not empty and not a corpus; name another folder")
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(file, arguments)
+    write_json(file, arguments)
 
 
 def _survey(
@@ -234,7 +234,7 @@ class _Side:
                 tokenizer_hash=self.chosen.hash,
             )
         self.ids, self.sizes, self.waiting, self.finished = [], [], 0, finished
-        _write_json(self.folder / "progress.json", {"shards": self.shards, "finished": finished})
+        write_json(self.folder / "progress.json", {"shards": self.shards, "finished": finished})
 
     def close(self) -> None:
         self.chosen.save(self.folder / f"{TOKENIZER}.partial")
@@ -245,7 +245,7 @@ class _Side:
             "tokenizer": self.chosen.hash,
             "end_of_text": self.chosen.end_of_text,
         }
-        _write_json(self.folder / INDEX, index)
+        write_json(self.folder / INDEX, index)
         (self.folder / "progress.json").unlink()
 
 
@@ -333,7 +333,8 @@ def _totals(folder: Path) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Writes aside, syncs, renames."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sync_and_rename(partial, path)
