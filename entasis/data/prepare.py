@@ -131,11 +131,13 @@ def _survey(
     names: list[str] = []
     bytes_of: list[int] = []
     signatures: list[np.ndarray] = []
+    seen = 0
     for document in documents(sources, column):
         names.append(document.name)
         bytes_of.append(len(document.text.encode("utf-8")))
         signatures.append(split.signature(document.text))
-        report("survey", sum(bytes_of[-1:]), 0)
+        seen += bytes_of[-1]
+        report("survey", seen, 0)
     if not names:
         raise UserError(f"no text in {', '.join(map(str, sources))}")
     sizes = np.array(bytes_of, np.int64)

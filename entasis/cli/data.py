@@ -1,0 +1,230 @@
+"""Prepare, import, inspect and examine corpora.
+
+examples:
+  entasis data prepare stdlib --train-tokenizer 4096 --output corpora/stdlib
+  entasis data prepare articles/ more.jsonl.zst --tokenizer tokenizer.json --output corpora/articles
+  entasis data import old/train.bin --format nanogpt --dtype uint16 --tokenizer gpt2/ --output corpora/old
+  entasis data inspect corpora/stdlib/train
+  entasis data doctor old/train.bin --dtype uint16 --vocabulary 50257
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from entasis.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    prepare = verbs.add_parser("prepare", help="turn text into a corpus, split into train and validation")
+    prepare.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="text files and folders, .jsonl(.gz/.zst), .parquet, hf:NAME[:CONFIG[:SPLIT]], or stdlib: the "
+        "interpreter's own standard library",
+    )
+    prepare.add_argument("--output", required=True, metavar="DIR")
+    prepare.add_argument(
+        "--tokenizer", metavar="PATH", help="tokenizer.json, folder with GPT-2's files, or `bytes`"
+    )
+    prepare.add_argument(
+        "--train-tokenizer", type=int, metavar="VOCABULARY", help="train a byte-level BPE here"
+    )
+    prepare.add_argument("--validation", default="5%", help="share of bytes held out, by document (5%%)")
+    prepare.add_argument("--seed", type=int, default=0, help="which documents are held out (0)")
+    prepare.add_argument(
+        "--limit", metavar="SIZE", help="at most so much text, whole documents, such as 12MB"
+    )
+    prepare.add_argument("--column", default="text", help="the text's key in jsonl and parquet (text)")
+    prepare.set_defaults(act=_prepare)
+
+    bring = verbs.add_parser("import", help="bring in another project's token file")
+    bring.add_argument("source", metavar="FILE")
+    bring.add_argument("--format", required=True, help="nanogpt, llm.c, megatron, npy or raw")
+    bring.add_argument(
+        "--dtype", help="type of the ids where the format does not say it: uint16, int32, uint16be, …"
+    )
+    bring.add_argument("--tokenizer", required=True, metavar="PATH", help="the tokenizer that made the ids")
+    bring.add_argument("--output", required=True, metavar="DIR")
+    bring.set_defaults(act=_import)
+
+    inspect = verbs.add_parser("inspect", help="say what a corpus holds")
+    inspect.add_argument("corpus", metavar="DIR")
+    inspect.set_defaults(act=_inspect)
+
+    doctor = verbs.add_parser("doctor", help="examine token data: exit code 0 sound, 1 diseased")
+    doctor.add_argument("path", metavar="FILE|DIR")
+    doctor.add_argument("--dtype", help="type of a raw file's ids")
+    doctor.add_argument("--vocabulary", type=int, help="number of ids that the tokenizer has")
+    doctor.add_argument("--tokenizer", metavar="PATH", help="the tokenizer that should have made the ids")
+    doctor.set_defaults(act=_doctor)
+    for verb in (prepare, bring, inspect, doctor):
+        verb.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    return args.act(args)
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from entasis.data.prepare import prepare
+
+    with _progress() as report:
+        result = prepare(
+            args.sources,
+            args.output,
+            tokenizer=args.tokenizer,
+            train_tokenizer=args.train_tokenizer,
+            validation=_share(args.validation),
+            seed=args.seed,
+            limit=_size(args.limit),
+            column=args.column,
+            progress=report,
+        )
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(f"{args.output}: vocabulary {result['vocabulary']:,}, tokenizer {result['tokenizer'][:12]}")
+    for side in ("train", "validation"):
+        if part := result.get(side):
+            print(
+                f"  {side:10} {part['documents']:>9,} documents {part['tokens']:>13,} tokens "
+                f"{part['bytes'] / 1e6:>9,.1f} MB  {part['bytes'] / part['tokens']:.2f} bytes/token  "
+                f"{part['fingerprint'][:12]}"
+            )
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from entasis.data.importers import import_tokens
+
+    with _progress() as report:
+        result = import_tokens(
+            args.source,
+            args.output,
+            format=args.format,
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            progress=report,
+        )
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{args.output}: {result['documents']:,} documents, {result['tokens']:,} tokens, {result['bytes'] / 1e6:,.1f} MB"
+        )
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from entasis.data import tokenizer
+    from entasis.data.corpus import Corpus
+
+    corpus = Corpus(args.corpus)
+    beginning = tokenizer.load(corpus.tokenizer_path).decode(corpus.read(0, min(64, corpus.tokens)))
+    answer = {
+        "documents": corpus.documents,
+        "tokens": corpus.tokens,
+        "bytes": corpus.bytes,
+        "bytes_per_token": corpus.bytes / max(1, corpus.tokens),
+        "vocabulary": corpus.vocabulary,
+        "dtype": str(corpus.dtype),
+        "shards": len(corpus.shards),
+        "end_of_text": corpus.end_of_text,
+        "tokenizer": corpus.tokenizer_hash,
+        "fingerprint": corpus.fingerprint,
+        "beginning": beginning,
+    }
+    if args.json:
+        print(json.dumps(answer))
+        return 0
+    for name, value in answer.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        print(
+            f"{name.replace('_', ' '):16} {value:.3f}"
+            if isinstance(value, float)
+            else f"{name.replace('_', ' '):16} {shown}"
+        )
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from entasis.data.doctor import examine
+
+    diagnosis = examine(args.path, args.dtype, args.vocabulary, args.tokenizer, thorough=True)
+    if args.json:
+        print(json.dumps({**dataclasses.asdict(diagnosis), "sound": diagnosis.sound}))
+    elif diagnosis.sound:
+        print(f"{args.path}: sound ({diagnosis.tokens:,} tokens)")
+    else:
+        for finding in diagnosis.findings:
+            print(f"{args.path}: {finding.name}\n  evidence: {finding.evidence}\n  cure: {finding.cure}")
+    return 0 if diagnosis.sound else 1
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise UserError(f"--validation is {text!r}; write a share such as 5% or 0.05") from error
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from entasis.shape.specification import number
+
+    return number(text.upper().removesuffix("B"), "--limit")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with MB/s and ETA on a terminal; a line every ten seconds elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        said: dict[str, Any] = {"phase": "", "at": 0.0}
+
+        def tell(phase: str, done: int, total: int) -> None:
+            if phase != said["phase"] or time.monotonic() - said["at"] > 10:
+                said.update(phase=phase, at=time.monotonic())
+                of = f" of {total / 1e6:,.1f}" if total else ""
+                print(f"{phase}: {done / 1e6:,.1f}{of} MB", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    columns = (
+        TextColumn("{task.description:10}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total or None)
+            bar.update(tasks[phase], completed=done)
+
+        yield show
