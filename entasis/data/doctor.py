@@ -52,9 +52,11 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Specimen:
-    """What an examination sees: token ids as read, their number on disk, and what is known about them."""
+    """What an examination sees: a sample of the ids as read, the range of all, and what is known about them."""
 
     ids: np.ndarray
+    lowest: int
+    highest: int
     vocabulary: int | None
     tokenizer: tokenizers.Tokenizer | None
 
@@ -79,8 +81,8 @@ def examine(
 ) -> Diagnosis:
     """Examines a corpus folder, or a raw token file whose dtype is told.
 
-    A corpus is checked against its own vocabulary and tokenizer. `thorough` reads every token and recomputes the
-    content hashes; otherwise a sample is read, in a fraction of a second. Raises `UserError` when there is nothing
+    A corpus is checked against its own vocabulary and tokenizer. `thorough` recomputes the content hashes of its
+    shards; otherwise a sample is read, in a fraction of a second. Raises `UserError` when there is nothing
     to examine, or a file's dtype is neither told nor written in it.
     """
     path = Path(path)
@@ -101,8 +103,10 @@ def examine_ids(
     vocabulary: int | None,
     tokenizer: tokenizers.Tokenizer | None,
 ) -> Diagnosis:
-    """Examines ids that were already read, adding to `findings`."""
-    specimen = Specimen(ids, vocabulary, tokenizer)
+    """Examines ids that are at hand or mapped from disk, adding to `findings`; memory stays small."""
+    sample = _sampled(lambda start, stop: ids[start:stop], len(ids))
+    lowest, highest = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    specimen = Specimen(sample, lowest, highest, vocabulary, tokenizer)
     return Diagnosis(str(path), len(ids), (*findings, *(f for look in EXAMINATIONS for f in look(specimen))))
 
 
@@ -136,7 +140,8 @@ def _examine_corpus(path: Path, chosen: tokenizers.Tokenizer | None, thorough: b
     if chosen is not None and chosen.hash != corpus.tokenizer_hash:
         evidence = f"the one given has hash {chosen.hash[:12]}, the shards {corpus.tokenizer_hash[:12]}"
         findings.append(Finding("wrong tokenizer", evidence, "use the corpus's own tokenizer.json"))
-    ids = corpus.read(0, corpus.tokens) if thorough else _sampled(corpus.read, corpus.tokens)
+    # Every id was below the vocabulary when the shard was written, and the hash says whether it still is that shard.
+    ids = _sampled(corpus.read, corpus.tokens)
     diagnosis = examine_ids(path, ids, findings, corpus.vocabulary, chosen or own)
     return Diagnosis(str(path), corpus.tokens, diagnosis.findings)
 
@@ -265,13 +270,13 @@ def swapped_bytes(specimen: Specimen) -> Iterator[Finding]:
         evidence = (
             f"{(native.astype(np.int64) >= 1 << 24).mean():.1%} of the ids are above 2^24, swapped none is"
         )
-    elif vocabulary is not None and vocabulary < 1 << 16 and int(native.max()) >= vocabulary:
+    elif vocabulary is not None and vocabulary < 1 << 16 and specimen.highest >= vocabulary:
         wrong = int(swapped.max()) < vocabulary
         beyond = (native.astype(np.int64) >= vocabulary).mean()
         evidence = f"{beyond:.1%} of the ids are outside the vocabulary of {vocabulary}, swapped none is"
     else:
         # Frequent ids are low ones, so the high byte is the more predictable of the two.
-        high, low = _entropy(native >> 8), _entropy(native & 0xFF)
+        high, low = _entropy((native >> 8) & 0xFF), _entropy(native & 0xFF)
         wrong = len(ids) >= 1024 and high > low + 0.5
         evidence = (
             f"the high byte carries {high:.1f} bits and the low byte {low:.1f}; in real ids it is the reverse"
@@ -290,7 +295,7 @@ def outside_the_vocabulary(specimen: Specimen) -> Iterator[Finding]:
     ids, vocabulary = specimen.ids, specimen.vocabulary
     if not len(ids) or vocabulary is None:
         return
-    low, high = int(ids.min()), int(ids.max())
+    low, high = specimen.lowest, specimen.highest
     narrow = ids.dtype.itemsize == 2
     if low < 0:
         share = (ids < 0).mean()

@@ -1,0 +1,231 @@
+"""From text to corpus and back."""
+
+import gzip
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from entasis.data import prepare as preparing
+from entasis.data import split, tokenizer
+from entasis.data.corpus import Corpus
+from entasis.data.prepare import prepare
+from entasis.data.shards import open_shard, write_shard
+from entasis.data.windows import Windows
+from entasis.errors import UserError
+
+
+def decoded(corpus):
+    chosen = tokenizer.load(corpus.tokenizer_path)
+    offsets = corpus.document_offsets()
+    return [chosen.decode(corpus.read(int(a), int(b) - 1)) for a, b in itertools.pairwise(offsets)]
+
+
+def test_every_text_comes_back_on_one_side_with_its_bytes(corpus, texts):
+    train, held_out = Corpus(corpus / "train"), Corpus(corpus / "validation")
+    assert len(train.shards) > 1
+    assert sorted(decoded(train) + decoded(held_out)) == sorted(texts)
+    for side in (train, held_out):
+        sizes = [len(t.encode("utf-8")) for t in decoded(side)]
+        assert side.document_bytes().tolist() == sizes
+        assert side.bytes == sum(sizes)
+    assert 0 < held_out.bytes <= 0.2 * (held_out.bytes + train.bytes)
+
+
+def test_windows_cover_the_corpus_and_share_one_token(corpus):
+    whole = Corpus(corpus / "train")
+    windows = Windows(whole, 64)
+    rows = windows.batch(np.arange(len(windows)))
+    stream = whole.read(0, whole.tokens)
+    assert np.array_equal(rows[:, :-1].ravel(), stream[: rows[:, :-1].size])
+    assert np.array_equal(rows[:-1, -1], rows[1:, 0])
+    ids = windows.document_ids(np.arange(len(windows)))
+    ends = stream[: ids[:, :-1].size].reshape(ids[:, :-1].shape) == whole.end_of_text
+    assert np.array_equal(np.diff(ids, axis=1) == 1, ends[:, : ids.shape[1] - 1])
+
+
+def test_it_is_the_same_each_time_and_a_second_call_answers(folder, tmp_path):
+    one = prepare([folder], tmp_path / "a", train_tokenizer=600, validation=0.2)
+    two = prepare([folder], tmp_path / "b", train_tokenizer=600, validation=0.2)
+    assert one["train"]["fingerprint"] == two["train"]["fingerprint"]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*")}
+    assert prepare([folder], tmp_path / "a", train_tokenizer=600, validation=0.2) == one
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*")}
+    with pytest.raises(UserError, match="train_tokenizer 600, not 700"):
+        prepare([folder], tmp_path / "a", train_tokenizer=700, validation=0.2)
+
+
+@pytest.mark.parametrize("shards_before", [1, 3, 6])
+def test_killed_in_the_middle_it_goes_on_and_ends_the_same(folder, tmp_path, monkeypatch, shards_before):
+    whole = prepare([folder], tmp_path / "whole", train_tokenizer=600, validation=0.2, shard_tokens=9_000)
+    written = []
+
+    def write_and_die(path, *arguments, **options):
+        if len(written) == shards_before:
+            path.with_name(path.name + ".partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write_shard(path, *arguments, **options)
+
+    monkeypatch.setattr(preparing, "write_shard", write_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([folder], tmp_path / "cut", train_tokenizer=600, validation=0.2, shard_tokens=9_000)
+    with pytest.raises(UserError, match="no corpus here"):
+        Corpus(tmp_path / "cut" / "train")
+    again = []
+    monkeypatch.setattr(
+        preparing, "write_shard", lambda path, *a, **k: again.append(path) or write_shard(path, *a, **k)
+    )
+    resumed = prepare([folder], tmp_path / "cut", train_tokenizer=600, validation=0.2, shard_tokens=9_000)
+    assert len(again) == whole["train"]["shards"] + whole["validation"]["shards"] - shards_before
+    for side in ("train", "validation"):
+        assert resumed[side] == whole[side]
+    assert not list((tmp_path / "cut").rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_nothing(folder, tmp_path):
+    command = [sys.executable, "-m", "entasis", "data", "prepare", str(folder), "--train-tokenizer", "600"]
+    whole = prepare([folder], tmp_path / "whole", train_tokenizer=600)
+    output = tmp_path / "killed"
+    for delay in (0.3, 0.5, 0.7, 0.9):
+        child = subprocess.Popen(
+            [*command, "--output", str(output)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        time.sleep(delay)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    assert subprocess.run([*command, "--output", str(output)], capture_output=True).returncode == 0
+    assert Corpus(output / "train").fingerprint == whole["train"]["fingerprint"]
+
+
+def test_all_kinds_of_files_are_read(tmp_path, texts):
+    source = tmp_path / "source"
+    source.mkdir()
+    lines = [json.dumps({"text": t}) + "\n" for t in texts]
+    (source / "a.jsonl").write_text("".join(lines[:2]))
+    with gzip.open(source / "b.jsonl.gz", "wt") as file:
+        file.writelines(lines[2:4])
+    (source / "c.jsonl.zst").write_bytes(zstandard.compress("".join(lines[4:6]).encode()))
+    pq.write_table(pa.table({"text": texts[6:8], "n": [1, 2]}), source / "d.parquet")
+    (source / "e.md").write_text(texts[8])
+    (source / "f.bin").write_bytes(b"\x00\x01")
+    prepare([source], tmp_path / "out", tokenizer="bytes", validation=0)
+    assert decoded(Corpus(tmp_path / "out" / "train")) == texts[:9]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"txt": "x"}\n', "no key 'text'"),
+        ("a.jsonl", b"{broken\n", "a.jsonl:1: not a JSON object"),
+        ("a.parquet", b"PAR1 nothing", "not a parquet file"),
+        ("a.bin.txt", b"\xff\xfe\x00", "no text in"),
+    ],
+)
+def test_a_damaged_source_is_named_in_one_line(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        prepare([tmp_path / name], tmp_path / "out", tokenizer="bytes", validation=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_near_duplicates_stay_on_one_side(tmp_path, texts):
+    source = tmp_path / "source"
+    source.mkdir()
+    for i, text in enumerate(texts):
+        (source / f"{i}.txt").write_text(text)
+        lines = text.splitlines(keepends=True)
+        edited = [line for j, line in enumerate(lines) if j % 40] + ["# changed here and there\n"]
+        (source / f"copy-{i}.txt").write_text("".join(edited))
+    for seed in range(6):
+        output = tmp_path / f"out{seed}"
+        prepare([source], output, tokenizer="bytes", validation=0.3, seed=seed)
+        sides = [decoded(Corpus(output / side)) for side in ("train", "validation")]
+        for text in texts:
+            begin = text[:200]
+            assert sum(any(begin[20:150] in other for other in side) for side in sides) == 1
+
+
+def test_unrelated_texts_are_no_near_duplicates(texts):
+    group = split.groups(np.stack([split.signature(t) for t in texts]))
+    assert group.tolist() == list(range(len(texts)))
+
+
+def test_the_tokenizer_is_trained_on_train_text_alone(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(20):
+        (source / f"{i}.txt").write_text(f"{chr(0x4E00 + i) * 3}w{i}x " * 60)
+    prepare([source], tmp_path / "out", train_tokenizer=400, validation=0.1)
+    chosen = tokenizer.load(tmp_path / "out" / "train" / "tokenizer.json")
+    merged = {len(chosen.encode(t)) / len(t) for t in decoded(Corpus(tmp_path / "out" / "train"))}
+    unseen = {len(chosen.encode(t)) / len(t) for t in decoded(Corpus(tmp_path / "out" / "validation"))}
+    assert max(merged) < min(unseen)
+
+
+def test_limit_takes_whole_documents(folder, tmp_path, texts):
+    result = prepare([folder], tmp_path / "out", tokenizer="bytes", validation=0, limit=200_000)
+    assert 0 < result["train"]["bytes"] <= 200_000
+    assert set(decoded(Corpus(tmp_path / "out" / "train"))) <= set(texts)
+
+
+def test_ids_outside_the_vocabulary_are_refused_when_written(tmp_path):
+    edges, sizes = np.array([0, 3]), np.array([3])
+    for bad in (np.array([1, 5, 2]), np.array([1, -1, 2])):
+        with pytest.raises(UserError, match="outside the vocabulary of 5"):
+            write_shard(tmp_path / "s.safetensors", bad, edges, sizes, vocabulary=5, tokenizer_hash="t")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_the_dtype_is_written_and_read(tmp_path, vocabulary, dtype):
+    ids = np.array([0, 1, vocabulary - 1])
+    write_shard(
+        tmp_path / "s", ids, np.array([0, 3]), np.array([9]), vocabulary=vocabulary, tokenizer_hash="t"
+    )
+    shard = open_shard(tmp_path / "s")
+    assert shard.tokens.dtype == np.dtype(dtype)
+    assert shard.tokens.tolist() == ids.tolist()
+
+
+def test_a_missing_cut_or_foreign_shard_is_refused(corpus, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus / "train", copy)
+    first, second = sorted(copy.glob("shard-*"))[:2]
+    data = first.read_bytes()
+    first.write_bytes(data[:-100])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        Corpus(copy)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match="not the shard that"):
+        Corpus(copy)
+    first.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        Corpus(copy)
+    with pytest.raises(UserError, match="name one of its parts: train, validation"):
+        Corpus(corpus)
+
+
+def test_bytes_and_gpt2_files_are_tokenizers(tmp_path, trained, texts):
+    plain = tokenizer.load("bytes")
+    assert plain.encode("né\n") == list("né\n".encode())
+    assert plain.decode(plain.encode(texts[0])) == texts[0]
+    model = json.loads(trained.library.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    again = tokenizer.load(tmp_path)
+    assert again.encode(texts[1]) == trained.encode(texts[1])
+    assert again.end_of_text == trained.end_of_text
