@@ -29,12 +29,12 @@ def out_of_memory(recipe: Recipe, step: int) -> Failure:
     return Failure(f"out of memory at step {step}: {advice}")
 
 
-def non_finite(model: Transformer, step: int, loss: float, tokens_BT: torch.Tensor) -> Failure:
+def non_finite(model: Transformer, step: int, loss: float, tokens_BT: torch.Tensor, micro: int) -> Failure:
     """Finds the first layer whose weights, output or gradient is not finite. The update was not made."""
     kept = "; the weights were not updated and the checkpoints before it are whole"
     if name := _first_bad((n, p) for n, p in model.named_parameters()):
         where = f"the weights {name} were not finite before it"
-    elif place := _first_bad_output(model, tokens_BT):
+    elif place := _first_bad_output(model, tokens_BT, micro):
         where = f"first in the output of {place}"
     elif name := _first_bad((n, p.grad) for n, p in reversed(list(model.named_parameters()))):
         # Backward runs from the last layer down, so the last one in forward order is where it began.
@@ -52,7 +52,7 @@ def _first_bad(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> str | None
 
 
 @torch.no_grad()
-def _first_bad_output(model: Transformer, tokens_BT: torch.Tensor) -> str | None:
+def _first_bad_output(model: Transformer, tokens_BT: torch.Tensor, micro: int) -> str | None:
     bad: list[str] = []
 
     def note(name: str):
@@ -64,7 +64,9 @@ def _first_bad_output(model: Transformer, tokens_BT: torch.Tensor) -> str | None
 
     hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name]
     try:
-        model.head_logits(model.hidden(tokens_BT[:1]))
+        for rows_BT in tokens_BT.split(micro):
+            if not bad and not torch.isfinite(model.head_logits(model.hidden(rows_BT))).all():
+                bad.append("head")
     finally:
         for handle in hooks:
             handle.remove()

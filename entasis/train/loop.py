@@ -75,6 +75,8 @@ def train(
         try:
             with _interrupts() as loop.interrupt:
                 return loop.run()
+        except Failure:
+            raise
         except (RuntimeError, MemoryError, OSError) as error:
             if faults.is_out_of_memory(error):
                 raise faults.out_of_memory(run.recipe, loop.step + 1) from error
@@ -212,7 +214,7 @@ class _Loop:
         mean, interrupted = parallel.sum_over_ranks(torch.stack([total / tokens, stop])).tolist()
         size = norm.item()
         if not (abs(mean) < float("inf") and size < float("inf")):
-            raise faults.non_finite(self.model, self.step + 1, mean, batch.tokens_BT)
+            raise faults.non_finite(self.model, self.step + 1, mean, batch.tokens_BT, self.micro)
         if self.recipe.optimizer.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(learning, self.recipe.optimizer.clip, norm)
         for rule in rules:

@@ -31,8 +31,8 @@ def corpora(tmp_path_factory) -> Path:
     (folder / "text").mkdir()
     for name in MODULES:
         shutil.copy(Path(os.__file__).with_name(f"{name}.py"), folder / "text")
-    prepare([folder / "text"], folder, tokenizer="bytes", validation=0.2)
-    return folder
+    prepare([folder / "text"], folder / "corpora", tokenizer="bytes", validation=0.2)
+    return folder / "corpora"
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def main(folder: Path, train_corpus: str, validation: str, points: int, seed: in
     recipe = from_dict(
         {
             "shape": {
-                "d_model": 16, "head_dim": 8, "vocabulary": 256, "context": 32,
+                "d_model": 16, "head_dim": 8, "vocabulary": 257, "context": 32,
                 "layers": [
                     {"n_heads": 2, "n_kv_heads": 1, "d_ff": 32},
                     {"n_heads": 1, "n_kv_heads": 1, "d_ff": 48},

@@ -24,6 +24,7 @@ def test_killed_anywhere_resumes_to_the_same_losses(corpora, tmp_path):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         check=False,
+        timeout=300,
     )
     assert answer.returncode == 0, answer.stderr
     told = json.loads(answer.stdout)
@@ -47,18 +48,22 @@ def test_unmarked_checkpoints_are_skipped(recipe, tmp_path):
 def test_full_disk_fails_in_one_line_and_keeps_what_was_whole(recipe, tmp_path, monkeypatch):
     train(recipe(), tmp_path / "whole")
     settings = {"checkpoint": {"every": 2}}
-    saves = []
+    events = []
     real = os.fsync
 
-    def full(descriptor):
-        if len(saves) > 3:
+    def fsync(descriptor):
+        if events[-1]["step"] == 6:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(descriptor)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(Failure, match=r"no space left on the disk .* goes on from step 4"):
-            train(recipe(**settings), tmp_path / "run", reporter=lambda e: saves.append(e) if e["step"] > 4 else None)
+    def report(event):
+        events.append(event)
+        os.fsync = fsync if event["event"] == "step" else real
+
+    monkeypatch.setattr(os, "fsync", real)  # put back whatever happens
+    with pytest.raises(Failure, match=r"no space left on the disk .* goes on from step 4"):
+        train(recipe(**settings), tmp_path / "run", reporter=report)
+    monkeypatch.undo()
     assert [checkpoint.step_of(path) for path in checkpoint.folders(tmp_path / "run")] == [2, 4]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
     train(recipe(**settings), tmp_path / "run")

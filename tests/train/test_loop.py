@@ -136,9 +136,10 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_layer(recipe, tmp
 
     def poison(event):
         if event["event"] == "step" and event["step"] == 4:
-            # An overflow, not a bad weight: finite, but too large for the product.
+            # An overflow, not a bad weight: all are finite, the product of gate and up is not.
             with torch.no_grad():
-                built[0].blocks[1].feedforward.down.weight.fill_(3e38)
+                built[0].blocks[1].feedforward.gate.weight.fill_(1e30)
+                built[0].blocks[1].feedforward.up.weight.fill_(1e30)
             built.append({name: p.clone() for name, p in built[0].named_parameters()})
 
     monkeypatch.setattr(loop, "Transformer", Broken)
