@@ -157,7 +157,7 @@ def _answer(solution: Solution, sequence: int, attended: cost.Attended) -> dict[
 
 
 def _list(as_json: bool) -> int:
-    known = {
+    known: dict[str, Any] = {
         "presets": presets.names(),
         "profiles": {name: (rule.__doc__ or "").split("\n")[0] for name, rule in profiles.PROFILES.items()},
         "rounding": {name: (rule.__doc__ or "").split("\n")[0] for name, rule in rounding.POLICIES.items()},

@@ -106,7 +106,7 @@ def import_tokens(
 
 def _documents(ids: np.ndarray, end: int | None) -> np.ndarray:
     """Offsets of documents, each closed by end-of-text; what follows the last one is a document too."""
-    closed = np.flatnonzero(ids == end) + 1 if end is not None else np.zeros(0, np.int64)
+    closed: np.ndarray = np.flatnonzero(ids == end) + 1 if end is not None else np.zeros(0, np.int64)
     return np.unique(np.concatenate([[0], closed, [len(ids)]])).astype(np.int64)
 
 
@@ -115,10 +115,8 @@ def _cuts(ids: np.ndarray, end: int | None, shard_tokens: int) -> list[int]:
     cuts = [0]
     while cuts[-1] < len(ids):
         stop = min(len(ids), cuts[-1] + shard_tokens)
-        if stop < len(ids):
-            closed = np.flatnonzero(ids[cuts[-1] : stop] == end) if end is not None else []
-            stop = cuts[-1] + int(closed[-1]) + 1 if len(closed) else stop
-        cuts.append(stop)
+        inside = _documents(ids[cuts[-1] : stop], end)[1:-1]
+        cuts.append(stop if stop == len(ids) or not len(inside) else cuts[-1] + int(inside[-1]))
     return cuts
 
 

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from entasis.errors import UserError
 
 FORMAT = "entasis-tokens-1"
-DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
 
 
 def dtype_for(vocabulary: int) -> np.dtype:
@@ -97,7 +97,7 @@ def content_hash(*arrays: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         digest.update(array.dtype.str.encode())
-        digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -78,7 +78,8 @@ def from_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
     try:
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        found = (line.split(" ", 1) for line in lines if line and not line.startswith("#version"))
+        pairs = [(a, b) for a, b in found]
         return _byte_level(ids, pairs)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {vocabulary.parent}: cannot be read ({error})") from error
@@ -109,7 +110,7 @@ def _empty(model: BPE | None = None) -> Library:
     return library
 
 
-def _byte_level(ids: dict[str, int], merges: list[tuple[str, ...]]) -> Tokenizer:
+def _byte_level(ids: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
     library = _empty(BPE(vocab=ids, merges=merges))
     library.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
     return Tokenizer(library)

@@ -1,4 +1,4 @@
-"""How tokens enter the model."""
+"""How tokens enter the model and leave it."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ class Embedding(nn.Module):
             stop = start + tokens_BT.shape[1]
             x_BTD = x_BTD + self.positions.weight[start:stop]
         return x_BTD
+
+
+class Head(nn.Module):
+    """The output matrix [V, D], unless the embedding is it, and an optional bias [V]."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        tied = shape.tied_embeddings
+        self.weight = None if tied else nn.Parameter(torch.empty(shape.vocabulary, shape.d_model))
+        self.bias = nn.Parameter(torch.empty(shape.vocabulary)) if shape.head_bias else None

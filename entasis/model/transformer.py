@@ -12,7 +12,7 @@ from entasis.errors import UserError
 from entasis.model import rotary
 from entasis.model.block import Block
 from entasis.model.cache import KVCache
-from entasis.model.embedding import Embedding
+from entasis.model.embedding import Embedding, Head
 from entasis.model.loss import summed_nll
 from entasis.model.normalisation import Norm
 from entasis.shape.shapes import ModelShape
@@ -30,12 +30,7 @@ class Transformer(nn.Module):
         self.embedding = Embedding(shape)
         self.blocks = nn.ModuleList(Block(shape, i, attention) for i in range(shape.n_layers))
         self.norm = Norm(shape.d_model, shape, bias=shape.norm_bias)
-        self.head = nn.Module()
-        weight = None if shape.tied_embeddings else nn.Parameter(torch.empty(shape.vocabulary, shape.d_model))
-        self.head.register_parameter("weight", weight)
-        self.head.register_parameter(
-            "bias", nn.Parameter(torch.empty(shape.vocabulary)) if shape.head_bias else None
-        )
+        self.head = Head(shape)
 
     def forward(
         self,
@@ -85,7 +80,7 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> torch.Tensor:
         """The output matrix [V, D], shared with the embedding where the shape ties them."""
-        return self.embedding.tokens.weight if self.shape.tied_embeddings else self.head.weight
+        return self.embedding.tokens.weight if self.head.weight is None else self.head.weight
 
     def head_logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of hidden states [..., D]."""

@@ -122,7 +122,7 @@ def solve(silhouette: Silhouette, budget: Budget, scale: str) -> tuple[Solution,
         low, high = (middle, high) if budget.measure(build(middle)) <= budget.value else (low, middle)
     candidates = [(abs(budget.measure(build(f)) - budget.value), f) for f in (low, high)]
     _, factor = min(candidates)
-    shape, notes = build(factor), []
+    shape, notes = build(factor), list[str]()
     if scale != "heads":
         shape, notes = _adjust(shape, silhouette, budget)
     solution = Solution(shape, budget, tuple(notes))
