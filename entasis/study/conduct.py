@@ -134,8 +134,8 @@ def _prepare(study: Study, folder: Path, console: Console) -> None:
 
     names = corpora.missing(study, folder)
     if names:
-        console.print(f"preparing corpus {', '.join(names)}", markup=False, highlight=False)
-        corpora.make(study, folder)
+        with live.preparing(console, f"preparing corpus {', '.join(names)}") as progress:
+            corpora.make(study, folder, progress)
 
 
 def _choices(study: Study) -> dict[str, Any]:

@@ -5,7 +5,7 @@ base:                        # a recipe, see entasis.train.recipe
   data: {train: corpora/code/train, validation: corpora/code/validation, sequence: 256}
   tokens: 2M
 corpora:                     # made in the study's folder, before anything runs
-  code: {sources: [python-stdlib], train_tokenizer: 4096}
+  code: {sources: [stdlib], train_tokenizer: 4096}
 arms:                        # named changes to the base
   isotropic: {}
   crown: {shape.profile: crown}
@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from entasis.errors import UserError
+from entasis.shape import specification
 
 Protocol = Literal["params", "flops", "time"]
 
@@ -48,11 +49,13 @@ class Corpus:
     """A corpus that the study makes itself: arguments of `entasis data prepare`."""
 
     sources: list[str]
-    """Files and folders; `python-stdlib` is the interpreter's own standard library."""
+    """Files and folders; `stdlib` is the interpreter's own standard library."""
     train_tokenizer: int | None = None
     tokenizer: str | None = None
     validation: float = 0.05
-    """Share of the files held out."""
+    """Share of the text held out, in whole files."""
+    limit: int | None = None
+    """At most so many bytes of source text, whole files drawn by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +249,7 @@ def _corpora(value: Any, where: str) -> dict[str, Corpus]:
     for name, entry in value.items():
         inside = f"{where}: corpora.{name}"
         if not isinstance(entry, Mapping) or not entry.get("sources"):
-            raise UserError(f"{inside}: sources is missing; list files or folders, or python-stdlib")
+            raise UserError(f"{inside}: sources is missing; list files or folders, or stdlib")
         _check_keys(entry, [f.name for f in dataclasses.fields(Corpus)], inside)
         entry = dict(entry)
         if isinstance(entry["sources"], str):
@@ -255,6 +258,8 @@ def _corpora(value: Any, where: str) -> dict[str, Corpus]:
             raise UserError(
                 f"{inside}: give either tokenizer (a file or name) or train_tokenizer (a vocabulary)"
             )
+        if entry.get("limit") is not None:
+            entry["limit"] = specification.number(entry["limit"], f"{inside}: limit")
         entry["validation"] = _number(entry.get("validation", 0.05), 0.0, f"{inside}: validation")
         result[str(name)] = Corpus(**entry)
     return result

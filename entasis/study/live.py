@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -28,6 +29,25 @@ def watching(console: Console, title: str) -> Iterator[Watcher]:
         return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         yield lambda states: live.update(_table(title, states, clock, console.height))
+
+
+@contextlib.contextmanager
+def preparing(console: Console, title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what corpus preparation calls with its phase, the bytes done and the bytes in all."""
+    if not console.is_terminal:
+        console.print(title, markup=False, highlight=False)
+        yield lambda phase, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(f"{title}: {phase}", total=total or None)
+            bars.update(tasks[phase], completed=done)
+
+        yield advance
 
 
 class _Clock:
