@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from entasis.errors import Failure
 from entasis.model import weights
+from entasis.model.transformer import Transformer
 from entasis.train import parallel
 
 MARK = "complete"
@@ -45,7 +46,7 @@ def step_of(folder: Path) -> int:
 def save(
     run: Path,
     step: int,
-    model: torch.nn.Module,
+    model: Transformer,
     optimizers: Iterable[torch.optim.Optimizer],
     state: dict[str, Any],
     *,

@@ -69,7 +69,9 @@ def has_compiler(device: torch.device) -> bool:
     return any(shutil.which(name) for name in (named, "g++", "clang++", "c++") if name)
 
 
-def attention(device: torch.device, precision: str, shape: ModelShape, sequence: int) -> Literal["sdpa", "plain"]:
+def attention(
+    device: torch.device, precision: str, shape: ModelShape, sequence: int
+) -> Literal["sdpa", "plain"]:
     """The faster way to compute the widest layer's attention, forward and backward; on CUDA always `sdpa`."""
     layer = max(shape.layers, key=lambda layer: layer.n_heads)
     if device.type == "cuda" or not layer.n_heads:

@@ -151,6 +151,8 @@ class _Loop:
     def train_stretch(self, stretch: stages.Stretch, rules: list[torch.optim.Optimizer]) -> None:
         """Trains to the end of one stage, validating and saving on the way."""
         recipe = self.recipe
+        plan = stretch.stage.schedule
+        assert plan is not None, "the recipe is resolved"
         loss_of = compiled(self.model) if recipe.compile else self.model.loss
         learning = [p for p in self.model.parameters() if p.requires_grad]
         supply = batches(
@@ -164,7 +166,7 @@ class _Loop:
         )
         begun = time.perf_counter()
         for batch in supply:
-            factor = schedule.factor(stretch.stage.schedule, self.step - stretch.start, stretch.steps)
+            factor = schedule.factor(plan, self.step - stretch.start, stretch.steps)
             for rule in rules:
                 for group in rule.param_groups:
                     group["lr"] = group["peak_lr"] * factor
@@ -173,8 +175,7 @@ class _Loop:
             record = self.record(
                 loss, norm, recipe.optimizer.lr * factor, batch.waited, time.perf_counter() - begun
             )
-            due = recipe.evaluation.every and self.step % recipe.evaluation.every == 0
-            if due and self.step < self.steps:
+            if _due(recipe.evaluation.every, self.step) and self.step < self.steps:
                 score = self.validate()
                 if score is not None:
                     record["validation_bits_per_byte"] = score.bits_per_byte
@@ -182,7 +183,7 @@ class _Loop:
                 self.journal.write(record)
             self.report("step", **record)
             last = self.step == stretch.stop
-            if stop or last or (recipe.checkpoint.every and self.step % recipe.checkpoint.every == 0):
+            if stop or last or _due(recipe.checkpoint.every, self.step):
                 self.save(stretch, rules)
             if stop and not last:
                 raise Failure(
@@ -245,6 +246,7 @@ class _Loop:
         """The score of the held-out corpus, each rank doing a share of it."""
         if self.held_out is None:
             return None
+        limit = self.recipe.evaluation.tokens
         score = evaluate(
             self.model,
             self.held_out,
@@ -252,8 +254,8 @@ class _Loop:
             batch=self.micro,
             device=self.device,
             autocast=self.autocast,
-            max_tokens=self.recipe.evaluation.tokens,
-            document_masking=self.recipe.data.document_masking,  # type: ignore[arg-type]
+            max_tokens=None if limit is None else int(limit),
+            document_masking=self.recipe.data.document_masking,
             rank=parallel.rank(),
             world=parallel.world(),
             progress=lambda done, total: self.report("validating", done=done, total=total),
@@ -346,11 +348,17 @@ class _Loop:
             self.journal.close()
 
 
-def compiled(model: Transformer, *, backend: str | Callable[..., Any] = "inductor") -> Callable[..., torch.Tensor]:
+def compiled(
+    model: Transformer, *, backend: str | Callable[..., Any] = "inductor"
+) -> Callable[..., torch.Tensor]:
     """The model's loss as one graph: `fullgraph` raises where a layer would fall back to eager."""
     # Dynamo counts recompiles by code object, and earlier models in this process share ours.
     torch._dynamo.reset()
     return torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
+
+
+def _due(every: int | str | None, step: int) -> bool:
+    return every is not None and step % int(every) == 0
 
 
 def _largest_divisor(n: int, most: int) -> int:

@@ -236,7 +236,9 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
 def _mup_scales(wanted: dict[str, Any], shape: ModelShape, base_width: int | None) -> dict[str, Any]:
     """muP's part of the function, unless the recipe has its own: logits by width, attention by 1 / head_dim."""
     if not base_width or base_width < 1:
-        raise UserError("recipe: optimizer.parametrisation is mup; give optimizer.base_width, where lr was found")
+        raise UserError(
+            "recipe: optimizer.parametrisation is mup; give optimizer.base_width, where lr was found"
+        )
     scales = {"logit_scale": base_width / shape.d_model, "attention_scale": 1 / shape.head_dim}
     return {**scales, **wanted}
 
@@ -304,8 +306,8 @@ def difference(a: Recipe, b: Recipe) -> str | None:
                     return found
             return None
         if isinstance(x, list | tuple) and isinstance(y, list | tuple) and len(x) == len(y):
-            found = (walk(v, w, f"{key}[{i}]") for i, (v, w) in enumerate(zip(x, y, strict=True)))
-            return next(filter(None, found), None)
+            parts = (walk(v, w, f"{key}[{i}]") for i, (v, w) in enumerate(zip(x, y, strict=True)))
+            return next(filter(None, parts), None)
         return None if x == y else f"{key} is {x!r} there and {y!r} here"
 
     return walk(dataclasses.asdict(a), dataclasses.asdict(b), "")

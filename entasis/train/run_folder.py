@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from entasis.data import doctor
 from entasis.data.corpus import Corpus
+from entasis.data.doctor import examine
 from entasis.errors import UserError
 from entasis.shape.shapes import ModelShape
 from entasis.train import checkpoint, hardware, parallel
@@ -76,7 +76,7 @@ def check_data(recipe: Recipe) -> Corpus:
                 "prepare both with the same tokenizer.json"
             )
     for path in paths:
-        diagnosis = doctor.examine(path)
+        diagnosis = examine(path)
         if not diagnosis.sound:
             worst = diagnosis.findings[0]
             raise UserError(f"data: {path} is diseased: {worst.name}: {worst.evidence}; {worst.cure}")

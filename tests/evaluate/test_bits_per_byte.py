@@ -25,8 +25,8 @@ def corpus(tmp_path_factory) -> Corpus:
     (folder / "text").mkdir()
     for name in MODULES:
         shutil.copy(Path(os.__file__).with_name(f"{name}.py"), folder / "text")
-    prepare([folder / "text"], folder, tokenizer="bytes", validation=0.3)
-    return Corpus(folder / "train")
+    prepare([folder / "text"], folder / "corpora", tokenizer="bytes", validation=0.3)
+    return Corpus(folder / "corpora" / "train")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,9 @@ def test_bytes_are_those_of_the_files(model, corpus):
 
 @pytest.mark.parametrize("batch", [1, 7, 1000])
 def test_batch_size_changes_nothing(model, corpus, batch):
-    assert score(model, corpus, batch=batch).document_nll == pytest.approx(score(model, corpus).document_nll, rel=1e-6)
+    assert score(model, corpus, batch=batch).document_nll == pytest.approx(
+        score(model, corpus).document_nll, rel=1e-6
+    )
 
 
 def test_shares_of_ranks_add_up(model, corpus):
@@ -108,8 +110,8 @@ def test_masked_documents_do_not_see_each_other(model, tmp_path):
     for name in ("struct", "token", "tty", "stat"):
         text = Path(os.__file__).with_name(f"{name}.py").read_text()
         (tmp_path / "text" / f"{name}.txt").write_text(text[:300])
-    prepare([tmp_path / "text"], tmp_path, tokenizer="bytes", validation=0.3)
-    short = Corpus(tmp_path / "train")
+    prepare([tmp_path / "text"], tmp_path / "corpora", tokenizer="bytes", validation=0.3)
+    short = Corpus(tmp_path / "corpora" / "train")
     plain = score(model, short, sequence=short.tokens)
     masked = score(model, short, sequence=short.tokens, document_masking=True)
     # The first document has nothing before it that could be hidden; those after it have.

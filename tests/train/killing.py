@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # the first optimizer imports it: better once than in every fork
 
 from entasis.train import checkpoint
 from entasis.train.journal import records

@@ -17,7 +17,9 @@ SHAPE = {
 
 
 def model(**changes) -> Transformer:
-    return Transformer(ModelShape(**{**SHAPE, "norm": "layernorm", "norm_bias": True, "ffn_bias": True, **changes}))
+    return Transformer(
+        ModelShape(**{**SHAPE, "norm": "layernorm", "norm_bias": True, "ffn_bias": True, **changes})
+    )
 
 
 def names_where(built, module, condition) -> set[str]:
@@ -40,7 +42,9 @@ def test_weight_decay_spares_vectors_and_embeddings(tied):
     module = model(tied_embeddings=tied)
     built = optimizers.build(module, Optimizer(weight_decay=0.1), every(module))
     decayed = names_where(built, module, lambda _, group: group["weight_decay"] > 0)
-    matrices = {name for name, p in module.named_parameters() if p.ndim == 2 and not name.startswith("embedding.")}
+    matrices = {
+        name for name, p in module.named_parameters() if p.ndim == 2 and not name.startswith("embedding.")
+    }
     assert decayed == matrices
     assert ("head.weight" in decayed) is not tied
 
@@ -49,7 +53,9 @@ def test_muon_gets_hidden_matrices_and_adamw_the_rest():
     module = model()
     built = optimizers.build(module, Optimizer(name="muon"), every(module))
     muon = names_where(built, module, lambda rule, _: isinstance(rule, torch.optim.Muon))
-    assert muon == {name for name, p in module.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+    assert muon == {
+        name for name, p in module.named_parameters() if name.startswith("blocks.") and p.ndim == 2
+    }
     rest = names_where(built, module, lambda rule, _: isinstance(rule, torch.optim.AdamW))
     assert rest == set(every(module)) - muon
 
@@ -63,9 +69,7 @@ def test_only_what_learns_is_in_a_group():
 
 def test_mup_divides_learning_rates_of_hidden_matrices_by_their_own_fan_in():
     module = model()
-    built = optimizers.build(
-        module, Optimizer(lr=1e-2, parametrisation="mup", base_width=16), every(module)
-    )
+    built = optimizers.build(module, Optimizer(lr=1e-2, parametrisation="mup", base_width=16), every(module))
     rate = {}
     names = {id(p): name for name, p in module.named_parameters()}
     for rule in built:

@@ -21,7 +21,9 @@ def test_ranks_together_read_the_same_order(world):
         expected = list(order.indices(step * sequences, sequences))
         read = []
         for rank in range(world):
-            read += list(order.indices(*parallel.slice_of(step * sequences, sequences, rank=rank, world=world)))
+            read += list(
+                order.indices(*parallel.slice_of(step * sequences, sequences, rank=rank, world=world))
+            )
         assert read == expected
 
 
@@ -31,7 +33,15 @@ def test_two_processes_train_as_one(recipe, tmp_path):
     train(recipe(), tmp_path / "one")
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe()))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "entasis", "train", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "two"), "--json"]
+    command += [
+        "-m",
+        "entasis",
+        "train",
+        str(tmp_path / "recipe.yaml"),
+        "--output",
+        str(tmp_path / "two"),
+        "--json",
+    ]
     answer = subprocess.run(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -41,6 +51,8 @@ def test_two_processes_train_as_one(recipe, tmp_path):
         timeout=300,
     )
     assert answer.returncode == 0, answer.stderr
-    one, two = ([(r["loss"], r["gradient_norm"]) for r in records(tmp_path / name)] for name in ("one", "two"))
+    one, two = (
+        [(r["loss"], r["gradient_norm"]) for r in records(tmp_path / name)] for name in ("one", "two")
+    )
     assert [x for pair in one for x in pair] == pytest.approx([x for pair in two for x in pair], rel=1e-4)
     assert answer.stdout.count('"bits_per_byte"') == 1
