@@ -73,7 +73,9 @@ def plan_of(file: GGUFFile) -> tuple[str, Plan]:
     settings = Settings(file.metadata, file.path.name, f"{name}.")
     for key, value in file.metadata.items():
         short = key.removeprefix(settings.prefix)
-        if short != key and short not in _KNOWN and value not in (0, False, ""):
+        # Zero, false and the empty string switch a thing off; anything else, arrays included, would be it.
+        off = isinstance(value, int | float | str) and not value
+        if short != key and short not in _KNOWN and not off:
             raise settings.refuse(short, "models here do not do this")
     return name, ARCHITECTURES[name](file, settings)
 

@@ -148,9 +148,7 @@ class GGUFFile:
             described.append((name, size, self._number("I", name), self._number("Q", name)))
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment not in (8 << k for k in range(14)):
-            raise UserError(
-                f"{self.path.name}: general.alignment is {alignment!r}, not a power of two from 8"
-            )
+            raise UserError(f"{self.path.name}: general.alignment is not a power of two from 8 to 65536")
         data = -(-self._at // alignment) * alignment
         self.tensors: Mapping[str, Stored] = {}
         for name, size, kind, offset in described:

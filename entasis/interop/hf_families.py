@@ -59,18 +59,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None, 0),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
-    "moe_layers": (None, []),
-    "embedding_multiplier": (None, 1),
-    "attention_multiplier": (None,),
-    "residual_multiplier": (None, 1),
-    "logits_scaling": (None, 1),
     "clip_qkv": (None,),
     "add_cross_attention": (None, False),
-    "is_encoder_decoder": (None, False),
     "scale_attn_by_inverse_layer_idx": (None, False),
     "no_rope_layers": (None, []),
-    "vision_config": (None,),
-    "text_config": (None,),
     "per_layer_config": (None, {}),
 }
 
@@ -143,7 +135,7 @@ def layer_count(config: Settings, key: str, n_tensors: int) -> int:
 
 
 def context(config: Settings, key: str, default: int) -> int:
-    """The longest sequence, cut to the sliding window's length where one is active and shorter."""
+    """The longest sequence the model is meant for, refused where it is absurd."""
     length = config.whole(key, default)
     if not 1 <= length <= MOST_POSITIONS:
         raise config.wrong(key, length, f"from 1 to {MOST_POSITIONS}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from entasis.data.tokenizer import from_gpt2
 from entasis.errors import UserError
 from entasis.interop.hf_folder import member, read_json
 
@@ -29,12 +30,19 @@ def given(path: Path) -> TokenizerFiles:
     return TokenizerFiles({"tokenizer.json": path.read_bytes()})
 
 
-def files_of_folder(folder: Path) -> TokenizerFiles:
-    """The tokenizer of a Hugging Face folder. A chat template of its own file is put into the config."""
-    if not (folder / "tokenizer.json").exists():
-        note = "the source has no tokenizer.json; give one with --tokenizer"
-        return TokenizerFiles(notes=(note,))
-    content = member(folder, "tokenizer.json").read_bytes()
+def files_of_folder(folder: Path, family: str) -> TokenizerFiles:
+    """The tokenizer of a Hugging Face folder. A chat template of its own file is put into the config.
+
+    Old GPT-2 checkpoints have a vocabulary and merges instead of a tokenizer.json; it is made of them. Other
+    families' merges do not say how text is split before merging.
+    """
+    if (folder / "tokenizer.json").exists():
+        content = member(folder, "tokenizer.json").read_bytes()
+    elif family == "gpt2" and (folder / "vocab.json").exists():
+        made = from_gpt2(member(folder, "vocab.json"), member(folder, "merges.txt"))
+        content = made.library.to_str().encode()
+    else:
+        return TokenizerFiles(notes=("the source has no tokenizer.json; give one with --tokenizer",))
     config: dict[str, Any] = {}
     if (folder / "tokenizer_config.json").exists():
         config = dict(read_json(member(folder, "tokenizer_config.json")))

@@ -118,7 +118,7 @@ def _open_folder(path: Path, tokenizer: Path | None) -> _Opened:
     parts = pieces(plan, sizes, path.name)
     if tied is not None:
         _check_tied(source, plan)
-    files = given(tokenizer) if tokenizer else files_of_folder(path)
+    files = given(tokenizer) if tokenizer else files_of_folder(path, family.name)
     check_vocabulary(files, plan.shape.vocabulary)
     return _Opened(
         source, family.name, "huggingface", plan, parts, files, [path / "config.json", *source.files]

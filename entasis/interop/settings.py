@@ -100,7 +100,11 @@ def _short(value: object) -> str:
     # An int of a million digits or a list of a million entries must not become the message.
     if isinstance(value, int) and abs(value) > 10**30:
         return "a number of more than 30 digits"
-    if isinstance(value, list | dict) and len(value) > 8:
-        return f"a {type(value).__name__} of {len(value)}"
+    if (
+        not isinstance(value, bool | int | float | str | None)
+        and hasattr(value, "__len__")
+        and len(value) > 8
+    ):
+        return f"{len(value)} values"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

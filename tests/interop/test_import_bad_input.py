@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 
 from entasis.cli import main
+from entasis.data import tokenizer
 from entasis.errors import UserError
 from entasis.interop.importing import import_model
 
@@ -189,6 +190,17 @@ def test_a_tokenizer_that_is_none(whole, tmp_path):
     assert result.tokenizer and (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_gpt2_of_old_has_its_tokenizer_made_of_vocabulary_and_merges(tmp_path):
+    folder = tmp_path / "source"
+    tiny.hugging_face("gpt2").save_pretrained(folder)
+    words = ["a", "b", "ab", "\u0120", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert import_model(folder, tmp_path / "out").tokenizer
+    read = tokenizer.load(tmp_path / "out")
+    assert (read.encode("ab a"), read.end_of_text) == ([2, 3, 0], 4)
+
+
 def test_the_chat_template_comes_along_and_code_does_not(whole, tmp_path):
     Tokenizer(BPE({"a": 0, "b": 1}, [])).save(str(whole / "tokenizer.json"))
     (whole / "tokenizer_config.json").write_text('{"bos_token": "a", "auto_map": {"AutoTokenizer": "x.Y"}}')
@@ -288,6 +300,9 @@ def gguf_with(
         ({"llama__attention__scale": 0.1}, "attention.scale"),
         ({"split__count": 3}, "split.count"),
         ({"llama__embedding_length": 4, "llama__block_count": 10**6}, "block_count"),
+        ({"llama__secret": list(range(5000))}, "secret"),
+        ({"llama__embedding_length": list(range(5000))}, "embedding_length is 5000 values"),
+        ({"general__alignment": [32, 64]}, "general.alignment"),
         ({}, "embedding_length is missing"),
     ],
 )

@@ -164,6 +164,7 @@ def test_old_style_config_and_sharded_index(tmp_path):
     torch.testing.assert_close(our_logits(tmp_path / "out"), tiny.logits(model, IDS), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_memory_stays_at_the_largest_tensor(tmp_path):
     """An import in its own process, of a model of 24 equal matrices, holds a few of them, not all."""
     import subprocess

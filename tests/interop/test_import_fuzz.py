@@ -169,7 +169,7 @@ def test_gguf(memory):
     assert len(content) < 4000
     header = content[: content.index(b"rope_freqs.weight") + 60]
     rest = content[len(header) :]
-    variants = (mutated(header, rng) + rest if i % 3 else mutated(content, rng) for i in range(50_000))
+    variants = (mutated(header, rng) + rest if i % 3 else mutated(content, rng) for i in range(75_000))
     assert hammer(file, file, variants) > 1000
 
 
@@ -195,7 +195,7 @@ def test_safetensors(memory):
     file = folder / "model.safetensors"
     content = file.read_bytes()
     variants = (mutated(content[:1400], rng) + content[1400:] if i % 3 else mutated(content, rng)
-                for i in range(25_000))  # fmt: skip
+                for i in range(12_000))  # fmt: skip
     assert hammer(folder, file, variants) > 200
 
 
@@ -213,7 +213,7 @@ def test_index(memory):
     assert read(folder)
     content = file.read_bytes()
     variants = (
-        json.dumps(changed(index, rng)).encode() if i % 2 else mutated(content, rng) for i in range(5_000)
+        json.dumps(changed(index, rng)).encode() if i % 2 else mutated(content, rng) for i in range(3_000)
     )
     hammer(folder, file, variants)
 
@@ -237,7 +237,7 @@ def test_config(kind, memory):
     config = json.loads(file.read_text())
     content = json.dumps(config).encode()
     variants = (
-        json.dumps(changed(config, rng)).encode() if i % 4 else mutated(content, rng) for i in range(5_000)
+        json.dumps(changed(config, rng)).encode() if i % 4 else mutated(content, rng) for i in range(2_500)
     )
     assert hammer(folder, file, variants, tensors=False) > 100
 
@@ -256,6 +256,6 @@ def test_tokenizer(memory):
     content = file.read_bytes()
     value = json.loads(content)
     variants = (
-        json.dumps(changed(value, rng)).encode() if i % 2 else mutated(content, rng) for i in range(5_000)
+        json.dumps(changed(value, rng)).encode() if i % 2 else mutated(content, rng) for i in range(4_000)
     )
     assert hammer(folder, file, variants) > 100

@@ -26,12 +26,11 @@ pytestmark = [
     pytest.mark.xdist_group("smollm2"),
 ]
 
-PROSE = """It was a bright cold day in April, and the clocks were striking thirteen. The old lighthouse
-keeper climbed the stairs slowly, one hand on the rail, listening to the wind that came in from the sea.
-He had done this every evening for forty years, and he knew each step by its sound. At the top he wiped
-the salt from the glass, trimmed the wick, and sat down to wait for the boats. In a few hours the
-fishermen would pass the point, and the youngest of them, who was his grandson, would raise a lantern
-twice so that the old man could go to bed."""
+PROSE = """The old lighthouse keeper climbed the stairs slowly, one hand on the rail, listening to the wind that
+came in from the sea. He had done this every evening for forty years, and he knew each step by its sound. At the
+top he wiped the salt from the glass, trimmed the wick, and sat down to wait for the boats. In a few hours the
+fishermen would pass the point, and the youngest of them, who was his grandson, would raise a lantern twice so
+that the old man could go to bed."""
 
 
 @pytest.fixture(scope="module")
