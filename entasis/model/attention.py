@@ -87,5 +87,10 @@ class Attention(nn.Module):
             allowed = mask_BTS[:, None, None]
         else:
             allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        weights = scores_BGRTS.float().masked_fill(~allowed, float("-inf")).softmax(-1).to(v.dtype)
+        weights = (
+            scores_BGRTS.to(torch.promote_types(v.dtype, torch.float32))
+            .masked_fill(~allowed, float("-inf"))
+            .softmax(-1)
+            .to(v.dtype)
+        )
         return (weights @ v.unsqueeze(2)).view(B, H, T, K)

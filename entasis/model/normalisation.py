@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, computed in fp32 whatever the input's precision."""
+"""RMSNorm and LayerNorm, computed in fp32 (in fp64 for a model in fp64)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, width = self.weight.to(wide), (x.shape[-1],)
         if self.rms:
-            y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+            y = F.rms_norm(x.to(wide), width, weight, self.eps)
         else:
-            bias = None if self.bias is None else self.bias.float()
-            y = F.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), bias, self.eps)
+            bias = None if self.bias is None else self.bias.to(wide)
+            y = F.layer_norm(x.to(wide), width, weight, bias, self.eps)
         return (y * scale if scale != 1.0 else y).to(x.dtype)

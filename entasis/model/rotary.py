@@ -39,5 +39,5 @@ def table(inverse_K: torch.Tensor, start: int, length: int) -> tuple[torch.Tenso
 
 def rotate(x_BHTK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
     """Turns queries or keys; the two halves of the head are real and imaginary parts."""
-    a, b = x_BHTK.float().chunk(2, dim=-1)
+    a, b = x_BHTK.to(torch.promote_types(x_BHTK.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((a * cos_TK - b * sin_TK, b * cos_TK + a * sin_TK), dim=-1).to(x_BHTK.dtype)

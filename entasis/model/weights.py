@@ -27,9 +27,14 @@ def save(model: Transformer, folder: str | Path) -> None:
             partial.write_text(json.dumps(model.shape.to_dict(), indent=1) + "\n", encoding="utf-8")
         else:
             save_file(tensors, partial, metadata={"format": "pt"})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         partial.replace(folder / name)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def load(

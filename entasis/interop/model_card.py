@@ -1,0 +1,52 @@
+"""The README.md of an exported model: what it is, how it was made, how to open it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from entasis.shape import cost
+from entasis.shape.shapes import ModelShape
+
+
+def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
+    """The card's text, from the source folder's own records where it has any."""
+    lines = [
+        f"# {source.resolve().name}",
+        "",
+        f"A decoder-only language model of {cost.parameters(shape):,} parameters in {shape.n_layers} layers, "
+        f"{shape.distinct_layers} of them distinct, exported by Entasis as `{answer['format']}` ({answer['dtype']}).",
+        "",
+        *_how_to_open(answer),
+        "",
+        "## Layers",
+        "",
+        "| layer | heads | KV heads | FFN | |",
+        "|---|---|---|---|---|",
+    ]
+    most = max(cost.layer_parameters(shape, i) for i in range(shape.n_layers))
+    for i in reversed(range(shape.n_layers)):
+        layer = shape.layers[i]
+        bar = "█" * max(1, round(24 * cost.layer_parameters(shape, i) / most))
+        lines.append(f"| {i} | {layer.n_heads} | {layer.n_kv_heads} | {layer.d_ff} | {bar} |")
+    for name, heading in (("result.json", "Training"), ("provenance.json", "Origin")):
+        path = source / name
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
+            lines += [f"| {key} | {_plain(value)} |" for key, value in record.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _how_to_open(answer: dict[str, Any]) -> list[str]:
+    if answer["format"] == "gguf":
+        return ["```", f'llama-cli -m {answer["file"]} -p "…"', "```"]
+    trust = ", trust_remote_code=True" if answer["remote_code"] else ""
+    return ["```python", f'AutoModelForCausalLM.from_pretrained("."{trust})', "```"]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
