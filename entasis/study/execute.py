@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,7 +21,6 @@ from entasis.report.page import write_text
 from entasis.study.plan import PlannedRun
 from entasis.study.worker import Place, serve
 
-FAILURE = "failure.txt"
 _PATIENCE = 60.0
 """Seconds that runs get for their checkpoint after Ctrl-C."""
 
@@ -52,7 +51,6 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     state: State | None = None
-    stopping: bool = field(default=False)
 
 
 Watcher = Callable[[Sequence[State]], None]
@@ -88,6 +86,12 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
+def failure_note(folder: Path, run: PlannedRun) -> Path:
+    """The file beside a run's folder that says why it failed."""
+    place = folder / run.folder
+    return place.with_name(place.name + ".failure.txt")
+
+
 def finished(folder: Path, run: PlannedRun) -> bool:
     """Whether a run has its result."""
     return (folder / run.folder / "result.json").is_file()
@@ -109,21 +113,20 @@ def execute(folder: Path, runs: Sequence[PlannedRun], where: Sequence[Place], wa
             for worker in workers:
                 if worker.state is None and queue:
                     _give(worker, queue.pop(0), folder)
-            handles: list[Any] = [w.pipe for w in workers] + [w.process.sentinel for w in workers]
-            ready = connection.wait(handles, timeout=0.25)
-            for i, worker in enumerate(workers):
-                if worker.pipe in ready:
-                    _listen(worker, folder)
-                if worker.process.sentinel in ready and not worker.pipe.poll():
+            # A pipe is ready with messages, or because its worker has ended.
+            ready = connection.wait([w.pipe for w in workers], timeout=0.25)
+            for worker in [w for w in workers if w.pipe in ready]:
+                if not _listen(worker, folder):
                     _mourn(worker, folder)
-                    if queue or worker.state:
-                        workers[i] = _start(worker.place, folder)
+                    workers.remove(worker)
+                    if queue:
+                        workers.append(_start(worker.place, folder))
             if time.monotonic() - shown > 0.25:
                 shown = time.monotonic()
                 watch(states)
     except KeyboardInterrupt:
         done = sum(s.status == "done" for s in states)
-        _save_and_stop(workers, folder)
+        _save_and_stop(workers)
         raise Failure(
             f"stopped by Ctrl-C with {done} of {len(runs)} runs done; "
             f"`entasis study resume {folder}` goes on from there"
@@ -149,14 +152,14 @@ def _start(place: Place, folder: Path) -> _Worker:
 
 
 def _give(worker: _Worker, state: State, folder: Path) -> None:
-    (folder / state.run.folder / FAILURE).unlink(missing_ok=True)
+    failure_note(folder, state.run).unlink(missing_ok=True)
     state.status, state.doing, worker.state = "running", "starting", state
     with contextlib.suppress(OSError):  # a worker that died is mourned in the loop
         worker.pipe.send((state.run.folder, state.run.recipe))
 
 
-def _listen(worker: _Worker, folder: Path) -> None:
-    """Takes every message that has arrived."""
+def _listen(worker: _Worker, folder: Path) -> bool:
+    """Takes every message that has arrived; whether the worker is still there."""
     try:
         while worker.pipe.poll():
             kind, content = worker.pipe.recv()
@@ -165,15 +168,16 @@ def _listen(worker: _Worker, folder: Path) -> None:
                 continue
             if kind == "event":
                 _note(state, content)
+                continue
+            if kind == "failed":
+                _fail(state, content, folder)
             else:
-                if kind == "failed":
-                    _fail(state, content, folder)
-                else:
-                    state.status, state.loss = "done", content["loss"]
-                    state.tokens_per_second = content["tokens_per_second"]
-                state.doing, worker.state = "", None
+                state.status, state.loss = "done", content["loss"]
+                state.tokens_per_second = content["tokens_per_second"]
+            state.doing, worker.state = "", None
     except (EOFError, OSError):
-        pass  # its process has ended; the sentinel tells
+        return False
+    return True
 
 
 def _note(state: State, event: dict[str, Any]) -> None:
@@ -199,28 +203,23 @@ def _mourn(worker: _Worker, folder: Path) -> None:
 
 def _fail(state: State, message: str, folder: Path) -> None:
     state.status, state.message, state.doing = "failed", message, ""
-    place = folder / state.run.folder
-    # A folder that holds only this file would look foreign to the training loop, so the note may stand alone
-    # only beside a begun run.
-    if (place / "recipe.yaml").is_file():
-        write_text(place / FAILURE, message + "\n")
+    write_text(failure_note(folder, state.run), message + "\n")
 
 
-def _save_and_stop(workers: Sequence[_Worker], folder: Path) -> None:
+def _save_and_stop(workers: Sequence[_Worker]) -> None:
     """Asks running runs to stop after their step, and waits for their checkpoints."""
-    busy = [w for w in workers if w.state]
-    for worker in busy:
+    waiting = [w for w in workers if w.state]
+    for worker in waiting:
         if worker.process.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.process.pid, signal.SIGTERM)
     deadline = time.monotonic() + _PATIENCE
-    while any(w.state and w.process.is_alive() for w in busy) and time.monotonic() < deadline:
-        connection.wait([w.pipe for w in busy if w.state], timeout=0.25)
-        for worker in busy:
-            while worker.state and worker.pipe.poll():
-                try:
-                    kind, _ = worker.pipe.recv()
-                except (EOFError, OSError):
-                    kind = "failed"
-                if kind != "event":
-                    worker.state = None
+    while waiting and time.monotonic() < deadline:
+        ready = connection.wait([w.pipe for w in waiting], timeout=0.25)
+        for worker in [w for w in waiting if w.pipe in ready]:
+            try:
+                stopped = worker.pipe.recv()[0] != "event"
+            except (EOFError, OSError):
+                stopped = True
+            if stopped:
+                waiting.remove(worker)

@@ -70,24 +70,24 @@ class _Clock:
 
 
 class _Lines:
-    """One line when a run begins, ends or fails, and one for all every twenty seconds."""
+    """One line when a run ends or fails, and one for all every twenty seconds."""
 
     def __init__(self, console: Console, clock: _Clock) -> None:
         self.console, self.clock = console, clock
-        self.seen: dict[str, str] = {}
+        self.told: set[str] | None = None
         self.last = time.monotonic()
 
     def __call__(self, states: Sequence[State]) -> None:
-        if not self.seen:
-            done = sum(s.status == "done" for s in states)
-            self._say(f"{len(states)} runs, {done} of them done before")
-            self.seen = {s.run.folder: s.status for s in states if s.status == "done"}
+        if self.told is None:
+            self.told = {s.run.folder for s in states if s.status == "done" and not s.steps}
+            self._say(f"{len(states)} runs, {len(self.told)} of them done before")
         for s in states:
-            if s.status != self.seen.get(s.run.folder) and s.status in ("done", "failed"):
-                self.seen[s.run.folder] = s.status
-                speed = f", {s.tokens_per_second:,.0f} tokens/s" if s.tokens_per_second else ""
-                loss = f"loss {s.loss:.4f}{speed}" if s.loss is not None and s.status == "done" else s.message
-                self._say(f"{s.status:7} {s.run.folder}: {loss}")
+            if s.run.folder in self.told or s.status not in ("done", "failed"):
+                continue
+            self.told.add(s.run.folder)
+            speed = f", {s.tokens_per_second:,.0f} tokens/s" if s.tokens_per_second else ""
+            what = s.message if s.status == "failed" else f"loss {s.loss:.4f}{speed}"
+            self._say(f"{s.status:7} {s.run.folder}: {what}")
         if time.monotonic() - self.last > _EVERY:
             self.last = time.monotonic()
             self._say(_summary(states, self.clock))

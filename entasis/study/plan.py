@@ -6,6 +6,7 @@ whose findings set the learning rates and the lengths of the main runs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -83,7 +84,7 @@ def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
             arms[name] = _arm(study, name, study.arms[name], vocabulary, width)
         except UserError as error:
             raise UserError(f"study {study.name}: arm {name}: {error}") from error
-    arms = {name: arms[name] for name in study.arms}
+    arms = {name: _told_apart(arms[name], arms[study.baseline]) for name in study.arms}
     base = arms[study.baseline]
     if "params" in study.protocols:
         for arm in arms.values():
@@ -199,6 +200,13 @@ def _arm(
         flops_per_token=cost.flops_per_token(shape, sequence),
         notes=list(solution.notes),
     )
+
+
+def _told_apart(arm: Arm, baseline: Arm) -> Arm:
+    """Small widths can round two profiles to one shape; a study of a thing against itself should say so."""
+    if arm.name == baseline.name or arm.recipe != baseline.recipe:
+        return arm
+    return dataclasses.replace(arm, notes=[*arm.notes, f"the same shape and recipe as {baseline.name}"])
 
 
 def _run(

@@ -59,6 +59,7 @@ def estimate(study: Study, folder: Path, *, noise: float | None = None) -> dict[
     return {
         "study": study.name,
         "rows": rows,
+        "notes": [f"{name}: {note}" for name, arm in arms.items() for note in arm.notes],
         "preparatory_runs": len(prepared),
         "runs": len(plan.runs),
         "total_flops": total,
@@ -92,6 +93,7 @@ def show(estimate: dict[str, Any], console: Console) -> None:
     console.print(table.rich())
     extra = f" and {estimate['preparatory_runs']} preparatory" if estimate["preparatory_runs"] else ""
     lines = [
+        *estimate["notes"],
         f"{estimate['runs']} runs{extra}, {estimate['total_flops']:.2e} training FLOPs, about "
         f"{duration(estimate['hours'] * 3600)} on this device ({estimate['speed_source']})",
         _showable(estimate),

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entasis.study.definition import Study
-from entasis.study.execute import FAILURE
+from entasis.study.execute import failure_note
 from entasis.study.plan import Findings, Plan, PlannedRun
 
 
@@ -62,7 +62,7 @@ def outcomes(folder: Path, runs: Iterable[PlannedRun]) -> dict[str, Outcome]:
 
 def failures(folder: Path, runs: Iterable[PlannedRun]) -> dict[str, str]:
     """Why runs failed, by their folder."""
-    notes = {run.folder: folder / run.folder / FAILURE for run in runs}
+    notes = {run.folder: failure_note(folder, run) for run in runs}
     return {name: path.read_text(encoding="utf-8").strip() for name, path in notes.items() if path.is_file()}
 
 

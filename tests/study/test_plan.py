@@ -101,3 +101,11 @@ def test_a_sweep_tries_every_arm_and_its_best_rate_is_used() -> None:
 def test_mup_scales_every_arm_from_the_baseline_s_width() -> None:
     arms = plan.solve(study(learning_rate="mup"))
     assert {a.recipe["optimizer"]["base_width"] for a in arms.values()} == {64}
+
+
+def test_arms_that_round_to_one_shape_are_pointed_out() -> None:
+    arms = plan.solve(
+        study(arms={"plain": {}, "twin": {"shape.profile": "isotropic"}, "crown": {"shape.profile": "crown"}})
+    )
+    assert arms["twin"].notes[-1] == "the same shape and recipe as plain"
+    assert not any("same shape" in note for note in arms["plain"].notes + arms["crown"].notes)

@@ -1,0 +1,204 @@
+"""A whole study for real: tiny models on real text, one run that fails, one worker that is killed."""
+
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from entasis.errors import UserError
+from entasis.study import conduct, definition, execute, side_by_side
+from entasis.study.execute import Place, State
+from entasis.study.plan import Findings, lay_out, solve
+
+MODULES = ("argparse", "ast", "difflib", "inspect", "tarfile", "typing", "zipfile", "shutil")
+
+
+def source(text: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "title": "Does a slope help?",
+        "base": {
+            "shape": {"profile": "isotropic", "budget": "40k", "layers": 4, "d_model": 32, "head_dim": 8,
+                      "vocabulary": 512, "tied_embeddings": True, "context": 32},
+            "data": {"train": "corpora/code/train", "validation": "corpora/code/validation", "sequence": 32},
+            "tokens": 3072,
+            "batch": {"tokens": 256},
+            "optimizer": {"lr": 5e-3},
+            "checkpoint": {"every": 4},
+            "logging": {"tensorboard": False},
+            "precision": "fp32",
+        },
+        "corpora": {"code": {"sources": [str(text)], "train_tokenizer": 512, "validation": 0.3}},
+        "arms": {"plain": {}, "slope": {"shape.profile": "vanilla"}, "wild": {"optimizer.lr": 1e30}},
+        "seeds": 2,
+        "threads": 1,
+    } | changes  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for name in MODULES:
+        shutil.copy(Path(os.__file__).with_name(f"{name}.py"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """A study run to its end: (folder, verdict, what was printed)."""
+    folder = tmp_path_factory.mktemp("study") / "s"
+    out = io.StringIO()
+    study = definition.from_dict(source(text), name="s")
+    verdict = conduct.run(study, folder, Console(file=out, width=160))
+    conduct.summary(verdict, Console(file=out, width=160))
+    return folder, verdict, out.getvalue()
+
+
+def test_a_failed_arm_stops_no_other_and_is_reported(finished: tuple[Path, dict[str, Any], str]) -> None:
+    folder, verdict, out = finished
+    assert (verdict["runs"], verdict["finished"], verdict["complete"]) == (6, 4, False)
+    assert set(verdict["failed"]) == {"runs/wild/seed-0", "runs/wild/seed-1"}
+    assert all("finite" in message for message in verdict["failed"].values())
+    assert verdict["protocols"]["params"]["arms"]["wild"]["judgement"] == "missing"
+    assert "2 runs failed and are left out" in verdict["sentence"] and "failed runs/wild/seed-0" in out
+    assert "Failed runs" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_numbers_are_those_of_the_runs(finished: tuple[Path, dict[str, Any], str]) -> None:
+    folder, verdict, _ = finished
+    arms = verdict["protocols"]["params"]["arms"]
+    score = {
+        (arm, seed): json.loads((folder / f"runs/{arm}/seed-{seed}/result.json").read_text())["validation"]
+        for arm in ("plain", "slope")
+        for seed in (0, 1)
+    }
+    d = [score["slope", s]["bits_per_byte"] - score["plain", s]["bits_per_byte"] for s in (0, 1)]
+    assert arms["slope"]["difference"]["mean"] == pytest.approx(sum(d) / 2)
+    assert arms["slope"]["difference"]["evaluation_error"] > 0
+    assert len({s["bytes"] for s in score.values()}) == 1
+    assert json.loads((folder / "verdict.json").read_text())["sentence"] == verdict["sentence"]
+
+
+def test_same_seed_means_same_data(finished: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = finished
+
+    def first_loss(arm: str, seed: int) -> float:
+        with (folder / f"runs/{arm}/seed-{seed}/metrics.jsonl").open() as lines:
+            return float(json.loads(next(lines))["loss"])
+
+    # Before the first update the logits are nearly flat; the same batch gives nearly the same loss.
+    assert abs(first_loss("plain", 0) - first_loss("slope", 0)) < 0.01
+
+
+def test_charts_and_tables_are_files_too(finished: tuple[Path, dict[str, Any], str]) -> None:
+    folder, _, _ = finished
+    for name in ("differences-params", "runs-params", "loss-tokens", "loss-seconds", "silhouettes"):
+        assert (folder / "charts" / f"{name}.svg").stat().st_size > 500
+        assert (folder / "charts" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert "\\toprule" in (folder / "tables" / "results-params.tex").read_text()
+    assert (folder / "tables" / "results-params.csv").read_text().count("\n") == 4
+
+
+def test_a_finished_study_answers_from_what_is_there_even_when_moved(
+    finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished[0], moved)
+    began = {p: p.stat().st_mtime_ns for p in moved.rglob("result.json")}
+    verdict = conduct.report(moved, Console(file=io.StringIO()))
+    assert (
+        verdict["protocols"]["params"]["arms"]["slope"] == finished[1]["protocols"]["params"]["arms"]["slope"]
+    )
+    assert {p: p.stat().st_mtime_ns for p in moved.rglob("result.json")} == began
+
+
+def test_another_study_is_kept_out(
+    finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
+) -> None:
+    other = definition.from_dict(source(text, margin=0.5), name="s")
+    with pytest.raises(UserError, match=r"holds another study \(margin differs\)"):
+        conduct.run(other, finished[0], Console(file=io.StringIO()))
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no study"):
+        conduct.run(other, tmp_path, Console(file=io.StringIO()))
+    with (
+        execute.only_one(tmp_path),
+        pytest.raises(UserError, match="another `entasis study` is at work"),
+        execute.only_one(tmp_path),
+    ):
+        pass
+
+
+def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
+    finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
+    arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}}
+    study = definition.from_dict(source(text, arms=arms, seeds=1), name="s")
+    study = conduct.settled(study, tmp_path)
+    runs = lay_out(study, solve(study), Findings()).runs
+    killed: list[int] = []
+
+    def kill_first(states: Sequence[State]) -> None:
+        import multiprocessing
+
+        running = [s for s in states if s.status == "running" and s.step > 0]
+        if running and not killed:
+            victim = multiprocessing.active_children()[0]
+            killed.append(victim.pid or 0)
+            os.kill(killed[0], signal.SIGKILL)
+
+    states = execute.execute(tmp_path, runs, [Place("cpu-0", 1)], kill_first)
+    assert killed and [s.status for s in states] == ["failed", "done"]
+    assert "SIGKILL" in states[0].message and "memory" in states[0].message
+    again = execute.execute(tmp_path, runs, [Place("cpu-0", 1)], lambda states: None)
+    assert [s.status for s in again] == ["done", "done"]
+    assert not execute.failure_note(tmp_path, runs[0]).exists()
+
+
+def test_two_studies_side_by_side(finished: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    folder = finished[0]
+    rows, table, notes = side_by_side.compare(folder, folder)
+    assert {r["arm"] for r in rows} == {"plain", "slope"} and all(r["difference"] == 0 for r in rows)
+    assert "a_perplexity" in rows[0] and "perplexity" in table.csv() and len(notes) == 1
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    for path in other.rglob("result.json"):
+        result = json.loads(path.read_text())
+        result["data"]["tokenizer"] = "another"
+        path.write_text(json.dumps(result))
+    rows, _, notes = side_by_side.compare(folder, other)
+    assert "a_perplexity" not in rows[0] and "perplexities are not shown" in notes[1]
+    for path in other.rglob("result.json"):
+        result = json.loads(path.read_text())
+        result["validation"]["bytes"] += 1
+        path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="evaluated on different texts"):
+        side_by_side.compare(folder, other)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
+) -> None:
+    from entasis.errors import Failure
+
+    shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
+    study = conduct.settled(
+        definition.from_dict(source(text, arms={"plain": {}}, seeds=1), name="s"), tmp_path
+    )
+    runs = lay_out(study, solve(study), Findings()).runs
+
+    def interrupt(states: Sequence[State]) -> None:
+        if states[0].step > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Failure, match="0 of 1 runs done; `entasis study resume"):
+        execute.execute(tmp_path, runs, [Place("cpu-0", 1)], interrupt)
+    assert list((tmp_path / runs[0].folder / "checkpoints").iterdir())
+    assert execute.execute(tmp_path, runs, [Place("cpu-0", 1)], lambda states: None)[0].status == "done"
