@@ -21,6 +21,7 @@ VERBS = {
     "train": "train a model from a recipe",
     "study": "train arms against each other at equal cost and judge them",
     "generate": "continue a text",
+    "evaluate": "score a model on text and on lm-eval tasks",
     "export": "hand a model to transformers or llama.cpp",
     "import": "make a model of a Hugging Face folder or a GGUF file",
 }

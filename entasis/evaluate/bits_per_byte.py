@@ -154,3 +154,16 @@ def _token_nll(
             for x, t in zip(x_ND.split(rows), targets_N.split(rows), strict=True)
         ]
     return torch.cat(parts).double().cpu().numpy()
+
+
+def interval(
+    score: Score, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Bootstrap interval of bits per byte over documents (percentile); None for a single document."""
+    n = len(score.document_nll)
+    if n < 2:
+        return None
+    chosen = np.random.default_rng(seed).integers(0, n, (draws, n))
+    values = score.document_nll[chosen].sum(1) / (score.document_bytes[chosen].sum(1) * math.log(2))
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

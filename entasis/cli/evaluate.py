@@ -1,0 +1,128 @@
+"""Score a model: bits per byte on any text, and lm-eval's tasks.
+
+examples:
+  entasis evaluate runs/tiny --text corpora/stdlib/validation
+  entasis evaluate imported/smollm2 --text book.txt --sequence 512 --tokens 100k
+  entasis evaluate imported/smollm2 --tasks my_task --include-path tasks/ --json
+
+The model is a finished run, an imported model, a Hugging Face folder or a GGUF file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from entasis.errors import UserError
+
+if TYPE_CHECKING:
+    from entasis.data.corpus import Corpus
+    from entasis.evaluate.loading import Loaded
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--text", metavar="PATH", help="a corpus, a text file or a folder of them")
+    parser.add_argument(
+        "--sequence", type=int, help="tokens read at once (the model's context, at most 1024)"
+    )
+    parser.add_argument("--tokens", help="whole documents up to so many tokens, such as 100k")
+    parser.add_argument("--tasks", help="lm-eval tasks, separated by commas")
+    parser.add_argument("--include-path", metavar="DIR", help="folder with lm-eval tasks of your own")
+    parser.add_argument("--limit", type=int, help="examples per task")
+    parser.add_argument("--fewshot", type=int, help="examples shown before each question")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    from entasis.evaluate.loading import load
+
+    if not args.text and not args.tasks:
+        raise UserError("say what to score: --text PATH, --tasks NAME, or both")
+    loaded = load(args.model, device=args.device)
+    answer: dict[str, Any] = {"model": args.model}
+    if args.text:
+        answer["text"] = _text(loaded, args)
+    if args.tasks:
+        try:
+            from entasis.evaluate import harness
+        except ImportError as error:
+            raise UserError("--tasks needs the extra: pip install 'entasis[eval]'") from error
+        answer["lm_eval"] = harness.run(
+            loaded,
+            args.tasks.split(","),
+            include_path=args.include_path,
+            limit=args.limit,
+            fewshot=args.fewshot,
+        )
+    if args.json:
+        print(json.dumps(answer, default=str))
+        return 0
+    if score := answer.get("text"):
+        low, high = score["interval"] or ("?", "?")
+        interval = (
+            f"[{low:.4f}, {high:.4f}] over documents" if score["interval"] else "one document, no interval"
+        )
+        print(f"{score['bits_per_byte']:.4f} bits per byte  95 % {interval}")
+        print(
+            f"perplexity {score['perplexity']:.3f} per token, {score['tokens']:,} tokens, {score['bytes']:,} bytes"
+        )
+    if "lm_eval" in answer:
+        from lm_eval.utils import make_table
+
+        print(make_table(answer["lm_eval"]))
+    return 0
+
+
+def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+    from entasis.data.corpus import INDEX, Corpus
+    from entasis.data.prepare import prepare
+
+    if loaded.tokenizer is None:
+        raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
+    if (Path(args.text) / INDEX).is_file():
+        corpus = Corpus(args.text)
+        if corpus.tokenizer_hash != loaded.tokenizer.hash:
+            raise UserError(
+                f"{args.text}: made with another tokenizer than the model's; give the text itself"
+            )
+        return _score(loaded, corpus, args)
+    with tempfile.TemporaryDirectory() as folder:
+        named = Path(folder) / "tokenizer.json"
+        loaded.tokenizer.save(named)
+        prepare([args.text], Path(folder) / "corpus", tokenizer=named, validation=0)
+        return _score(loaded, Corpus(Path(folder) / "corpus" / "train"), args)
+
+
+def _score(loaded: Loaded, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from entasis.evaluate.bits_per_byte import evaluate, interval
+    from entasis.shape.specification import number
+
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("tokens", total=None)
+        score = evaluate(
+            loaded.model,
+            corpus,
+            sequence=args.sequence or min(1024, loaded.shape.context),
+            batch=4,
+            device=loaded.device,
+            max_tokens=number(args.tokens, "--tokens") if args.tokens else None,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return {
+        "bits_per_byte": score.bits_per_byte,
+        "interval": interval(score),
+        "perplexity": score.perplexity,
+        "nll": score.nll_sum,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "documents": len(score.document_nll),
+    }

@@ -1,0 +1,165 @@
+"""lm-eval's own harness over our models (the extra `eval`).
+
+A context that several continuations share is read once and its keys and values are used for all of them; contexts
+of equal length are read together.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from entasis.errors import UserError
+from entasis.evaluate.generation import Sampling, generate
+from entasis.evaluate.loading import Loaded
+from entasis.model.cache import KVCache
+
+_ROWS = 16
+"""Contexts read together."""
+
+
+class Harness(TemplateLM):
+    """A `Loaded` model as lm-eval sees it. Raises `UserError` without a tokenizer that has an end-of-text token."""
+
+    backend = "causal"
+
+    def __init__(self, loaded: Loaded, max_length: int | None = None) -> None:
+        super().__init__()
+        if loaded.tokenizer is None or loaded.tokenizer.end_of_text is None:
+            raise UserError("lm-eval needs a tokenizer with an end-of-text token; this model has none")
+        self.loaded, self.tokenizer_ours = loaded, loaded.tokenizer
+        self.max_length = max_length or loaded.shape.context
+
+    @property
+    def eot_token_id(self) -> int:
+        assert self.tokenizer_ours.end_of_text is not None
+        return self.tokenizer_ours.end_of_text
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self.tokenizer_ours.encode(string)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy) of each continuation after its context."""
+        shared: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
+        for number, (_, context, continuation) in enumerate(requests):
+            room = self.max_length + 1 - len(continuation)
+            shared[tuple(context[-room:] if room > 0 else context[-1:])].append((number, continuation))
+        by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+        for context in shared:
+            by_length[len(context)].append(context)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for contexts in by_length.values():
+            for start in range(0, len(contexts), _ROWS):
+                rows = contexts[start : start + _ROWS]
+                self._answer(rows, [shared[c] for c in rows], answers)
+        for (_, context, continuation), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", (context, continuation), answer)
+        return answers
+
+    def _answer(
+        self,
+        contexts: list[tuple[int, ...]],
+        wanted: list[list[tuple[int, list[int]]]],
+        answers: list[tuple[float, bool]],
+    ) -> None:
+        """Reads contexts of one length, then all their continuations on top of copies of the cache."""
+        model, device = self.loaded.model, self.loaded.device
+        owner = [row for row, group in enumerate(wanted) for _ in group]
+        numbers = [number for group in wanted for number, _ in group]
+        continuations = [ids for group in wanted for _, ids in group]
+        longest = max(map(len, continuations))
+        dtype = model.embedding.tokens.weight.dtype
+        cache = KVCache(model.shape, len(contexts), len(contexts[0]) + longest, dtype=dtype, device=device)
+        x_BTD = model.hidden(torch.tensor(contexts, device=device), cache=cache)
+        first_RV = model.head_logits(x_BTD[:, -1]).float().log_softmax(-1)[owner]
+        log_p_RTV = first_RV[:, None]
+        if longest > 1:
+            cache.layers = [layer[:, owner] for layer in cache.layers]
+            padded = [ids[:-1] + [0] * (longest - len(ids)) for ids in continuations]
+            rest_RTV = model(torch.tensor(padded, device=device), cache=cache).float().log_softmax(-1)
+            log_p_RTV = torch.cat([log_p_RTV, rest_RTV], 1)
+        for row, (number, ids) in enumerate(zip(numbers, continuations, strict=True)):
+            chosen_TV = log_p_RTV[row, : len(ids)]
+            targets_T = torch.tensor(ids, device=device)
+            score = chosen_TV.gather(1, targets_T[:, None]).sum().item()
+            answers[number] = (score, bool((chosen_TV.argmax(-1) == targets_T).all()))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows of at most `max_length`."""
+        result = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            pairs = [(("", ""), *make_disjoint_window(window)) for window in windows]
+            result.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
+        return result
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy or sampled continuations, cut at the first of the stop strings."""
+        result = []
+        for request in requests:
+            text, settings = request.args
+            stops = (
+                [settings["until"]] if isinstance(settings.get("until"), str) else settings.get("until", [])
+            )
+            most = settings.get("max_gen_toks", 256)
+            temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
+            prompt = self.tok_encode(text)[-(self.max_length - most) :] or [self.eot_token_id]
+            ids: list[int] = []
+            answer = ""
+            for step in generate(
+                self.loaded.model,
+                [prompt],
+                tokens=most,
+                sampling=Sampling(temperature),
+                stop=self.eot_token_id,
+            ):
+                ids += [x for x in step if x is not None]
+                answer = self.tokenizer_ours.decode(ids)
+                if any(stop in answer for stop in stops):
+                    break
+            for stop in stops:
+                answer = answer.split(stop)[0]
+            result.append(answer)
+        return result
+
+
+def run(
+    loaded: Loaded,
+    tasks: list[str],
+    *,
+    include_path: str | None = None,
+    limit: int | None = None,
+    fewshot: int | None = None,
+) -> dict[str, Any]:
+    """lm-eval's results for `tasks`, in its own form. Raises `UserError` for unknown tasks."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise UserError(
+                f"task {task!r} is not known to lm-eval; --include-path names a folder with tasks"
+            )
+    results = lm_eval.simple_evaluate(
+        model=Harness(loaded),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        num_fewshot=fewshot,
+        bootstrap_iters=1000,
+        log_samples=False,
+    )
+    assert results is not None
+    return results

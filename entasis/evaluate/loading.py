@@ -1,0 +1,96 @@
+"""Any model by its path: a finished run, an imported model, a Hugging Face folder, a GGUF file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from entasis.data.tokenizer import Tokenizer
+from entasis.data.tokenizer import load as load_tokenizer
+from entasis.errors import UserError
+from entasis.evaluate.generation import Sampling, generate
+from entasis.model import weights
+from entasis.model.transformer import Transformer
+from entasis.shape.shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer (None where none came along)."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.model.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.tokens.weight.device
+
+    def encode(self, text: str | Iterable[int]) -> list[int]:
+        """Ids of a text; ids are returned as they are. Raises `UserError` without a tokenizer."""
+        if not isinstance(text, str):
+            return [int(i) for i in text]
+        if self.tokenizer is None:
+            raise UserError("the model has no tokenizer.json; give ids instead of text")
+        return self.tokenizer.encode(text)
+
+    @torch.no_grad()
+    def logits(self, text: str | Iterable[int]) -> torch.Tensor:
+        """fp32 logits [tokens, vocabulary]: row t is the model's opinion on the token after t."""
+        return self.model(torch.tensor([self.encode(text)], device=self.device))[0].float()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+    ) -> str | list[int]:
+        """The continuation of a prompt: text for text, ids for ids."""
+        stop = self.tokenizer.end_of_text if self.tokenizer else None
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        steps = generate(self.model, [self.encode(prompt)], tokens=tokens, sampling=sampling, stop=stop)
+        ids = [step[0] for step in steps if step[0] is not None]
+        if isinstance(prompt, str):
+            assert self.tokenizer is not None
+            return self.tokenizer.decode(ids)
+        return ids
+
+
+def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
+    """Opens a model. Hugging Face folders and GGUF files are imported into a temporary folder first.
+
+    Raises `UserError` for what is no model, or one that cannot be imported.
+    """
+    path = Path(path)
+    if (path / "shape.json").is_file():
+        model = weights.load(path, device=device, dtype=dtype)
+        named = path / "tokenizer.json"
+        return Loaded(model.eval(), load_tokenizer(named) if named.is_file() else None)
+    if (path / "config.json").is_file() or path.suffix == ".gguf":
+        from entasis.interop.importing import import_model
+
+        with tempfile.TemporaryDirectory() as folder:
+            import_model(path, Path(folder) / "model")
+            loaded = load(Path(folder) / "model", device=device, dtype=dtype)
+            # safetensors maps the file; what is mapped must not outlive the folder.
+            loaded.model.load_state_dict(
+                {k: v.clone() for k, v in loaded.model.state_dict().items()}, assign=True
+            )
+            return loaded
+    if (path / "recipe.yaml").is_file():
+        raise UserError(f"{path}: the run is not finished; give the same `entasis train` command again")
+    raise UserError(
+        f"{path}: no model here; name a finished run, an imported model, a Hugging Face folder or a GGUF file"
+    )
