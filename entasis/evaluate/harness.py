@@ -39,7 +39,7 @@ class Harness(TemplateLM):
         assert self.tokenizer_ours.end_of_text is not None
         return self.tokenizer_ours.end_of_text
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         return self.tokenizer_ours.encode(string)
 
     @torch.no_grad()
@@ -47,7 +47,7 @@ class Harness(TemplateLM):
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
         disable_tqdm: bool = False,
-        **_: Any,
+        **options: Any,
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy) of each continuation after its context."""
         shared: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
@@ -55,15 +55,15 @@ class Harness(TemplateLM):
             room = self.max_length + 1 - len(continuation)
             shared[tuple(context[-room:] if room > 0 else context[-1:])].append((number, continuation))
         by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-        for context in shared:
-            by_length[len(context)].append(context)
+        for kept in shared:
+            by_length[len(kept)].append(kept)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for contexts in by_length.values():
             for start in range(0, len(contexts), _ROWS):
                 rows = contexts[start : start + _ROWS]
                 self._answer(rows, [shared[c] for c in rows], answers)
-        for (_, context, continuation), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", (context, continuation), answer)
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
     def _answer(
