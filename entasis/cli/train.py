@@ -115,10 +115,11 @@ class _Progress:
         self._console.print(
             f"{event['parameters']:,} parameters, {event['distinct_layers']} distinct layer shapes, "
             f"{event['device']} in {event['precision']}, {compiled}, {event['attention']} attention"
-            + (f"; going on from step {event['step']}" if event["step"] else "")
+            + (f"; going on from step {event['step']}" if event["step"] else ""),
+            soft_wrap=True,
         )
         for note in event["notes"]:
-            self._console.print(f"note: {note}")
+            self._console.print(f"note: {note}", soft_wrap=True, markup=False)
         if self._console.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

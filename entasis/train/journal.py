@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from entasis.errors import UserError
 from entasis.train.recipe import Logging
 
 
@@ -56,11 +55,7 @@ class Journal:
 
 
 def _start_wandb(folder: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "recipe: logging.wandb is true, but wandb is not installed: pip install 'entasis[wandb]'"
-        ) from error
+    import wandb
+
     # The id is the folder's name, so a resumed run goes on in the same place.
     return wandb.init(project="entasis", id=folder.name, name=folder.name, dir=folder, resume="allow")

@@ -259,7 +259,7 @@ def _resolve_stages(recipe: Recipe) -> None:
         if stage.tokens is None:
             missing = f"{where}.tokens" if recipe.stages else "tokens"
             raise UserError(f"recipe: {missing} is missing; say how many tokens to train on, such as 5M")
-        stage.tokens = count(stage.tokens, f"{where}.tokens")
+        stage.tokens = count(stage.tokens, f"{where}.tokens" if recipe.stages else "tokens")
         stage.schedule = dataclasses.replace(stage.schedule or recipe.schedule)
         steps = recipe.steps(stage)
         warmup = part(stage.schedule.warmup, steps, "schedule.warmup")

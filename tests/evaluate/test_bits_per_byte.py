@@ -19,6 +19,15 @@ MODULES = "antigravity bisect keyword linecache opcode stat struct this token tt
 SEQUENCE = 48
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The model is too small for more, and the machine may be busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Corpus:
     folder = tmp_path_factory.mktemp("corpus")

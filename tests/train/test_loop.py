@@ -83,6 +83,30 @@ def test_accumulation_gives_the_same_curve_within_rounding(recipe, tmp_path):
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
 
 
+def test_bf16_follows_fp32_with_weights_kept_in_fp32(recipe, tmp_path):
+    train(recipe(tokens=512 * 3), tmp_path / "fp32")
+    train(recipe(tokens=512 * 3, precision="bf16"), tmp_path / "bf16")
+    assert losses(tmp_path / "fp32") == pytest.approx(losses(tmp_path / "bf16"), rel=0.01)
+    assert losses(tmp_path / "fp32") != losses(tmp_path / "bf16")
+    weights = load_file(tmp_path / "bf16" / "model.safetensors").values()
+    assert {x.dtype for x in weights} == {torch.float32}
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "muon"}, {"parametrisation": "mup", "base_width": 16}])
+def test_other_optimizers_learn_and_resume_to_the_bit(recipe, tmp_path, optimizer):
+    def interrupt(event):
+        if event["event"] == "step" and event["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    wanted = {"tokens": 512 * 12, "optimizer": optimizer}
+    train(recipe(**wanted), tmp_path / "whole")
+    with pytest.raises(Failure, match="stopped at step"):
+        train(recipe(**wanted), tmp_path / "run", reporter=interrupt)
+    train(recipe(**wanted), tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0] - 0.5
+
+
 def test_seed_changes_weights_and_order(recipe, tmp_path):
     train(recipe(), tmp_path / "a")
     train(recipe(seed=1), tmp_path / "b")
