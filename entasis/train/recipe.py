@@ -9,10 +9,7 @@ counts in whole numbers), so that the `recipe.yaml` in a run's folder repeats th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +20,7 @@ import yaml
 from entasis.errors import UserError
 from entasis.shape import specification
 from entasis.shape.shapes import ModelShape
+from entasis.train import mistakes
 
 Count = int | str
 """A number of tokens: 393216, 393_216, "200k", "5B"."""
@@ -169,7 +167,7 @@ def from_dict(source: Mapping[str, Any]) -> Recipe:
     """A recipe from a plain dictionary, typed by jsonargparse. Raises `UserError`."""
     import jsonargparse
 
-    _check_keys(source, Recipe, "")
+    mistakes.check_keys(source, Recipe)
     for name in ("shape", "data"):
         if name not in source:
             raise UserError(f"recipe: {name} is missing")
@@ -181,7 +179,7 @@ def from_dict(source: Mapping[str, Any]) -> Recipe:
         parsed = parser.parse_object({"recipe": dict(source)})
         return parser.instantiate(parsed).recipe
     except jsonargparse.ArgumentError as error:
-        raise UserError(_one_line(str(error), source)) from error
+        raise UserError(mistakes.one_line(str(error), source, Recipe)) from error
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -348,64 +346,6 @@ def _index(items: list[Any], name: str, where: str) -> int:
             f"override {where}: there are {len(items)} entries, numbered from 0; {name!r} is not one"
         )
     return int(name)
-
-
-def _check_keys(source: Any, kind: type, prefix: str) -> None:
-    """Refuses keys that the dataclass `kind` does not have, naming the nearest."""
-    if source is None:
-        return
-    if not isinstance(source, Mapping):
-        raise UserError(f"recipe: {prefix.rstrip('.') or 'the recipe'} is {source!r}; it must be a mapping")
-    hints = typing.get_type_hints(kind)
-    for key, value in source.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            advice = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(hints)}"
-            raise UserError(f"recipe: unknown key {prefix}{key}; {advice}")
-        part_of = _dataclass_in(hints[key])
-        if part_of is not None and isinstance(value, list):
-            for i, item in enumerate(value):
-                _check_keys(item, part_of, f"{prefix}{key}[{i}].")
-        elif part_of is not None:
-            _check_keys(value, part_of, f"{prefix}{key}.")
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass in `X`, `X | None` or `list[X]`."""
-    for candidate in (hint, *typing.get_args(hint)):
-        if dataclasses.is_dataclass(candidate) and isinstance(candidate, type):
-            return candidate
-    return None
-
-
-def _one_line(message: str, source: Mapping[str, Any]) -> str:
-    """jsonargparse's many lines about a wrong type, as one: the key, its value, what it may be."""
-    path = ".".join(re.findall(r'[Pp]arser key "([^"]+)"', message)).removeprefix("recipe.")
-    kind: Any = Recipe
-    value: Any = source
-    for name in path.split("."):
-        hints = typing.get_type_hints(kind) if kind else {}
-        if name not in hints:
-            return f"recipe: {' '.join(message.split())}"
-        expected = hints[name]
-        kind = _dataclass_in(expected)
-        value = value.get(name) if isinstance(value, Mapping) else value
-        if isinstance(value, list) and kind:
-            # Which entry is wrong is found by reading each alone.
-            given = re.search(r"Given value: (.*)\s*$", message)
-            return (
-                f"recipe: {path} holds the value {given[1] if given else value!r}, which is of the wrong type"
-            )
-    return f"recipe: {path} is {value!r}; it must be {_describe(expected)}"
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(str(x) for x in typing.get_args(hint))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(x) for x in typing.get_args(hint))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(hint) or str(getattr(hint, "__name__", hint) if not typing.get_args(hint) else hint)
 
 
 class _Dumper(yaml.SafeDumper):
