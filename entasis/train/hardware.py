@@ -57,7 +57,7 @@ def precision(device: torch.device) -> Literal["fp32", "bf16"]:
 def matmul_ceiling(device: torch.device, precision: str) -> float:
     """FLOP/s of a large square matrix product: the measured 100 % of MFU."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 512
     return 2 * size**3 / _matmul_seconds(size, dtype, device)
 
 
