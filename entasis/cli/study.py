@@ -34,9 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         action.add_argument("--size", help="one of the study's sizes")
         action.add_argument(
-            "--seeds", type=int, metavar="N", help="another number of seeds than the file says"
-        )
-        action.add_argument(
             "--output", type=Path, metavar="DIR", help="the study's folder (default: studies/NAME)"
         )
         action.add_argument("--json", action="store_true", help="print the answer as JSON")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
 
-_WIDTH, _BAR, _GAP, _MARGIN = 120.0, 7.0, 1.6, 4.0
+_WIDTH, _BAR, _GAP, _MARGIN = 120.0, 10.0, 2.0, 4.0
 _COLOURS = {"attention": "#2f6f9f", "ffn": "#d08a3e"}
 KEY = '<p class="key"><i class="attention"></i>attention<i class="ffn"></i>FFN (area: parameters of each layer)</p>'
 

@@ -124,7 +124,9 @@ def rows(verdict: Verdict, protocol: str) -> list[dict[str, Any]]:
         interval = (
             f"{d['low']:+.4f} … {d['high']:+.4f}".replace("-", "−") if d.get("low") is not None else None
         )
-        flat = {k: v for k, v in arm.items() if k not in ("scores", "differences", "difference")}
+        flat = {"short": wording.SHORT[arm["judgement"]]} | {
+            k: v for k, v in arm.items() if k not in ("scores", "differences", "difference")
+        }
         result.append(
             {"arm": name, **flat, **{f"difference_{k}": v for k, v in d.items()}, "interval": interval}
         )
@@ -142,7 +144,7 @@ def main_table(verdict: Verdict, protocol: str) -> Table:
             Column("bits_per_byte", "bits per byte", ".4f", "mean of seeds"),
             Column("difference_mean", "difference", "+.4f", f"to {verdict['baseline']}"),
             Column("interval", "95 % interval", "s", "paired by seed"),
-            Column("judgement", "judgement"),
+            Column("short", "judgement"),
         ],
         rows(verdict, protocol),
     )

@@ -167,7 +167,7 @@ def _curves(page: Page, study: Study, plan: Plan, done: list[Outcome], folder: P
         blocks += [
             page.chart(chart),
             page.note(
-                "The same curves as differences within a seed: as the data order is the same, its noise is gone."
+                "The same curves as differences within a seed: as the data order is the same, its noise cancels."
             ),
         ]
     return blocks

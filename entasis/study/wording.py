@@ -11,6 +11,16 @@ from entasis.study.statistics import ALPHA, Difference
 
 Judgement = Literal["better", "worse", "same", "undecided", "unjudged"]
 UNIT = "bits per byte"
+SHORT: dict[str, str] = {
+    "baseline": "baseline",
+    "better": "better",
+    "worse": "worse",
+    "same": "no different",
+    "undecided": "none detected",
+    "unjudged": "one seed",
+    "missing": "no finished run",
+}
+"""A judgement in a table's cell."""
 EQUAL = {
     "params": "At equal parameters and tokens",
     "flops": "At equal training FLOPs",

@@ -111,7 +111,8 @@ def test_total_interval_covers_when_seeds_and_documents_both_vary() -> None:
         d = 0.01 + evaluation + rng.normal(0, 0.004, SEEDS)
         out = statistics.compare({"a": d}, margin=0.01, evaluation_errors={"a": 0.003})["a"]
         covered.append(out.total_low <= 0.01 <= out.total_high)
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+        assert out.total_low < out.low < out.high < out.total_high
+    assert np.mean(covered) >= 0.95 - 0.015
 
 
 def test_compare_reports_every_arm_with_adjusted_values() -> None:
