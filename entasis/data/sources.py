@@ -19,7 +19,7 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the name of where it stands: a file, or a file and a row."""
+    """One text and its name: a file's, relative to the source it was found in, and the row in it."""
 
     name: str
     text: str
@@ -45,10 +45,19 @@ def documents(sources: Sequence[str | Path], column: str = "text") -> Iterator[D
         if str(source).startswith("hf:"):
             found = _hugging_face(str(source), column)
         else:
-            found = (d for path in files([source]) for d in _reader_of(path)(path, column))
+            found = _of_files(source, column)
         for document in found:
             if document.text:
                 yield document
+
+
+def _of_files(source: str | Path, column: str) -> Iterator[Document]:
+    """Documents of a file, a folder or `stdlib`, named from there: the same on any machine, wherever it lies."""
+    root = Path(sysconfig.get_paths()["stdlib"]) if str(source) == "stdlib" else Path(source)
+    for path in files([source]):
+        name = str(path.relative_to(root)) if path != root else path.name
+        for document in _reader_of(path)(path, column):
+            yield Document(name + document.name.removeprefix(str(path)), document.text)
 
 
 def files(sources: Sequence[str | Path]) -> list[Path]:
