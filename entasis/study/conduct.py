@@ -44,7 +44,12 @@ def run(study: Study, folder: Path, console: Console) -> Verdict:
         _train(study, folder, prepared, console, "preparing: learning rates and throughput")
         plan = _lay_out(study, folder, arms, prepared)
         _train(study, folder, plan.runs, console, study.title)
-        return _judge(study, plan, folder, prepared, console)
+        verdict = judgement.judge(study, plan, folder)
+        told = folder / "verdict.json"
+        # JSON makes keys text, so what is compared is what would be written.
+        if told.is_file() and results.json_of(told) == json.loads(json.dumps(verdict)):
+            return verdict
+        return _report(study, plan, folder, verdict, prepared, console)
 
 
 def report(folder: Path, console: Console) -> Verdict:
@@ -53,7 +58,8 @@ def report(folder: Path, console: Console) -> Verdict:
     study = settled(stored(folder), folder)
     arms = solve(study, vocabulary(study, folder))
     prepared = preparatory(study, arms)
-    return _judge(study, _lay_out(study, folder, arms, prepared), folder, prepared, console)
+    plan = _lay_out(study, folder, arms, prepared)
+    return _report(study, plan, folder, judgement.judge(study, plan, folder), prepared, console)
 
 
 def stored(folder: Path) -> Study:
@@ -177,12 +183,11 @@ def _lay_out(study: Study, folder: Path, arms: dict[str, Arm], prepared: Sequenc
     return lay_out(study, arms, found)
 
 
-def _judge(
-    study: Study, plan: Plan, folder: Path, prepared: Sequence[PlannedRun], console: Console
+def _report(
+    study: Study, plan: Plan, folder: Path, verdict: Verdict, prepared: Sequence[PlannedRun], console: Console
 ) -> Verdict:
     from entasis.study import report as page
 
-    console.print("judging and writing the report", markup=False, highlight=False)
-    verdict = judgement.judge(study, plan, folder)
+    console.print("writing the report", markup=False, highlight=False)
     page.write(study, plan, folder, verdict, prepared)
     return verdict

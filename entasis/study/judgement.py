@@ -121,12 +121,11 @@ def rows(verdict: Verdict, protocol: str) -> list[dict[str, Any]]:
     result = []
     for name, arm in verdict["protocols"][protocol]["arms"].items():
         d = arm["difference"] or {}
-        interval = (
-            f"{d['low']:+.4f} … {d['high']:+.4f}".replace("-", "−") if d.get("low") is not None else None
-        )
-        flat = {"short": wording.SHORT[arm["judgement"]]} | {
-            k: v for k, v in arm.items() if k not in ("scores", "differences", "difference")
-        }
+        interval = None
+        if d.get("low") is not None:
+            interval = f"{wording.signed(d['low'])} … {wording.signed(d['high'])}"
+        flat = {k: v for k, v in arm.items() if k not in ("scores", "differences", "difference")}
+        flat["short"] = wording.SHORT[arm["judgement"]]
         result.append(
             {"arm": name, **flat, **{f"difference_{k}": v for k, v in d.items()}, "interval": interval}
         )
@@ -161,6 +160,7 @@ def statistics_table(verdict: Verdict, protocol: str) -> Table:
             Column("difference_high", "to", "+.4f"),
             Column("difference_p", "p", ".3g"),
             Column("difference_p_holm", "p", ".3g", "Holm"),
+            Column("difference_p_pooled_holm", "p", ".3g", "Holm, pooled noise"),
             Column("difference_p_equivalent_holm", "p", ".3g", f"within ±{verdict['margin']:g}"),
             Column("difference_sd", "sd", ".4f", "over seeds"),
             Column("difference_evaluation_error", "error", ".4f", "documents"),

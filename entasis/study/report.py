@@ -28,7 +28,6 @@ def write(
     study: Study, plan: Plan, folder: Path, verdict: Verdict, prepared: Sequence[PlannedRun] = ()
 ) -> Path:
     """Writes `verdict.json`, `report.html`, `tables/` and `charts/` into the study's folder."""
-    write_text(folder / "verdict.json", json.dumps(verdict, indent=1, allow_nan=False) + "\n")
     done = list(results.outcomes(folder, plan.runs).values())
     page = Page(study.title, subtitle=_subtitle(study, verdict))
     page.verdict(verdict["sentence"])
@@ -49,6 +48,8 @@ def write(
         page.section("Failed runs", page.facts(verdict["failed"]))
     page.section("To repeat this", *_repeat(page, study, done))
     page.write(folder / "report.html")
+    # Last: a verdict on disk means that the report beside it is whole.
+    write_text(folder / "verdict.json", json.dumps(verdict, indent=1, allow_nan=False) + "\n")
     return folder / "report.html"
 
 

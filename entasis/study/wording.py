@@ -31,12 +31,14 @@ EQUAL = {
 def judge(d: Difference) -> Judgement:
     """What one comparison supports, after Holm over the arms.
 
+    A difference is claimed when the arm's own noise and the noise pooled over all arms both support it.
+
     `same` is a demonstrated equivalence (TOST within the margin), `undecided` no difference detected, `unjudged`
     too few seeds for any statement.
     """
     if math.isnan(d.p_holm):
         return "unjudged"
-    if d.p_holm < ALPHA:
+    if d.p_holm < ALPHA and not lucky(d):
         return "better" if d.mean < 0 else "worse"
     return "same" if d.p_equivalent_holm < ALPHA else "undecided"
 
@@ -54,6 +56,11 @@ def says(d: Difference, margin: float) -> str:
             else ""
         )
         return f"{judgement} by {amount(d.mean)} {UNIT}{small}{single}"
+    if lucky(d):
+        return (
+            f"not established: its {d.n} seeds agree on {signed(d.mean)} (sd {amount(d.sd)}) more closely than the "
+            f"noise of all arms (sd {amount(d.noise)}) lets one rely on; add seeds"
+        )
     if judgement == "same":
         return f"no different within ±{amount(margin)} {UNIT}"
     hint = " (single interval excludes zero, not after Holm's correction)" if d.p < ALPHA else ""
@@ -94,6 +101,12 @@ def verdict(
         start = "no difference detected between" if only else "between"
         end = "" if only else " no difference was detected"
         parts.append(f"{start} {whom}{end}; this study could have seen {amount(seen)} {UNIT}")
+    for name in groups.get("undecided", []):
+        if lucky(differences[name]):
+            parts.append(
+                f"the seeds of {name} agree on {signed(differences[name].mean)}, but more closely than the noise of "
+                "all arms lets one rely on: add seeds"
+            )
     if unjudged := groups.get("unjudged"):
         parts.append(f"{listed(unjudged)} cannot be judged: an interval needs two seeds or more")
     if not parts:
@@ -104,15 +117,25 @@ def verdict(
     return text
 
 
+def lucky(d: Difference) -> bool:
+    """Significant by the arm's own few seeds, yet not by the noise that all arms show together."""
+    return d.p_holm < ALPHA <= d.p_pooled_holm
+
+
 def amount(x: float) -> str:
     """A size without sign: four decimals, or three significant digits where that shows more."""
     x = abs(x)
     return f"{x:.4f}" if x >= 0.001 or x == 0 else f"{x:.2g}"
 
 
+def signed(x: float) -> str:
+    """`−0.0123`, `+0.0045`."""
+    return f"{x:+.4f}".replace("-", "−")
+
+
 def span(d: Difference) -> str:
     """`−0.0123 to 0.0045`."""
-    return f"{d.low:+.4f} to {d.high:+.4f}".replace("-", "−")
+    return f"{signed(d.low)} to {signed(d.high)}"
 
 
 def listed(names: Sequence[str], word: str = "and") -> str:

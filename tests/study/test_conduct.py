@@ -1,10 +1,13 @@
 """A whole study for real: tiny models on real text, one run that fails, one worker that is killed."""
 
+import html
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,12 @@ from entasis.errors import UserError
 from entasis.study import conduct, definition, execute, side_by_side
 from entasis.study.execute import Place, State
 from entasis.study.plan import Findings, lay_out, solve
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
+import browser
+
+# One process runs the study that most of these look at.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
 
 MODULES = ("argparse", "ast", "difflib", "inspect", "tarfile", "typing", "zipfile", "shutil")
 
@@ -103,6 +112,24 @@ def test_charts_and_tables_are_files_too(finished: tuple[Path, dict[str, Any], s
         assert (folder / "charts" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert "\\toprule" in (folder / "tables" / "results-params.tex").read_text()
     assert (folder / "tables" / "results-params.csv").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (500, "dark")])
+def test_the_report_in_a_browser(
+    finished: tuple[Path, dict[str, Any], str], tmp_path: Path, width: int, theme: str
+) -> None:
+    folder, verdict, _ = finished
+    dom = browser.dom(folder / "report.html", tmp_path, width=width, theme=theme)
+    text = html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r"<script.*?</script>", "", dom, flags=re.S)))
+    assert verdict["sentence"] in text
+    # Silhouettes of all arms; forest plot, runs, loss against tokens, loss differences.
+    assert len(re.findall(r"<figure>", dom)) == 3
+    assert dom.count('data-drawn="yes"') == 4 and 'data-drawn="failed"' not in dom
+    assert 'data-overflow="0"' in dom and f'data-width="{width}"' in dom
+    for name in ("tokens", "FLOPs", "seconds"):
+        assert re.search(rf'role="tab"[^>]*>{name}<', dom)
+    assert f"{verdict['protocols']['params']['arms']['slope']['bits_per_byte']:.4f}" in text
+    assert "entasis study run study.yaml" in text and "validation fingerprint" in text
 
 
 def test_a_finished_study_answers_from_what_is_there_even_when_moved(

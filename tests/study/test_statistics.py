@@ -115,6 +115,16 @@ def test_total_interval_covers_when_seeds_and_documents_both_vary() -> None:
     assert np.mean(covered) >= 0.95 - 0.015
 
 
+def test_pooled_noise_is_the_residual_of_all_arms() -> None:
+    rng = np.random.default_rng(8)
+    p = []
+    for _ in range(3000):
+        arms = rng.normal(0, 0.01, (4, 3))
+        noise = statistics.pooled_sd(list(arms))
+        p.append(statistics.pooled_p(arms[0], noise, 8))
+    assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.012)
+
+
 def test_compare_reports_every_arm_with_adjusted_values() -> None:
     base, arms = simulate(np.random.default_rng(7), [0.0, -0.05])
     out = statistics.compare({name: x - base for name, x in arms.items()}, margin=0.01)

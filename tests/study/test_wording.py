@@ -39,6 +39,15 @@ def test_one_seed_is_not_judged() -> None:
     assert "cannot be judged" in sentence and "better" not in sentence
 
 
+def test_seeds_that_agree_by_luck_are_not_relied_on() -> None:
+    noisy = {f"a{k}": np.array([0.015, -0.02, 0.01]) * (1 - 2 * (k % 2)) for k in range(3)}
+    d = statistics.compare({**noisy, "lucky": [-0.0206, -0.0204, -0.0199]}, margin=0.01)
+    assert d["lucky"].p_holm < 0.05 < d["lucky"].p_pooled_holm
+    assert wording.judge(d["lucky"]) == "undecided" and "add seeds" in wording.says(d["lucky"], 0.01)
+    sentence = wording.verdict(d, baseline="b", protocol="params", margin=0.01)
+    assert "the seeds of lucky agree on −0.0203" in sentence and "better" not in sentence
+
+
 def test_holm_can_take_back_what_one_interval_shows() -> None:
     d = dataclasses.replace(difference([-0.01, -0.012, -0.013]), p=0.03, p_holm=0.12, p_equivalent_holm=0.5)
     assert wording.judge(d) == "undecided"
