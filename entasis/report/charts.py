@@ -49,8 +49,8 @@ def forest(rows: Rows, *, title: str, order: Sequence[str], margin: float | None
         title=None,
         axis=alt.Axis(labelFontSize=13, labelLimit=220, domain=False),
     )
-    axis = alt.Axis(tickCount=7, format="+.3~f")
-    x = alt.X("low:Q", title=f"← better      {title}      worse →", axis=axis)
+    axis = alt.Axis(tickCount=7, labelExpr="datum.value == 0 ? '0' : format(datum.value, '+.3~f')")
+    x = alt.X("low:Q", title=f"← better\u2003\u2003{title}\u2003\u2003worse →", axis=axis)
     tooltip = [
         alt.Tooltip("arm:N"),
         alt.Tooltip("mean:Q", format="+.4f", title="difference"),
