@@ -138,7 +138,9 @@ def test_a_trained_model_is_scored_continued_and_exported(place):
 def test_a_mistake_is_one_line_and_exit_code_2(place, tmp_path, arguments, says):
     names = {"recipe": place / "recipe.yaml", "run": place / "run"}
     done = entasis(
-        *[a.format(**names) for a in arguments], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path.cwd())}
+        *[a.format(**names) for a in arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
     )
     assert done.returncode == 2, done.stderr
     assert says in done.stderr

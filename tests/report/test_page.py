@@ -38,7 +38,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     table = Table([Column("arm", "arm"), *(Column(f"c{i}", f"column {i}", ",.3f") for i in range(12))],
                   [{"arm": "crown", **{f"c{i}": 12345.6789 for i in range(12)}}])  # fmt: skip
-    result.section("Differences", result.chart(charts.forest(forest, title="bits per byte", order=ARMS, margin=0.01)))
+    result.section(
+        "Differences", result.chart(charts.forest(forest, title="bits per byte", order=ARMS, margin=0.01))
+    )
     result.section("Loss", result.switch(curves), result.table(table))
     path = tmp_path_factory.mktemp("page") / "report.html"
     result.write(path)
@@ -64,7 +66,9 @@ def test_text_is_escaped(page: Path) -> None:
 @pytest.mark.parametrize(("width", "theme", "background"), [
     (1100, "light", "rgb(255, 255, 255)"), (1100, "dark", "rgb(22, 21, 20)"), (500, "light", "rgb(255, 255, 255)")
 ])  # fmt: skip
-def test_a_browser_draws_every_chart(page: Path, tmp_path: Path, width: int, theme: str, background: str) -> None:
+def test_a_browser_draws_every_chart(
+    page: Path, tmp_path: Path, width: int, theme: str, background: str
+) -> None:
     dom = browser.dom(page, tmp_path, width=width, theme=theme)
     assert 'data-ready="yes"' in dom and 'data-drawn="failed"' not in dom
     assert dom.count('data-drawn="yes"') == 2  # the forest plot and the first of the switched charts

@@ -7,7 +7,11 @@ import math
 from entasis.report.tables import Column, Table
 
 TABLE = Table(
-    [Column("arm", "arm"), Column("n", "parameters", ",d"), Column("d", "difference", "+.4f", "bits & bytes")],
+    [
+        Column("arm", "arm"),
+        Column("n", "parameters", ",d"),
+        Column("d", "difference", "+.4f", "bits & bytes"),
+    ],
     [{"arm": "a_b", "n": 1234567, "d": -0.01234}, {"arm": "<c>", "n": None, "d": math.nan}],
 )
 
