@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from entasis.data.sources import Document, documents
 from entasis.errors import UserError
 
 SHARD_TOKENS = 1 << 25
-_BATCH_BYTES = 4 << 20
+_BATCH_BYTES = 1 << 20
 _TOKENIZER_SAMPLE = 64 << 20
 _SKIPPED, _TRAIN, _VALIDATION = 0, 1, 2
 SIDES = {"train": _TRAIN, "validation": _VALIDATION}
@@ -284,9 +285,10 @@ def _write_tokens(
             if side in halves and i >= halves[side].finished:
                 yield i, side, document
 
-    # One batch is encoded (on all cores, without the interpreter's lock) while the last one is stored.
-    with ThreadPoolExecutor(1) as pool:
-        for encoded in _one_ahead(pool, encode, _batches(wanted())):
+    # Batches are encoded on all cores, without the interpreter's lock; two at a time, so that the cores stay busy
+    # while the ids of one become an array and the one before is stored.
+    with ThreadPoolExecutor(2) as pool:
+        for encoded in _ahead(pool, 2, encode, _batches(wanted())):
             for i, side, size, ids in encoded:
                 half = halves[side]
                 half.add(ids, size)
@@ -311,15 +313,17 @@ def _batches(items: Iterator[tuple[int, int, Document]]) -> Iterator[list[tuple[
         yield batch
 
 
-def _one_ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-    pending = None
+def _ahead(
+    pool: ThreadPoolExecutor, n: int, work: Callable[[Any], Any], items: Iterator[Any]
+) -> Iterator[Any]:
+    """What `work` makes of each item, in order, with `n` items in hand besides the one that is awaited."""
+    pending: deque[Future[Any]] = deque()
     for item in items:
-        started = pool.submit(work, item)
-        if pending is not None:
-            yield pending.result()
-        pending = started
-    if pending is not None:
-        yield pending.result()
+        pending.append(pool.submit(work, item))
+        if len(pending) > n:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _totals(folder: Path) -> dict[str, Any]:

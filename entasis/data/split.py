@@ -9,7 +9,6 @@ does this, and it must not hold the text, only 512 bytes a document.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -22,12 +21,11 @@ _SIMILAR = 0.5
 _EMPTY = np.iinfo(np.uint32).max
 _ODD = 0x9E3779B97F4A7C15
 _INVERSE = pow(_ODD, -1, 1 << 64)
-_SPACE = re.compile(rb"\s+")
 
 
 def signature(text: str) -> np.ndarray:
     """The MinHash of a text: uint32 [128]."""
-    data = np.frombuffer(_SPACE.sub(b" ", text.encode("utf-8")), np.uint8)
+    data = np.frombuffer(b" ".join(text.encode("utf-8").split()), np.uint8)
     result = np.full(_BINS, _EMPTY, np.uint32)
     if len(data) < SHINGLE:
         data = np.pad(data, (0, SHINGLE - len(data)))
@@ -68,9 +66,8 @@ def groups(signatures: np.ndarray) -> np.ndarray:
     for start in range(0, _BINS, _ROWS):
         bands: dict[bytes, list[int]] = defaultdict(list)
         band = np.ascontiguousarray(signatures[:, start : start + _ROWS])
-        for i, row in enumerate(band):
-            if not (row == _EMPTY).all():
-                bands[row.tobytes()].append(i)
+        for i in np.flatnonzero((band != _EMPTY).any(1)):
+            bands[band[i].tobytes()].append(int(i))
         for members in bands.values():
             for i in members[1:]:
                 a, b = sorted((root(members[0]), root(i)))
