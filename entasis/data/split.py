@@ -66,8 +66,8 @@ def groups(signatures: np.ndarray) -> np.ndarray:
     for start in range(0, _BINS, _ROWS):
         bands: dict[bytes, list[int]] = defaultdict(list)
         band = np.ascontiguousarray(signatures[:, start : start + _ROWS])
-        for i in np.flatnonzero((band != _EMPTY).any(1)):
-            bands[band[i].tobytes()].append(int(i))
+        for i in np.flatnonzero((band != _EMPTY).any(1)).tolist():
+            bands[band[i].tobytes()].append(i)
         for members in bands.values():
             for i in members[1:]:
                 a, b = sorted((root(members[0]), root(i)))
