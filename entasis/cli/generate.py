@@ -1,8 +1,9 @@
-"""Continue a text with a trained or imported model.
+"""Continue a text, or answer a message, with a trained or imported model.
 
 examples:
   entasis generate runs/tiny --prompt "def main("
   entasis generate models/smollm2 --prompt "The capital of France is" --temperature 0 --tokens 8
+  entasis generate models/smollm2 --chat --prompt "What is entasis in architecture?"
   echo "import os" | entasis generate runs/tiny --json
 """
 
@@ -15,10 +16,16 @@ import time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="DIR", help="a finished run or an imported model")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a finished run, an imported model, a Hugging Face folder or a GGUF file",
+    )
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be repeated; left out, standard input is read"
     )
+    parser.add_argument("--chat", action="store_true", help="a prompt is a message: use the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="the system message before it (with --chat)")
     parser.add_argument("--tokens", type=int, default=128, help="at most so many new tokens (128)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
     parser.add_argument("--top-k", type=int)
@@ -30,38 +37,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
     import torch
 
-    from entasis.data import tokenizer
     from entasis.errors import UserError
     from entasis.evaluate.generation import Sampling, generate
-    from entasis.model import weights
+    from entasis.evaluate.loading import load
 
     if args.tokens < 1:
         raise UserError(f"--tokens is {args.tokens}; it must be at least 1")
+    if args.system is not None and not args.chat:
+        raise UserError("--system goes with --chat")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    model = weights.load(args.model, device=device)
-    chosen = tokenizer.load(Path(args.model) / "tokenizer.json")
+    loaded = load(args.model, device=device)
+    chosen = loaded.tokenizer
+    if chosen is None:
+        raise UserError(f"{args.model}: has no tokenizer.json; import it again with --tokenizer FILE")
     texts = args.prompt or [sys.stdin.read()]
-    prompts = [chosen.encode(text) or [chosen.end_of_text or 0] for text in texts]
+    if args.chat:
+        if loaded.chat is None:
+            raise UserError(f"{args.model}: has no chat template; leave --chat out to continue the text")
+        system = [{"role": "system", "content": args.system}] if args.system is not None else []
+        whole = [loaded.chat.render([*system, {"role": "user", "content": text}]) for text in texts]
+    else:
+        whole = texts
+    prompts = [chosen.encode(text) or [chosen.end_of_text or 0] for text in whole]
     answers: list[list[int]] = [[] for _ in prompts]
     stream = len(prompts) == 1 and not args.json
-    shown = chosen.decode(prompts[0])
+    before = [] if args.chat else prompts[0]  # an answer is shown alone, a continuation with its beginning
+    shown = chosen.decode(before)
     if stream:
         print(shown, end="", flush=True)
     begun = time.perf_counter()
-    for step in generate(model, prompts, tokens=args.tokens, sampling=sampling, stop=chosen.end_of_text):
+    for step in generate(loaded.model, prompts, tokens=args.tokens, sampling=sampling, stop=loaded.stop):
         for answer, token in zip(answers, step, strict=True):
             if token is not None:
                 answer.append(token)
         if stream:
-            whole = chosen.decode([*prompts[0], *answers[0]])
-            if not whole.endswith("\ufffd"):  # the rest of a character may be still to come
-                print(whole[len(shown) :], end="", flush=True)
-                shown = whole
+            now = chosen.decode([*before, *answers[0]])
+            if not now.endswith("\ufffd"):  # the rest of a character may be still to come
+                print(now[len(shown) :], end="", flush=True)
+                shown = now
     seconds = time.perf_counter() - begun
     if args.json:
         continuations = [
@@ -74,5 +90,5 @@ def run(args: argparse.Namespace) -> int:
         print()
     else:
         for text, answer in zip(texts, answers, strict=True):
-            print(f"{text}{chosen.decode(answer)}\n---")
+            print(f"{'' if args.chat else text}{chosen.decode(answer)}\n---")
     return 0

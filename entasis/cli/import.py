@@ -16,7 +16,9 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("source", metavar="SOURCE", help="a Hugging Face folder or a .gguf file")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a Hugging Face folder, hf:ORGANISATION/MODEL, or a .gguf file"
+    )
     parser.add_argument("folder", metavar="DIR", help="the folder to make; must not exist, or be empty")
     parser.add_argument(
         "--dtype",

@@ -63,7 +63,10 @@ def load(source: str | Path) -> Tokenizer:
         raise UserError(f"tokenizer {source}: no such file; give a tokenizer.json, a GPT-2 folder, or bytes")
     try:
         return Tokenizer(Library.from_str(path.read_text(encoding="utf-8")))
-    except Exception as error:  # the library raises bare Exception for anything it cannot parse
+    except BaseException as error:
+        # The library raises bare Exception, and a Rust panic, which is none, for some damaged files.
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         raise UserError(f"tokenizer {path}: cannot be read ({' '.join(str(error).split())})") from error
 
 

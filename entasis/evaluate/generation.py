@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +40,9 @@ def generate(
     *,
     tokens: int,
     sampling: Sampling | None = None,
-    stop: int | None = None,
+    stop: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
-    """Yields, step by step, the next id of each prompt; None for one that has met `stop`.
+    """Yields, step by step, the next id of each prompt; None for one that has met an id of `stop`.
 
     Prompts of unequal length are read side by side up to the shortest, and the longer ones then go on reading
     while the shorter ones already write. A prompt's continuation does not depend on its neighbours when choosing
@@ -76,8 +76,8 @@ def generate(
                 step.append(None)
             else:
                 written[b] += 1
-                finished[b] = written[b] >= tokens or chosen[b] == stop
-                step.append(None if chosen[b] == stop else chosen[b])
+                finished[b] = written[b] >= tokens or chosen[b] in stop
+                step.append(None if chosen[b] in stop else chosen[b])
         if any(x is not None for x in step):
             yield step
         ids_BT = torch.tensor(chosen, device=device)[:, None]

@@ -122,7 +122,7 @@ class Harness(TemplateLM):
                 [prompt],
                 tokens=most,
                 sampling=Sampling(temperature),
-                stop=self.eot_token_id,
+                stop=self.loaded.stop,
             ):
                 ids += [x for x in step if x is not None]
                 answer = self.tokenizer_ours.decode(ids)

@@ -12,6 +12,8 @@ import torch
 from entasis.data.tokenizer import Tokenizer
 from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import UserError
+from entasis.evaluate import chat
+from entasis.evaluate.chat import Chat
 from entasis.evaluate.generation import Sampling, generate
 from entasis.model import weights
 from entasis.model.transformer import Transformer
@@ -20,10 +22,11 @@ from entasis.shape.shapes import ModelShape
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer (None where none came along)."""
+    """A model with its tokenizer and its chat template (None where none came along)."""
 
     model: Transformer
     tokenizer: Tokenizer | None
+    chat: Chat | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -32,6 +35,15 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         return self.model.embedding.tokens.weight.device
+
+    @property
+    def stop(self) -> set[int]:
+        """Ids that end a text: the tokenizer's end of text, and what the model's own settings say ends one."""
+        if self.tokenizer is None:
+            return set()
+        named = self.chat.special.get("eos_token") if self.chat else None
+        ids = [self.tokenizer.end_of_text, self.tokenizer.library.token_to_id(named) if named else None]
+        return {i for i in ids if i is not None}
 
     def encode(self, text: str | Iterable[int]) -> list[int]:
         """Ids of a text; ids are returned as they are. Raises `UserError` without a tokenizer."""
@@ -58,9 +70,8 @@ class Loaded:
         seed: int = 0,
     ) -> str | list[int]:
         """The continuation of a prompt: text for text, ids for ids."""
-        stop = self.tokenizer.end_of_text if self.tokenizer else None
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        steps = generate(self.model, [self.encode(prompt)], tokens=tokens, sampling=sampling, stop=stop)
+        steps = generate(self.model, [self.encode(prompt)], tokens=tokens, sampling=sampling, stop=self.stop)
         ids = [step[0] for step in steps if step[0] is not None]
         if isinstance(prompt, str):
             assert self.tokenizer is not None
@@ -77,7 +88,7 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
     if (path / "shape.json").is_file():
         model = weights.load(path, device=device, dtype=dtype)
         named = path / "tokenizer.json"
-        return Loaded(model.eval(), load_tokenizer(named) if named.is_file() else None)
+        return Loaded(model.eval(), load_tokenizer(named) if named.is_file() else None, chat.load(path))
     if (path / "config.json").is_file() or path.suffix == ".gguf":
         from entasis.interop.importing import import_model
 

@@ -68,8 +68,6 @@ def plan_of(file: GGUFFile) -> tuple[str, Plan]:
     name = general.text("general.architecture")
     if name not in ARCHITECTURES:
         raise general.wrong("general.architecture", name, f"one of {', '.join(sorted(ARCHITECTURES))}")
-    if general.get("split.count", 1) not in (0, 1):
-        raise general.refuse("split.count", "join the parts with llama.cpp's gguf-split first")
     settings = Settings(file.metadata, file.path.name, f"{name}.")
     for key, value in file.metadata.items():
         short = key.removeprefix(settings.prefix)

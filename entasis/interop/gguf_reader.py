@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,18 +59,19 @@ class Stored:
     kind: GGMLQuantizationType
     start: int
     n_bytes: int
+    path: Path
 
 
 class GGUFFile:
-    """An open GGUF file whose header has been checked against its length.
+    """An open GGUF file whose header has been checked against its length, with all parts where it is split.
 
-    `metadata` holds key → number, string, list or array of numbers, or `Strings`; `tensors` name →
+    A split file is opened by its first part, NAME-00001-of-00003.gguf. `metadata` holds key → number, string, list or array of numbers, or `Strings`; `tensors` name →
     `Stored`, with sizes outermost first, as in PyTorch. Raises `UserError` for anything that is not a
     whole, sound GGUF file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, part: int = 0) -> None:
+        self.path, self.files = path, [path]
         with path.open("rb") as file:
             length = path.stat().st_size
             if length < 24:
@@ -78,6 +80,7 @@ class GGUFFile:
         self._length, self._at = length, 0
         try:
             self._read_header()
+            self._join(part)
         except BaseException:
             self.close()
             raise
@@ -100,10 +103,10 @@ class GGUFFile:
         stored = self.tensors[name]
         raw = bytearray(stored.n_bytes)
         # Read, not mapped: a mapping of the whole file would come to be held in memory.
-        with self.path.open("rb") as file:
+        with stored.path.open("rb") as file:
             file.seek(stored.start)
             if file.readinto(raw) != stored.n_bytes:
-                raise UserError(f"{self.path.name}: was cut short while it was read")
+                raise UserError(f"{stored.path.name}: was cut short while it was read")
         if (dtype := self.dtype(name)) is not None:
             return torch.frombuffer(raw, dtype=dtype).reshape(stored.size)
         rows = np.frombuffer(raw, np.uint8).reshape(*stored.size[:-1], -1)
@@ -181,7 +184,37 @@ class GGUFFile:
                 f"{self.path.name}: tensor {name}, {n_bytes} bytes at {offset}, does not lie within the "
                 f"{max(self._length - data, 0)} bytes of data; the file is cut short or damaged"
             )
-        return Stored(size, quantisation, data + offset, n_bytes)
+        return Stored(size, quantisation, data + offset, n_bytes, self.path)
+
+    def _join(self, part: int) -> None:
+        """Takes in the tensors of the other parts of a split file; `part` is which one this has to be."""
+        count, number = self.metadata.get("split.count", 0), self.metadata.get("split.no", 0)
+        if count in (0, 1) and not part:
+            return
+        named = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", self.path.name)
+        if not named or int(named[3]) != count or int(named[2]) != number + 1 or number != part:
+            raise UserError(
+                f"{self.path.name}: says it is part {number} (from 0) of {count}; name the first part, "
+                "NAME-00001-of-NNNNN.gguf, with the others beside it"
+            )
+        if part:
+            return
+        paths = [self.path.with_name(f"{named[1]}-{i + 1:05d}-of-{named[3]}.gguf") for i in range(1, count)]
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"{path.name}: is missing; {self.path.name} is one of {count} parts")
+        tensors = dict(self.tensors)
+        for i, path in enumerate(paths, 1):
+            other = GGUFFile(path, part=i)
+            other.close()
+            if twice := tensors.keys() & other.tensors.keys():
+                raise UserError(f"{path.name}: tensor {_shown(min(twice))} is in another part too")
+            tensors.update(other.tensors)
+        if self.metadata.get("split.tensors.count", len(tensors)) != len(tensors):
+            raise UserError(
+                f"{self.path.name}: its parts hold {len(tensors)} tensors, not as many as it says"
+            )
+        self.tensors, self.files = tensors, [self.path, *paths]
 
     def _value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:

@@ -1,7 +1,7 @@
 """Rebuilding `tokenizer.json` from the `tokenizer.ggml.*` keys of a GGUF file.
 
-GGUF keeps the vocabulary and merges of a byte-level BPE, and only the *name* of the rule that splits text
-before merging. The rules here are those of the models' own tokenizer.json; llama.cpp's regular
+GGUF keeps the pieces and scores of a SentencePiece BPE, which say all there is, and the vocabulary and
+merges of a byte-level BPE, but only the *name* of the rule that splits text before merging. The rules here are those of the models' own tokenizer.json; llama.cpp's regular
 expressions differ from them in runs of blanks. A name that is not known gives no tokenizer rather than a
 nearly right one.
 """
@@ -21,7 +21,7 @@ from entasis.interop.settings import Settings
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 
 def _gpt2() -> Any:
@@ -51,6 +51,8 @@ def tokenizer_of(file: GGUFFile) -> TokenizerFiles:
     settings = Settings(file.metadata, file.path.name)
     model = settings.text("tokenizer.ggml.model", "none")
     pre = settings.text("tokenizer.ggml.pre", "default")
+    if model == "llama":
+        return _sentencepiece(file, settings)
     if model != "gpt2" or pre not in _GPT2 | _SMOLLM | _LLAMA3 | _QWEN2:
         kind = model if model != "gpt2" else f"{model} split as {pre}"
         return TokenizerFiles(notes=(f"the tokenizer ({kind}) cannot be rebuilt; give it with --tokenizer",))
@@ -59,11 +61,60 @@ def tokenizer_of(file: GGUFFile) -> TokenizerFiles:
     tokenizer = _byte_level(tokens, types, file.strings("tokenizer.ggml.merges"), pre, file.path.name)
     config = _config(settings, tokens)
     if settings.flag("tokenizer.ggml.add_bos_token", False) and (bos := config.get("bos_token")):
-        template = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, tokens.index(bos))]
+        tokenizer.post_processor = processors.Sequence(
+            [processors.ByteLevel(trim_offsets=False), _begin(bos, tokens.index(bos))]
         )
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     return with_config(tokenizer.to_str(pretty=False).encode(), config)
+
+
+def _sentencepiece(file: GGUFFile, settings: Settings) -> TokenizerFiles:
+    """The BPE of a SentencePiece model (Llama 1 and 2, Mistral): pieces with scores, and bytes for what has none.
+
+    SentencePiece joins the two neighbours whose union has the highest score; as merges these are all ways to cut
+    a piece in two pieces, best piece first.
+    """
+    tokens = file.strings("tokenizer.ggml.tokens")
+    types, where = _types(file, len(tokens)), file.path.name
+    scores = file.metadata.get("tokenizer.ggml.scores")
+    if scores is None or isinstance(scores, int | float | str | Strings) or len(scores) != len(tokens):
+        raise UserError(f"{where}: tokenizer.ggml.scores is not one number for each of {len(tokens)} tokens")
+    vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != _UNUSED}
+    if len(vocabulary) != sum(kind != _UNUSED for kind in types):
+        raise UserError(f"{where}: tokenizer.ggml.tokens has a token twice")
+    joined = {token: i for token, i in vocabulary.items() if types[i] == _NORMAL and len(token) > 1}
+    pairs = [
+        (token[:cut], token[cut:])
+        for token in sorted(joined, key=lambda t: (-scores[joined[t]], joined[t]))
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
+    tokenizer = Tokenizer(
+        BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=_BYTE in types)
+    )
+    prefix = settings.flag("tokenizer.ggml.add_space_prefix", True)
+    space = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    _add_special(tokenizer, tokens, types)
+    config = _config(settings, tokens)
+    if settings.flag("tokenizer.ggml.add_bos_token", True) and (bos := config.get("bos_token")):
+        tokenizer.post_processor = _begin(bos, tokens.index(bos))
+    return with_config(tokenizer.to_str(pretty=False).encode(), config)
+
+
+def _begin(bos: str, index: int) -> Any:
+    """A begin-of-text token before every text."""
+    return processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, index)]
+    )
+
+
+def _add_special(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (_CONTROL, _USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
 
 
 def _types(file: GGUFFile, count: int) -> list[int]:
@@ -98,9 +149,7 @@ def _byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str
         tokenizer.pre_tokenizer = _gpt2() if pre in _GPT2 else _digits_then_gpt2()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    for token, kind in zip(tokens, types, strict=True):
-        if kind in (_CONTROL, _USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
+    _add_special(tokenizer, tokens, types)
     return tokenizer
 
 

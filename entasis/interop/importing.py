@@ -25,7 +25,7 @@ import torch
 
 from entasis import __version__
 from entasis.errors import UserError
-from entasis.interop import gguf_families, weights_writer
+from entasis.interop import gguf_families, hub, weights_writer
 from entasis.interop.gguf_reader import GGUFFile
 from entasis.interop.gguf_tokenizer import tokenizer_of
 from entasis.interop.hf_families import family_of
@@ -78,7 +78,7 @@ def import_model(
     tokenizer: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportResult:
-    """Imports a Hugging Face folder or a GGUF file into the new folder `folder`.
+    """Imports a Hugging Face folder, `hf:ORGANISATION/MODEL` of its hub, or a GGUF file into the new folder `folder`.
 
     `dtype` is float32, float16 or bfloat16; None keeps that of most of the source's weights, and
     makes float32 of quantised ones, which is exactly what their blocks say. `tokenizer` is a tokenizer.json to use instead of the
@@ -87,12 +87,13 @@ def import_model(
     Raises `UserError`, with nothing written, for a source that is damaged, inconsistent or of an
     unsupported kind, and for a `folder` that is not empty.
     """
-    source, folder = Path(source), Path(folder)
+    folder = Path(folder)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and not empty; name a new folder")
-    opened = _open(source, Path(tokenizer) if tokenizer else None)
+    path = hub.fetch(str(source)) if str(source).startswith(hub.PREFIX) else Path(source)
+    opened = _open(path, Path(tokenizer) if tokenizer else None)
     try:
         return _write(opened, folder, DTYPES[dtype] if dtype else None, progress)
     finally:
@@ -141,7 +142,7 @@ def _open_gguf(path: Path, tokenizer: Path | None) -> _Opened:
     except BaseException:
         source.close()
         raise
-    return _Opened(source, family, "gguf", plan, parts, files, [path])
+    return _Opened(source, family, "gguf", plan, parts, files, source.files)
 
 
 def _write(

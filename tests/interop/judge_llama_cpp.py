@@ -1,4 +1,4 @@
-"""llama.cpp as a judge: its log-probabilities after a prompt of token ids, through the wheel `xllamacpp`."""
+"""llama.cpp as a judge: its log-probabilities after a prompt, through the wheel `xllamacpp`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_server(path: Path, threads: int = 1) -> xllamacpp.Server:
     return xllamacpp.Server(params)
 
 
-def log_probabilities(server: xllamacpp.Server, ids: list[int], top: int) -> dict[int, float]:
+def log_probabilities(server: xllamacpp.Server, ids: list[int] | str, top: int) -> dict[int, float]:
     """Token id → log-probability of the `top` likeliest next tokens."""
     answer = server.handle_completions(
         {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": top, "cache_prompt": False}

@@ -298,7 +298,6 @@ def gguf_with(
         ({"arch": "mamba"}, "general.architecture is 'mamba'"),
         ({"llama__expert_count": 8}, "expert_count"),
         ({"llama__attention__scale": 0.1}, "attention.scale"),
-        ({"split__count": 3}, "split.count"),
         ({"llama__embedding_length": 4, "llama__block_count": 10**6}, "block_count"),
         ({"llama__secret": list(range(5000))}, "secret"),
         ({"llama__embedding_length": list(range(5000))}, "embedding_length is 5000 values"),

@@ -7,6 +7,7 @@ transformers' own Llama parts, OpenELM's by hand.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -227,19 +228,25 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def gguf_of_hugging_face(
-    path: Path, kind: str, model: torch.nn.Module, quantise: str = "F32", n_tokens: int = VOCABULARY
+    path: Path,
+    kind: str,
+    model: torch.nn.Module,
+    quantise: str = "F32",
+    n_tokens: int = VOCABULARY,
+    write_vocabulary: Callable[[gguf.GGUFWriter, int], None] = byte_vocabulary,
+    tensors_a_part: int = 0,
 ) -> Path:
     """The GGUF of a transformers model, with the names of gguf-py's own tables."""
     arch = {"mistral": "llama"}.get(kind.split("-")[0], kind.split("-")[0])
     c = model.config
     n_layers = c.num_hidden_layers
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_a_part)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_block_count(n_layers)
     writer.add_embedding_length(c.hidden_size)
     writer.add_head_count(c.num_attention_heads)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    byte_vocabulary(writer, n_tokens)
+    write_vocabulary(writer, n_tokens)
     if arch == "gpt2":
         writer.add_feed_forward_length(c.n_inner or 4 * c.n_embd)
         writer.add_layer_norm_eps(c.layer_norm_epsilon)
@@ -252,7 +259,7 @@ def gguf_of_hugging_face(
         writer.add_value_length(head_dim)
         writer.add_rope_dimension_count(head_dim)
         writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
-        writer.add_vocab_size(VOCABULARY)
+        writer.add_vocab_size(c.vocab_size)
         _rope_scaling(writer, model)
     names = gguf.get_tensor_name_map(_arch(arch), n_layers)
     for name, tensor in model.state_dict().items():
