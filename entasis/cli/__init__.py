@@ -19,9 +19,11 @@ VERBS = {
     "shape": "design, solve, draw and compare model shapes",
     "data": "prepare, import, inspect and examine corpora",
     "train": "train a model from a recipe",
+    "bench": "measure a recipe: speed, memory, and time layer by layer",
     "study": "train arms against each other at equal cost and judge them",
     "generate": "continue a text",
     "evaluate": "score a model on text and on lm-eval tasks",
+    "anatomy": "dissect a trained model layer by layer",
     "export": "hand a model to transformers or llama.cpp",
     "import": "make a model of a Hugging Face folder or a GGUF file",
 }

@@ -1,0 +1,158 @@
+"""`dissect`: measures of every layer of a model, as one tidy frame."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from entasis.anatomy import text as texts
+from entasis.anatomy.measures import Measure, choose
+from entasis.anatomy.subject import Subject
+from entasis.errors import UserError
+from entasis.evaluate.loading import Loaded, load
+from entasis.report.page import write_text
+
+DEFAULT = ("structure", "skip")
+TOKENS = 20_000
+SEQUENCE = 512
+COLUMNS = ["measure", "quantity", "layer", "target", "value", "low", "high", "p"]
+
+Progress = Callable[[str, int, int], object]
+"""Called with a measure's name, the part of it that is done and the whole."""
+
+
+def dissect(
+    model: str | Path | Loaded,
+    text: texts.Source,
+    measures: Sequence[str] = DEFAULT,
+    *,
+    tokens: int = TOKENS,
+    sequence: int | None = None,
+    seed: int = 0,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """One row for each value: measure, quantity, layer (NA: the whole model), target, value, low, high, p.
+
+    `measures` are names of measures or of kinds of them, or `all`; the loss is always among them. `text` is a corpus,
+    a file, a folder, or a list of documents. `low` and `high` are 95 % intervals over documents, `p` is adjusted by
+    Holm over the layers. With an `output` folder each measure is stored as it is done, and not done again. Raises
+    `UserError` for unknown measures, unreadable input, and a folder that holds another dissection.
+    """
+    chosen = choose(["loss", *measures])
+    loaded = model if isinstance(model, Loaded) else load(model)
+    subject = lay_out(loaded, text, tokens=tokens, sequence=sequence, seed=seed)
+    return examine(subject, chosen, output=output, progress=progress)
+
+
+def lay_out(
+    loaded: Loaded, text: texts.Source, *, tokens: int = TOKENS, sequence: int | None = None, seed: int = 0
+) -> Subject:
+    """The model and its text, ready to be measured. Raises `UserError`."""
+    if tokens < 2:
+        raise UserError(f"--tokens is {tokens}; it must be at least 2")
+    longest = loaded.shape.context if loaded.shape.positions == "learned" else None
+    sequence = sequence or min(SEQUENCE, loaded.shape.context)
+    if sequence < 1 or (longest and sequence > longest):
+        raise UserError(
+            f"--sequence is {sequence}; it must be at least 1 and at most the model's {longest or 'context'}"
+        )
+    read = texts.read(text, loaded.tokenizer, tokens=tokens, sequence=sequence)
+    if int(read.stream.max()) >= loaded.shape.vocabulary:
+        raise UserError(
+            f"{text}: has token {int(read.stream.max())}, the model's vocabulary is {loaded.shape.vocabulary}"
+        )
+    return Subject(loaded.model.eval(), read, seed)
+
+
+def examine(
+    subject: Subject,
+    measures: Sequence[Measure],
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Runs the measures that the folder does not hold yet; the frame has all of `measures`."""
+    if output is not None:
+        subject.folder = Path(output)
+        _claim(subject)
+    rows: list[dict[str, Any]] = []
+    for m in measures:
+        if progress:
+            subject.progress = lambda done, total, name=m.name: progress(name, done, total)  # type: ignore[misc]
+        found = _stored(subject, m)
+        if found is None:
+            found = [dataclasses.asdict(row) for row in m.function(subject)]
+            if subject.folder:
+                write_text(_path(subject, m), json.dumps([_plain(r) for r in found], indent=0) + "\n")
+        rows += [{"measure": m.name, **row} for row in found]
+    frame = pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64", "target": "string"})
+    return frame.astype(dict.fromkeys(["value", "low", "high", "p"], "float64"))
+
+
+def describe(subject: Subject) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "model": fingerprint(subject.model),
+        "text": subject.text.fingerprint,
+        "tokens": subject.text.tokens,
+        "documents": len(subject.text.names),
+        "bytes": int(subject.text.document_bytes.sum()),
+        "sequence": subject.text.sequence,
+        "seed": subject.seed,
+        "layers": subject.n_layers,
+    }
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Of the weights: changes with any value, name or dtype."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _claim(subject: Subject) -> None:
+    """Makes the folder this dissection's own, or finds that it is. Raises `UserError` if it is another's."""
+    assert subject.folder is not None
+    file, mine = subject.folder / "subject.json", describe(subject)
+    if file.is_file():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in mine.items():
+            if earlier.get(name) != value:
+                raise UserError(
+                    f"{subject.folder}: holds a dissection with {name} {earlier.get(name)}, not {value}; "
+                    "name another folder"
+                )
+        return
+    if subject.folder.exists() and any(subject.folder.iterdir()):
+        raise UserError(f"{subject.folder}: not empty and not a dissection; name another folder")
+    write_text(file, json.dumps(mine, indent=1) + "\n")
+
+
+def _path(subject: Subject, m: Measure) -> Path:
+    assert subject.folder is not None
+    return subject.folder / "measures" / f"{m.name}.json"
+
+
+def _stored(subject: Subject, m: Measure) -> list[dict[str, Any]] | None:
+    if subject.folder is None or not _path(subject, m).is_file():
+        return None
+    return json.loads(_path(subject, m).read_text(encoding="utf-8"))
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v
+        for k, v in row.items()
+    }  # fmt: skip

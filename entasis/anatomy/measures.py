@@ -1,0 +1,86 @@
+"""The registry of measures: one registered function each.
+
+    @measure("stream", kind="structure", gives={"block_influence": "1 − cos(x_l, x_{l+1})", …})
+    def stream(subject: Subject) -> Iterator[Row]: …
+
+A measure gives one or more quantities; a row is one value of one quantity for one layer, or for one matrix of it, one
+other layer or the whole model. From then on `dissect`, the command line, the report and the docs know it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from entasis.errors import UserError
+
+if TYPE_CHECKING:
+    from entasis.anatomy.subject import Subject
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One value. `layer` is None for the whole model; `target` names a matrix, another layer or a setting.
+
+    `low` and `high` are a 95 % interval; `p` is adjusted by Holm over the layers of the quantity.
+    """
+
+    quantity: str
+    layer: int | None
+    value: float
+    target: str = ""
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    name: str
+    kind: str
+    gives: Mapping[str, str]
+    """Quantities and what they say, with unit."""
+    function: Callable[[Subject], Iterable[Row]]
+
+
+Function = Callable[["Subject"], Iterable[Row]]
+MEASURES: dict[str, Measure] = {}
+
+
+def measure(name: str, *, kind: str, gives: Mapping[str, str]) -> Callable[[Function], Function]:
+    """Makes a measure known by `name`."""
+
+    def add(function: Function) -> Function:
+        MEASURES[name] = Measure(name, kind, gives, function)
+        return function
+
+    return add
+
+
+def known() -> dict[str, Measure]:
+    """All measures: every module of `diagnostics` is imported first."""
+    from entasis.anatomy import diagnostics
+
+    for module in pkgutil.iter_modules(diagnostics.__path__):
+        importlib.import_module(f"{diagnostics.__name__}.{module.name}")
+    return MEASURES
+
+
+def choose(names: Sequence[str]) -> list[Measure]:
+    """The measures called `names`; the name of a kind means all of that kind, `all` means all. Raises `UserError`."""
+    found = known()
+    kinds = list(dict.fromkeys(m.kind for m in found.values()))
+    chosen: dict[str, Measure] = {}
+    for name in names:
+        group = {n: m for n, m in found.items() if name in (n, m.kind, "all")}
+        if not group:
+            words = [*found, *kinds, "all"]
+            near = difflib.get_close_matches(name, words, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(words)}"
+            raise UserError(f"measure {name!r} is not known; {advice}")
+        chosen.update(group)
+    return list(chosen.values())

@@ -1,0 +1,100 @@
+"""One sweep up the column: the residual stream is carried, so that changing layer l runs only the layers above it.
+
+Naively, the loss of a model without layer l, for every l, costs L forward passes. Here the clean stream x_l in front of
+layer l is at hand when layer l's turn comes: the replacement is applied to it and the layers above are run, then the clean
+layer l takes the stream to layer l + 1. That is L + L (L − 1) / 2 evaluations of a block instead of L², and as only one
+clean stream is needed at a time, nothing has to be cached or spilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from entasis.anatomy.subject import Subject
+from entasis.anatomy.text import Batch
+from entasis.model.transformer import Transformer
+
+_LOGITS_AT_ONCE = 1 << 24
+
+Rotation = tuple[torch.Tensor, torch.Tensor] | None
+Replacement = Callable[[torch.Tensor, Rotation], torch.Tensor]
+"""(x_BTD, rotation) → x_BTD: what stands in for a layer."""
+Span = tuple[Replacement, int]
+"""A replacement, and how many layers it stands in for."""
+
+
+def rotation_of(model: Transformer, batch: Batch) -> Rotation:
+    """What the blocks need beside the stream."""
+    return model.rotation(0, batch.tokens_BT.shape[1], batch.tokens_BT.device)
+
+
+@torch.no_grad()
+def climb(model: Transformer, batch: Batch) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(l, stream in front of layer l, stream behind it), [B, T, D] each, from the bottom up."""
+    rotation = rotation_of(model, batch)
+    x_BTD = model.embed(batch.tokens_BT)
+    for index, block in enumerate(model.blocks):
+        y_BTD = block(x_BTD, rotation)
+        yield index, x_BTD, y_BTD
+        x_BTD = y_BTD
+
+
+@torch.no_grad()
+def document_nll(model: Transformer, x_BTD: torch.Tensor, batch: Batch, documents: int) -> np.ndarray:
+    """float64 [documents]: nats that the head, reading this stream after its norm, needs for the batch's targets."""
+    rows = max(1, _LOGITS_AT_ONCE // model.shape.vocabulary)
+    targets_N = batch.targets_BT.flatten()
+    parts = [
+        F.cross_entropy(model.head_logits(x_nD).float(), targets_n, reduction="none", ignore_index=-100)
+        for x_nD, targets_n in zip(
+            model.norm(x_BTD).flatten(0, 1).split(rows), targets_N.split(rows), strict=True
+        )
+    ]
+    nll_N = torch.cat(parts)[targets_N != -100].double().cpu().numpy()
+    return np.bincount(batch.owner_N, weights=nll_N, minlength=documents)
+
+
+@torch.no_grad()
+def sweep(subject: Subject, name: str, replace: Callable[[int, Batch], Span | None]) -> np.ndarray:
+    """float64 [L + 1, documents]: nats with layer l replaced, for each l; the last row is the clean model.
+
+    `replace(l, batch)` gives what stands in for layer l; None where there is nothing (its row is NaN). Each batch is
+    remembered under `name`.
+    """
+    model, documents = subject.model, len(subject.text.names)
+
+    def losses(batch: Batch) -> np.ndarray:
+        rotation = rotation_of(model, batch)
+        result = np.full((model.shape.n_layers + 1, documents), np.nan)
+        x_BTD = model.embed(batch.tokens_BT)
+        for layer, block in enumerate(model.blocks):
+            if span := replace(layer, batch):
+                replacement, width = span
+                y_BTD = replacement(x_BTD, rotation)
+                for above in model.blocks[layer + width :]:
+                    y_BTD = above(y_BTD, rotation)
+                result[layer] = document_nll(model, y_BTD, batch, documents)
+            x_BTD = block(x_BTD, rotation)
+        result[-1] = document_nll(model, x_BTD, batch, documents)
+        return result
+
+    total = np.zeros((model.shape.n_layers + 1, documents))
+    for batch in subject.batches():
+        total += subject.remember(f"{name}-{batch.number:05d}", lambda batch=batch: losses(batch))  # type: ignore[misc]
+    return total
+
+
+@torch.no_grad()
+def clean_nll(subject: Subject, model: Transformer | None = None) -> np.ndarray:
+    """float64 [documents]: nats of the whole model (or of a changed copy of it)."""
+    model = model or subject.model
+    total = np.zeros(len(subject.text.names))
+    for batch in subject.batches():
+        for _, _, x_BTD in climb(model, batch):
+            pass
+        total += document_nll(model, x_BTD, batch, len(total))
+    return total

@@ -1,0 +1,69 @@
+"""What a measure is given: the model, the text, a seed, and a place to remember what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from entasis.anatomy.text import Batch, Text
+from entasis.model.transformer import Transformer
+from entasis.report.page import write_bytes
+from entasis.shape.shapes import ModelShape
+
+TOKENS_AT_ONCE = 2048
+Progress = Callable[[int, int], object]
+"""Called with the work done and the work in all."""
+
+
+@dataclass
+class Subject:
+    """A model on the table. `folder` is where partial results are kept; None keeps none."""
+
+    model: Transformer
+    text: Text
+    seed: int = 0
+    folder: Path | None = None
+    progress: Progress = lambda done, total: None
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.model.shape
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.shape.n_layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.tokens.weight.device
+
+    def batches(self) -> Iterator[Batch]:
+        """The text in windows; progress is reported after each."""
+        stretches = self.text.batches(max(1, TOKENS_AT_ONCE // self.text.sequence))
+        for number, stretch in enumerate(stretches):
+            self.progress(number, len(stretches))
+            yield self.text.batch(number, stretch, self.device)
+        self.progress(len(stretches), len(stretches))
+
+    def generator(self, *what: object) -> torch.Generator:
+        """Random numbers that depend on the seed and on what they are for, and on nothing else."""
+        digest = hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def remember(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """`compute()`, or what it gave when it was last asked for under this name in this folder."""
+        if self.folder is None:
+            return compute()
+        path = self.folder / "partial" / f"{name}.npy"
+        if path.is_file():
+            return np.load(path, allow_pickle=False)
+        result, buffer = compute(), io.BytesIO()
+        np.save(buffer, result, allow_pickle=False)
+        write_bytes(path, buffer.getvalue())
+        return result

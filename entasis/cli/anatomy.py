@@ -1,0 +1,74 @@
+"""Dissect a trained model: what each of its layers does, with intervals and controls.
+
+examples:
+  entasis anatomy runs/tiny --text corpora/stdlib/validation
+  entasis anatomy imported/smollm2 --text books/ --tokens 100k --measures ablation,structure --output anatomy/smollm2
+  entasis anatomy runs/tiny --text book.txt --suggest profile --budget 180M
+
+Prints a table of the layers; with --output also anatomy.json and report.html, and what is done is kept there, so the
+same command goes on where it was stopped. The model is a finished run, an imported model, a Hugging Face folder or a
+GGUF file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument(
+        "--text", metavar="PATH", required=True, help="a corpus, a text file or a folder of them"
+    )
+    parser.add_argument(
+        "--measures",
+        default="structure,skip",
+        help="names of measures, or loss, structure, ablation, manipulation, predictability, recovery, all",
+    )
+    parser.add_argument("--tokens", default="20k", help="about how much of the text to read (20k)")
+    parser.add_argument("--sequence", type=int, help="tokens read at once (the model's context, at most 512)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", metavar="DIR")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true", help="all values, as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from entasis.anatomy import dissection
+    from entasis.anatomy.measures import choose
+    from entasis.evaluate.loading import load
+    from entasis.shape.specification import number
+
+    measures = choose(["loss", *args.measures.split(",")])
+    loaded = load(args.model, device=args.device)
+    subject = dissection.lay_out(
+        loaded, args.text, tokens=number(args.tokens, "--tokens"), sequence=args.sequence, seed=args.seed
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        tasks = {m.name: bar.add_task(m.name, total=None, start=False) for m in measures}
+
+        def advance(name: str, done: int, total: int) -> None:
+            if not bar.tasks[tasks[name]].started:
+                bar.start_task(tasks[name])
+            bar.update(tasks[name], completed=done, total=total)
+
+        frame = dissection.examine(subject, measures, output=args.output, progress=advance)
+    if args.json:
+        print(
+            json.dumps(
+                {**dissection.describe(subject), "values": json.loads(frame.to_json(orient="records"))}
+            )
+        )
+        return 0
+    print(frame.to_string())
+    return 0
