@@ -15,6 +15,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from entasis.cli import main
+from entasis.evaluate.chat import load as load_chat
+from entasis.interop.exporting import export
 from entasis.interop.importing import import_model
 from entasis.model import weights
 
@@ -106,10 +109,42 @@ def test_tokenizer_equals_transformers(theirs, tokenizer):
 
 def test_the_chat_template_is_that_of_the_file(imported):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    chat = transformers.PreTrainedTokenizerFast.from_pretrained(imported[0]).apply_chat_template(
-        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
-    )
-    assert chat.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(imported[0])
+    user = {"role": "user", "content": "Hello"}
+    for messages in ([user], [{"role": "system", "content": "Be brief."}, user]):
+        chat = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert chat.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+        assert load_chat(imported[0]).render(messages) == chat
+
+
+def test_it_answers_a_question_in_a_chat(imported, capsys):
+    asked = ["--chat", "--prompt", "What is the capital of France?", "--temperature", "0", "--tokens", "24"]
+    assert main(["generate", str(imported[0]), *asked]) == 0
+    answer = capsys.readouterr().out
+    assert "Paris" in answer and "France?" not in answer and "<|im" not in answer
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_exported_it_opens_in_transformers_and_llama_cpp(imported, ours, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    llama_cpp = pytest.importorskip("judge_llama_cpp", reason="llama.cpp's wheel xllamacpp is not installed")
+    ids = tokenizer.encode("The capital of France is", add_special_tokens=False).ids
+    expected = ours(torch.tensor([ids]))[0]
+    for to in ("hf", "padded"):
+        export(imported[0], tmp_path / to, to=to)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / to, dtype=torch.float32)
+        logits = theirs.eval()(torch.tensor([ids])).logits[0]
+        # Logits reach 30 here; the sums over 576 and 1536 products are taken in another order.
+        torch.testing.assert_close(logits, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+        text = transformers.AutoTokenizer.from_pretrained(tmp_path / to).decode(int(logits[-1].argmax()))
+        assert text == " Paris"
+    export(imported[0], tmp_path / "gguf", to="gguf")  # f32: f16 would be another model by 8e-3
+    server = llama_cpp.open_server(next((tmp_path / "gguf").glob("*.gguf")), threads=2)
+    judged = llama_cpp.log_probabilities(server, "The capital of France is", 5)
+    mine = expected[-1].log_softmax(-1)
+    assert max(abs(mine[i].item() - value) for i, value in judged.items()) < 5e-3
+    assert tokenizer.decode([max(judged, key=judged.get)]) == " Paris"
 
 
 @torch.no_grad()
