@@ -30,6 +30,7 @@ def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
         layer = shape.layers[i]
         bar = "█" * max(1, round(24 * cost.layer_parameters(shape, i) / most))
         lines.append(f"| {i} | {layer.n_heads} | {layer.n_kv_heads} | {layer.d_ff} | {bar} |")
+    lines += _study(source)
     for name, heading in (("result.json", "Training"), ("provenance.json", "Origin")):
         path = source / name
         if path.is_file():
@@ -37,6 +38,21 @@ def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
             lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
             lines += [f"| {key} | {_plain(value)} |" for key, value in record.items()]
     return "\n".join(lines) + "\n"
+
+
+def _study(source: Path) -> list[str]:
+    """The study that the run is part of (STUDY/runs/ARM/seed-0)."""
+    run = source.resolve()
+    verdict = run.parents[2] / "verdict.json" if len(run.parents) > 2 else run
+    if run.parents[1].name != "runs" or not verdict.is_file():
+        return []
+    told = json.loads(verdict.read_text(encoding="utf-8"))
+    return [
+        "",
+        "## Study",
+        "",
+        f"Arm `{run.parent.name}`, {run.name}, of “{told['title']}”. {told['sentence']}",
+    ]
 
 
 def _how_to_open(answer: dict[str, Any]) -> list[str]:
