@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
 
 DRAWS = 9_999
-MARGIN = 0.001
-"""Nats per token (0.1 % of perplexity): a smaller gain is no reason to call a layer harmful, however certain."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ def _ratio(weights_RN: np.ndarray, gain_LN: np.ndarray, n_N: np.ndarray) -> tupl
     return value_RL, np.sqrt(np.maximum(square_RL, 0) * documents / (documents - 1 or 1)) / size_R1
 
 
-def _resampled(gain_LN: np.ndarray, n_N: np.ndarray, random: np.random.Generator):  # type: ignore[no-untyped-def]
+def _resampled(
+    gain_LN: np.ndarray, n_N: np.ndarray, random: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(value, standard error) of resamples, some hundred at a time to bound memory."""
     documents = len(n_N)
     even = np.full(documents, 1 / documents)
@@ -86,9 +87,22 @@ def holm(p: np.ndarray) -> np.ndarray:
     return multipletests(p, method="holm")[1]
 
 
-def harmful(value: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Whether the loss is lower without the layer: by more than `MARGIN`, and certain after Holm."""
-    return (value < -MARGIN) & (p < 0.05)
+def chance(untrained: np.ndarray) -> float:
+    """The change, in nats per token, that one of the layers of an untrained model shows with probability 0.05.
+
+    Of two random functions one is better, and on enough text certainly so; that is no harm done by a layer. `untrained` are
+    the changes of such a model's layers, NaN where there is none: their mean is zero by symmetry, so t times their root mean
+    square bounds all of them at once (Bonferroni).
+    """
+    seen = untrained[~np.isnan(untrained)]
+    if not len(seen):
+        return 0.0
+    return float(stats.t.ppf(1 - 0.025 / len(seen), len(seen)) * np.sqrt(np.mean(seen**2)))
+
+
+def harmful(value: np.ndarray, p: np.ndarray, by_chance: float) -> np.ndarray:
+    """Whether the loss is lower without the layer: certain after Holm, and by more than an untrained layer's chance."""
+    return (value < -by_chance) & (p < 0.05)
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:

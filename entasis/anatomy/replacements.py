@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from entasis.anatomy.intervals import difference
+from entasis.anatomy.intervals import chance, difference
 from entasis.anatomy.measures import Row, measure
 from entasis.anatomy.stream import Span, sweep
 from entasis.anatomy.subject import Subject
@@ -22,6 +22,10 @@ Prepare = Callable[[Subject], Callable[[int, Batch], Span | None]]
 def replacement(name: str, *, kind: str, says: str) -> Callable[[Prepare], Prepare]:
     """Registers the measure `name`: the change in loss, in nats per token, paired over documents."""
 
+    gives = {name: f"change in loss, nats per token, when {says}"}
+    if kind == "ablation":
+        gives[f"{name}_chance"] = "how much of that a layer of an untrained model shows by chance (5 %)"
+
     def add(prepare: Prepare) -> Prepare:
         def run(subject: Subject) -> Iterable[Row]:
             nats = sweep(subject, name, prepare(subject))
@@ -30,8 +34,13 @@ def replacement(name: str, *, kind: str, says: str) -> Callable[[Prepare], Prepa
                 if value == value:  # NaN where there is nothing to replace
                     low, high, p = found.low[layer], found.high[layer], found.p[layer]
                     yield Row(name, layer, float(value), "", float(low), float(high), float(p))
+            if kind == "ablation":
+                control = subject.untrained()
+                nats = sweep(control, f"{name}-untrained", prepare(control))
+                tokens = sum(len(batch.owner_N) for batch in control.batches())
+                yield Row(f"{name}_chance", None, chance((nats[:-1].sum(1) - nats[-1].sum()) / tokens))
 
-        measure(name, kind=kind, gives={name: f"change in loss, nats per token, when {says}"})(run)
+        measure(name, kind=kind, gives=gives)(run)
         return prepare
 
     return add

@@ -94,7 +94,8 @@ def clean_nll(subject: Subject, model: Transformer | None = None) -> np.ndarray:
     model = model or subject.model
     total = np.zeros(len(subject.text.names))
     for batch in subject.batches():
-        for _, _, x_BTD in climb(model, batch):
-            pass
+        x_BTD, rotation = model.embed(batch.tokens_BT), rotation_of(model, batch)
+        for block in model.blocks:
+            x_BTD = block(x_BTD, rotation)
         total += document_nll(model, x_BTD, batch, len(total))
     return total

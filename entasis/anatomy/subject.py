@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from entasis.anatomy.text import Batch, Text
+from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
 from entasis.report.page import write_bytes
 from entasis.shape.shapes import ModelShape
@@ -30,6 +31,7 @@ class Subject:
     seed: int = 0
     folder: Path | None = None
     progress: Progress = lambda done, total: None
+    most_batches: int | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -45,7 +47,7 @@ class Subject:
 
     def batches(self) -> Iterator[Batch]:
         """The text in windows; progress is reported after each."""
-        stretches = self.text.batches(max(1, TOKENS_AT_ONCE // self.text.sequence))
+        stretches = self.text.batches(max(1, TOKENS_AT_ONCE // self.text.sequence))[: self.most_batches]
         for number, stretch in enumerate(stretches):
             self.progress(number, len(stretches))
             yield self.text.batch(number, stretch, self.device)
@@ -55,6 +57,14 @@ class Subject:
         """Random numbers that depend on the seed and on what they are for, and on nothing else."""
         digest = hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def untrained(self) -> Subject:
+        """A model of the same shape at its initial values, on the first batch of the text: the control."""
+        with torch.device(self.device):
+            model = Transformer(self.shape)
+        # A seed that nobody trains with: the control must not share the model's own initial values.
+        initialise(model, self.seed + 0x1234567)
+        return replace(self, model=model.eval(), most_batches=1, progress=lambda done, total: None)
 
     def remember(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
         """`compute()`, or what it gave when it was last asked for under this name in this folder."""

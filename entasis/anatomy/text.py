@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,21 +149,22 @@ def _from_corpus(corpus: Corpus, tokens: int) -> Excerpts:
     return _fill(excerpts, len(chosen), tokens)
 
 
-def _fill(excerpts, n: int, tokens: int) -> Excerpts:  # type: ignore[no-untyped-def]
+def _fill(
+    excerpts: Callable[[int], Iterator[tuple[np.ndarray, bool, int, str]]], n: int, tokens: int
+) -> Excerpts:
     """Cuts all documents to the same length, the shortest that fills `tokens`, in powers of two of the fair share."""
     cap = max(SHORTEST, tokens // n)
     while True:
-        result: Excerpts = ([], [], [], [])
-        total, short = 0, False
-        for ids, cut, size, name in excerpts(cap):
-            if total and total + len(ids) > tokens:
+        taken: list[tuple[np.ndarray, bool, int, str]] = []
+        total = 0
+        for excerpt in excerpts(cap):
+            if total and total + len(excerpt[0]) > tokens:
                 break
-            total += len(ids) + 1
-            short |= cut
-            for values, value in zip(result, (ids, cut, size, name), strict=True):
-                values.append(value)
-        if not short or total > 0.9 * tokens or cap > tokens:
-            return result
+            total += len(excerpt[0]) + 1
+            taken.append(excerpt)
+        if total > 0.9 * tokens or cap > tokens or not any(cut for _, cut, _, _ in taken):
+            ids, cuts, sizes, names = map(list, zip(*taken, strict=True))
+            return ids, cuts, sizes, names
         cap *= 2
 
 

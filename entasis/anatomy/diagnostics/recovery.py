@@ -1,0 +1,157 @@
+"""Recovery speed: one layer is given noise, only that layer is trained, and the steps it needs are counted.
+
+Every matrix of the layer gets Gaussian noise of half its norm. AdamW then trains this layer alone on the even windows of
+the text; the loss is measured on odd ones. Recovered is when 90 % of the gap that the noise tore is closed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from entasis.anatomy.diagnostics.manipulation import noise_like
+from entasis.anatomy.measures import Row, measure
+from entasis.anatomy.stream import Rotation
+from entasis.anatomy.subject import Subject
+from entasis.errors import UserError
+from entasis.model.loss import summed_nll
+from entasis.model.transformer import Transformer
+
+NOISE = 0.5
+RECOVERED = 0.9
+LEARNING_RATE = 1e-3
+STEPS = 100
+EVERY = 5
+"""Steps between two looks at the loss, so the resolution of the count."""
+WINDOWS = 4
+"""Windows in one step of training."""
+HELD = 8
+"""Windows that the loss is measured on."""
+SEEDS = 3
+SMALLEST_GAP = 0.001
+"""Nats per token: a layer that loses less by the noise has nothing to recover."""
+
+
+@measure(
+    "recovery",
+    kind="recovery",
+    gives={
+        "recovery_steps": f"steps until {RECOVERED:.0%} of the gap is closed, mean over {SEEDS} seeds, from the "
+        f"quickest to the slowest; 0: the noise tore no gap, {STEPS}: not within {STEPS} steps",
+        "recovery_gap": "loss that the noise costs before training, nats per token, mean over seeds",
+    },
+)
+def recovery(subject: Subject) -> Iterable[Row]:
+    windows = _windows(subject)
+    train, held = windows[0::2], windows[1::2][:HELD]
+    if len(held) < 1:
+        raise UserError(
+            f"recovery: the text has {len(windows)} windows of {subject.text.sequence} tokens; it needs two or more: "
+            "give more --tokens or a shorter --sequence"
+        )
+    model = subject.model
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        with torch.no_grad():
+            streams = [model.embed(tokens_BT) for tokens_BT, _ in (_pack(train), _pack(held))]
+        rotation = model.rotation(0, subject.text.sequence, subject.device)
+        for layer, block in enumerate(model.blocks):
+            found = []
+            for seed in range(SEEDS):
+                subject.progress(layer * SEEDS + seed, subject.n_layers * SEEDS)
+                found.append(_recover(subject, layer, seed, streams, (train, held), rotation))
+            steps, gaps = zip(*found, strict=True)
+            yield Row("recovery_steps", layer, sum(steps) / SEEDS, "", float(min(steps)), float(max(steps)))
+            yield Row("recovery_gap", layer, sum(gaps) / SEEDS, "", min(gaps), max(gaps))
+            with torch.no_grad():
+                streams = [block(x_BTD, rotation) for x_BTD in streams]
+    finally:
+        for p, learns in frozen:
+            p.requires_grad_(learns)
+    subject.progress(1, 1)
+
+
+Window = tuple[torch.Tensor, torch.Tensor]
+"""Tokens and targets [T]."""
+
+
+def _windows(subject: Subject) -> list[Window]:
+    """The whole windows of the text, at most as many as the training can use once."""
+    result: list[Window] = []
+    for batch in subject.batches():
+        if batch.tokens_BT.shape[1] == subject.text.sequence and len(result) < 2 * WINDOWS * STEPS:
+            result += zip(batch.tokens_BT, batch.targets_BT, strict=True)
+    return result
+
+
+def _pack(windows: list[Window]) -> Window:
+    return torch.stack([t for t, _ in windows]), torch.stack([t for _, t in windows])
+
+
+def _recover(
+    subject: Subject,
+    layer: int,
+    seed: int,
+    streams: list[torch.Tensor],
+    windows: tuple[list[Window], list[Window]],
+    rotation: Rotation,
+) -> tuple[int, float]:
+    """(steps, gap in nats per token) of one layer under one seed; `streams` are those in front of it."""
+    (train_BTD, held_BTD), (train, held) = streams, windows
+    targets_BT, held_targets_BT = _pack(train)[1], _pack(held)[1]
+    model = subject.model
+    block = copy.deepcopy(model.blocks[layer])
+    clean = _held_loss(model, block, layer, held_BTD, held_targets_BT, rotation)
+    for name, p in block.named_parameters():
+        if p.ndim == 2:
+            p.data += NOISE * noise_like(p.data, subject.generator("recovery", layer, seed, name))
+    block.requires_grad_(True)
+    gap = _held_loss(model, block, layer, held_BTD, held_targets_BT, rotation) - clean
+    if gap < SMALLEST_GAP:
+        return 0, gap
+    optimizer = torch.optim.AdamW(block.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = subject.generator("recovery order", layer, seed)
+    for step in range(1, STEPS + 1):
+        chosen = torch.randint(len(train), (min(WINDOWS, len(train)),), generator=generator)
+        _loss(model, block, layer, train_BTD[chosen], targets_BT[chosen], rotation).backward()
+        nn.utils.clip_grad_norm_(block.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % EVERY == 0:
+            left = _held_loss(model, block, layer, held_BTD, held_targets_BT, rotation) - clean
+            if left <= (1 - RECOVERED) * gap:
+                return step, gap
+    return STEPS, gap
+
+
+@torch.no_grad()
+def _held_loss(
+    model: Transformer,
+    block: nn.Module,
+    layer: int,
+    x_BTD: torch.Tensor,
+    targets_BT: torch.Tensor,
+    rotation: Rotation,
+) -> float:
+    return float(_loss(model, block, layer, x_BTD, targets_BT, rotation))
+
+
+def _loss(
+    model: Transformer,
+    block: nn.Module,
+    layer: int,
+    x_BTD: torch.Tensor,
+    targets_BT: torch.Tensor,
+    rotation: Rotation,
+) -> torch.Tensor:
+    """Nats per token with `block` in place of the layer; `x_BTD` is the stream in front of it."""
+    x_BTD = block(x_BTD, rotation)
+    for above in model.blocks[layer + 1 :]:
+        x_BTD = above(x_BTD, rotation)
+    x_ND = model.norm(x_BTD).flatten(0, 1)
+    nats = summed_nll(x_ND, model.head_weight, model.head.bias, targets_BT.flatten(), model.shape.logit_scale)
+    return nats / (targets_BT != -100).sum()

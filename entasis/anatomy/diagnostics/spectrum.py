@@ -1,0 +1,62 @@
+"""Structure of the weights: size and spectrum of every matrix. Needs no text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from entasis.anatomy.measures import Row, measure
+from entasis.anatomy.subject import Subject
+from entasis.anatomy.substitutes import matrices, weights_of
+
+
+@measure(
+    "spectrum",
+    kind="structure",
+    gives={
+        "weight_rms": "root mean square of a matrix's entries",
+        "stable_rank": "squared Frobenius norm / squared spectral norm",
+        "effective_rank": "exp of the entropy of the singular values as shares (Roy & Vetterli 2007)",
+        "spectral_exponent": "Hill estimate of the tail of the squared singular values, upper half (2410.10912)",
+    },
+)
+def spectrum(subject: Subject) -> Iterable[Row]:
+    for layer in range(subject.n_layers):
+        subject.progress(layer, subject.n_layers)
+        for name, w in matrices(weights_of(subject.model, layer)).items():
+            target = name.split(".")[1]
+            for quantity, value in of_matrix(w).items():
+                yield Row(quantity, layer, value, target)
+    subject.progress(subject.n_layers, subject.n_layers)
+
+
+def of_matrix(w: torch.Tensor) -> dict[str, float]:
+    """The four quantities of one matrix; ranks of a zero matrix are 0, its exponent is NaN."""
+    sigma = torch.linalg.svdvals(w.float()).double()
+    power = sigma.square()
+    rms = float((power.sum() / w.numel()).sqrt())
+    if rms == 0:
+        return {
+            "weight_rms": 0.0,
+            "stable_rank": 0.0,
+            "effective_rank": 0.0,
+            "spectral_exponent": float("nan"),
+        }
+    share = sigma[sigma > 0] / sigma.sum()
+    return {
+        "weight_rms": rms,
+        "stable_rank": float(power.sum() / power[0]),
+        "effective_rank": float((-(share * share.log()).sum()).exp()),
+        "spectral_exponent": hill(power),
+    }
+
+
+def hill(eigenvalues: torch.Tensor) -> float:
+    """1 + k / Σ ln(λ_i / λ_k) over the k largest, k half of them; NaN without a spread."""
+    positive = eigenvalues[eigenvalues > 0].sort(descending=True).values
+    k = len(positive) // 2
+    if k < 2:
+        return float("nan")
+    spread = float((positive[:k] / positive[k - 1]).log().sum())
+    return 1 + k / spread if spread > 0 else float("nan")
