@@ -26,7 +26,7 @@ class Transformer(nn.Module):
 
     def __init__(self, shape: ModelShape, *, attention: Literal["sdpa", "plain"] = "sdpa") -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.attention = shape, attention
         self.embedding = Embedding(shape)
         self.blocks = nn.ModuleList(Block(shape, i, attention) for i in range(shape.n_layers))
         self.norm = Norm(shape.d_model, shape, bias=shape.norm_bias)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from entasis.errors import Failure
 from entasis.model import weights
 from entasis.model.transformer import Transformer
-from entasis.train import parallel
+from entasis.train import parallel, sharding
 
 MARK = "complete"
 
@@ -69,10 +69,11 @@ def save(
         parallel.barrier()
         with _quiet():
             dcp.save(_tensors(model, optimizers), checkpoint_id=partial, no_dist=parallel.world() == 1)
+        gathered = sharding.whole(model) if kept else model
         if parallel.is_main():
             (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
             if kept:
-                weights.save(model, partial)
+                weights.save(gathered, partial)
             for file in partial.iterdir():
                 sync(file)
             sync(partial)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
 from entasis.errors import Failure
 from entasis.model.transformer import Transformer
+from entasis.train import parallel, sharding
 from entasis.train.recipe import Recipe
 
 
@@ -32,12 +33,17 @@ def out_of_memory(recipe: Recipe, step: int) -> Failure:
 def non_finite(model: Transformer, step: int, loss: float, tokens_BT: torch.Tensor, micro: int) -> Failure:
     """Finds the first layer whose weights, output or gradient is not finite. The update was not made."""
     kept = "; the weights were not updated and the checkpoints before it are whole"
-    if name := _first_bad((n, p) for n, p in model.named_parameters()):
+    # What needs the other ranks comes first and unconditionally: each may then find something else.
+    whole = sharding.whole(model)
+    parameters = list(model.named_parameters())
+    bad_weights = _first_bad(parameters)
+    # Backward runs from the last layer down, so the last one in forward order is where it began.
+    bad_gradient = _first_bad([(n, p.grad) for n, p in reversed(parameters)])
+    if name := bad_weights:
         where = f"the weights {name} were not finite before it"
-    elif place := _first_bad_output(model, tokens_BT, micro):
+    elif place := _first_bad_output(whole, tokens_BT, micro):
         where = f"first in the output of {place}"
-    elif name := _first_bad((n, p.grad) for n, p in reversed(list(model.named_parameters()))):
-        # Backward runs from the last layer down, so the last one in forward order is where it began.
+    elif name := bad_gradient:
         where = f"first in the gradient of {name}"
     else:
         where = "in the sum over the batch"
@@ -47,8 +53,11 @@ def non_finite(model: Transformer, step: int, loss: float, tokens_BT: torch.Tens
     )
 
 
-def _first_bad(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> str | None:
-    return next((name for name, x in tensors if x is not None and not torch.isfinite(x).all()), None)
+def _first_bad(tensors: Sequence[tuple[str, torch.Tensor | None]]) -> str | None:
+    found = [(name, sharding.local(x)) for name, x in tensors if x is not None]
+    bad = torch.stack([(~torch.isfinite(x)).any().float() for _, x in found])
+    places = parallel.sum_over_ranks(bad).nonzero()
+    return found[int(places[0])][0] if len(places) else None
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ from entasis.train import (
     parallel,
     run_folder,
     schedule,
+    sharding,
     stages,
 )
 from entasis.train.batches import Batch, batches
@@ -108,11 +109,14 @@ class _Loop:
             torch.set_num_threads(run.environment["threads"])
         self.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
         self.model = Transformer(run.shape, attention=recipe.attention)  # type: ignore[arg-type]
-        self.model.to(device)
         scheme = recipe.optimizer
         initialise(
             self.model, recipe.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width
         )
+        if recipe.parallel.kind != "ddp" and parallel.world() > 1:
+            sharding.shard(self.model, recipe.parallel, device, str(recipe.precision))
+        else:
+            self.model.to(device)
         self.windows = Windows(Corpus(recipe.data.train), recipe.data.sequence)
         self.order = Order(len(self.windows), recipe.seed)
         self.held_out = Corpus(recipe.data.validation) if recipe.data.validation is not None else None
@@ -204,13 +208,15 @@ class _Loop:
         tokens = self.recipe.sequences * self.recipe.data.sequence
         for i in range(0, len(batch.tokens_BT), self.micro):
             rows = slice(i, i + self.micro)
+            sharding.reduce_between_copies(self.model, i + self.micro == len(batch.tokens_BT))
             ids_BT = None if batch.ids_BT is None else batch.ids_BT[rows]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast is not None):
                 loss = loss_of(batch.tokens_BT[rows], batch.targets_BT[rows], document_ids_BT=ids_BT)
             (loss / tokens).backward()
             total += loss.detach()
-        parallel.sum_gradients(learning)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+        if not sharding.is_sharded(self.model):
+            parallel.sum_gradients(learning)
+        norm = sharding.full(torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
         stop = torch.tensor(float(self.interrupt.is_set()), device=self.device)
         mean, interrupted = parallel.sum_over_ranks(torch.stack([total / tokens, stop])).tolist()
         size = norm.item()
@@ -248,7 +254,7 @@ class _Loop:
             return None
         limit = self.recipe.evaluation.tokens
         score = evaluate(
-            self.model,
+            sharding.whole(self.model),
             self.held_out,
             sequence=self.recipe.data.sequence,
             batch=self.micro,
@@ -287,10 +293,11 @@ class _Loop:
     def finish(self) -> dict[str, Any]:
         """Validates, writes the weights and last of all `result.json`."""
         score = self.validate()
+        model = sharding.whole(self.model)
         if not parallel.is_main():
             parallel.barrier()
             return parallel.agree({})
-        weights.save(self.model, self.folder)
+        weights.save(model, self.folder)
         if score is not None:
             arrays = {name: torch.from_numpy(getattr(score, name).copy()) for name in Score.__slots__}
             save_file(arrays, self.folder / "validation.safetensors.partial")
@@ -351,9 +358,18 @@ class _Loop:
 def compiled(
     model: Transformer, *, backend: str | Callable[..., Any] = "inductor"
 ) -> Callable[..., torch.Tensor]:
-    """The model's loss as one graph: `fullgraph` raises where a layer would fall back to eager."""
+    """The model's loss as one graph: `fullgraph` raises where a layer would fall back to eager.
+
+    Of a sharded model each block is a graph of its own, since its parameters are gathered between them.
+    """
     # Dynamo counts recompiles by code object, and earlier models in this process share ours.
     torch._dynamo.reset()
+    if sharding.is_sharded(model):
+        torch._dynamo.config.recompile_limit = max(8, 2 * model.shape.distinct_layers)
+        for block in model.blocks:
+            eager = type(block).forward.__get__(block)
+            block.forward = torch.compile(eager, fullgraph=True, dynamic=False, backend=backend)
+        return model.loss
     return torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
 
 

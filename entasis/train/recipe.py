@@ -90,6 +90,16 @@ class Checkpoint:
 
 
 @dataclass
+class Parallel:
+    """How several processes (`torchrun`) share the work; one process alone holds the whole model."""
+
+    kind: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """`ddp`: each holds the whole model. `fsdp`: each holds a share. `hsdp`: shares within a machine, copies across."""
+    shard: int | None = None
+    """hsdp: processes that share one copy; null is those of one machine."""
+
+
+@dataclass
 class Logging:
     tensorboard: bool = True
     wandb: bool = False
@@ -122,6 +132,7 @@ class Recipe:
     compile: bool | Literal["auto"] = "auto"
     attention: Literal["auto", "sdpa", "plain"] = "auto"
     device: str = "auto"
+    parallel: Parallel = field(default_factory=Parallel)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)

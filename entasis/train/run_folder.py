@@ -49,7 +49,8 @@ def open_run(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool
     if stored_at.is_file():
         stored = read(stored_at)
         resolved = adopt(resolved, stored)
-        if differs := difference(stored, resolved):
+        # How processes share the work is no part of what is computed: a run may go on on other machines.
+        if differs := difference(dataclasses.replace(stored, parallel=resolved.parallel), resolved):
             raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --output")
