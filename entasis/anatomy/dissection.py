@@ -150,9 +150,11 @@ def _stored(subject: Subject, m: Measure) -> list[dict[str, Any]] | None:
     return json.loads(_path(subject, m).read_text(encoding="utf-8"))
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The frame's rows as plain values for JSON; what is missing is None."""
+    return json.loads(frame.to_json(orient="records", double_precision=10))
+
+
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v
-        for k, v in row.items()
-    }  # fmt: skip
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from entasis.anatomy import dissection
+    from entasis.anatomy import dissection, report, summary
     from entasis.anatomy.measures import choose
     from entasis.evaluate.loading import load
     from entasis.shape.specification import number
@@ -63,12 +64,23 @@ def run(args: argparse.Namespace) -> int:
             bar.update(tasks[name], completed=done, total=total)
 
         frame = dissection.examine(subject, measures, output=args.output, progress=advance)
+    facts = dissection.describe(subject)
+    written = None
+    if args.output:
+        name = Path(args.model).resolve().name
+        written = report.write(frame, loaded.shape, measures, facts, Path(args.output), name=name)
     if args.json:
-        print(
-            json.dumps(
-                {**dissection.describe(subject), "values": json.loads(frame.to_json(orient="records"))}
-            )
-        )
+        answer = {"model": args.model, **facts, "values": dissection.records(frame)}
+        print(json.dumps(answer))
         return 0
-    print(frame.to_string())
+    console, table = Console(), summary.layer_table(frame)
+    shown = summary.fitting(table, console.width)
+    console.print(shown.rich(f"{args.model}: {facts['tokens']:,} tokens of {facts['documents']} documents"))
+    print(summary.sentence(frame))
+    if left := len(table.columns) - len(shown.columns):
+        print(
+            f"{left} more columns in {'the report' if written else '--json, or a report with --output DIR'}"
+        )
+    if written:
+        print(f"report: {written}")
     return 0

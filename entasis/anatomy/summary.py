@@ -1,0 +1,154 @@
+"""From the tidy frame to what is read: a value for each layer and measure, what agrees with skipping, a sentence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from entasis.anatomy.intervals import harmful, rank_correlation
+from entasis.report.tables import Column, Table
+
+HIDDEN = ("cka",)
+"""Quantities that compare two layers: a mean over the others says nothing about one."""
+MAIN = ("skip", "zero_attention", "zero_ffn", "neighbour_average")
+"""What the measures are ranked against: the first of these that was measured."""
+
+
+def by_layer(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row for each layer, one column for each quantity; the mean where a layer has several matrices."""
+    rows = frame[frame["layer"].notna() & ~frame["quantity"].isin(HIDDEN)]
+    wide = rows.pivot_table(index="layer", columns="quantity", values="value", aggfunc="mean", dropna=False)
+    order = [q for q in dict.fromkeys(rows["quantity"]) if q in wide]
+    return wide[order]
+
+
+def ablations(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The quantities that are changes in loss by layer, with the column `harmful`, in the order measured."""
+    result = {}
+    for quantity in dict.fromkeys(frame["quantity"]):
+        rows = frame[(frame["quantity"] == quantity) & frame["layer"].notna()]
+        control = frame.loc[frame["quantity"] == f"{quantity}_chance", "value"]
+        if len(control):
+            found = harmful(rows["value"].to_numpy(), rows["p"].to_numpy(), float(control.iloc[0]))
+            result[quantity] = rows.assign(harmful=found)
+    return result
+
+
+def manipulations(frame: pd.DataFrame) -> list[str]:
+    """The other quantities that are changes in loss by layer."""
+    known = ablations(frame)
+    tested = frame[frame["p"].notna()]["quantity"]
+    return [q for q in dict.fromkeys(tested) if q not in known]
+
+
+def reference(frame: pd.DataFrame) -> str | None:
+    """The ablation that the other measures are compared with; None where none was measured."""
+    measured = set(frame["quantity"])
+    return next((name for name in MAIN if name in measured), None)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Spearman's rho of a measure with the reference ablation, over layers."""
+
+    quantity: str
+    rho: float
+    low: float
+    high: float
+    layers: int
+
+
+def agreements(frame: pd.DataFrame) -> list[Agreement]:
+    """Every measure's rank correlation with the reference, the largest first; at least four layers in common."""
+    main, wide = reference(frame), by_layer(frame)
+    if main is None:
+        return []
+    result = []
+    for quantity in wide:
+        both = wide[[main, quantity]].dropna() if quantity != main else wide[[]]
+        if len(both) >= 4 and quantity != main:
+            rho, low, high = rank_correlation(both[main].to_numpy(), both[quantity].to_numpy())
+            if math.isfinite(rho):
+                result.append(Agreement(str(quantity), rho, low, high, len(both)))
+    return sorted(result, key=lambda a: -abs(a.rho))
+
+
+def sentence(frame: pd.DataFrame) -> str:
+    """What the main ablation found."""
+    main = reference(frame)
+    if main is None:
+        return "No ablation was measured, so nothing is said about what the model would lose."
+    rows = ablations(frame)[main]
+    value = rows["value"].to_numpy()
+    top = rows[(rows["p"] < 0.05) & (value > 0)].sort_values("value", ascending=False).head(3)
+    named = ", ".join(f"{layer} ({value:+.3f})" for layer, value in _pairs(top))
+    told = f"By {main.replace('_', ' ')}, the layers that matter most are {named} nats per token. "
+    if not named:
+        told = f"By {main.replace('_', ' ')}, no layer matters with certainty. "
+    bad = rows[rows["harmful"]]
+    if len(bad):
+        listed = ", ".join(f"{layer} ({value:+.4f})" for layer, value in _pairs(bad))
+        return told + f"Harmful, beyond chance and after Holm: {listed}."
+    below = int((value < 0).sum())
+    if below:
+        return (
+            told
+            + f"No layer is harmful: the loss fell without {below} of {len(value)}, within chance each time."
+        )
+    return told + "No layer is harmful: the loss rose without any of them."
+
+
+def _pairs(rows: pd.DataFrame) -> list[tuple[int, float]]:
+    return [(int(layer), float(value)) for layer, value in rows[["layer", "value"]].to_numpy()]
+
+
+def layer_table(frame: pd.DataFrame) -> Table:
+    """The layers as rows; changes in loss first, harmful ones marked."""
+    wide, found = by_layer(frame), ablations(frame)
+    first = [*found, *manipulations(frame)]
+    order = [*first, *(str(q) for q in wide if q not in first)]
+    bad = {int(layer) for rows in found.values() for layer in rows.loc[rows["harmful"], "layer"]}
+    columns = [
+        Column("layer", "layer", "d"),
+        *(Column(q, q.replace("_", " "), _form(wide[q], q in first)) for q in order),
+    ]
+    rows: list[dict[str, Any]] = [
+        {
+            "layer": int(layer),
+            **{str(q): v for q, v in values.items()},
+            "harmful": "harmful" if int(layer) in bad else "",
+        }
+        for layer, values in zip(wide.index, wide[order].to_dict("records"), strict=True)
+    ]
+    if bad:
+        columns.append(Column("harmful", ""))
+    return Table(columns, rows)
+
+
+def fitting(table: Table, width: int) -> Table:
+    """The first columns, as many as fit a terminal; the mark of harmful layers always stays."""
+    *columns, last = table.columns
+    marked = last.key == "harmful"
+    columns = columns if marked else [*columns, last]
+    room, kept = width - 2 - (9 if marked else 0), []
+    for column in columns:
+        shown = [len(column.show(row.get(column.key))) for row in table.rows]
+        room -= max([*shown, *map(len, column.heading.split())]) + 2
+        if room < 0:
+            break
+        kept.append(column)
+    return Table([*kept, last] if marked else kept, table.rows)
+
+
+def _form(values: pd.Series, signed: bool) -> str:
+    """A format with as many digits as tell the layers apart."""
+    largest = float(np.nanmax(np.abs(values.to_numpy(dtype=float)))) if values.notna().any() else 0.0
+    if signed:
+        return "+.4f"
+    if 0 < largest < 0.01 or largest >= 1e5:
+        return ".2e"
+    return ".3f" if largest < 100 else ",.0f"
