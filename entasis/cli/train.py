@@ -14,29 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_OVERRIDE = re.compile(r"(--)?(?!output=|set=)[A-Za-z_]\w*(\.\w+)*=.*", re.DOTALL)
+from entasis.cli import overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML file; docs/training.md lists its keys")
     parser.add_argument("--output", metavar="FOLDER", help="the run's folder (default: runs/NAME-OF-RECIPE)")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--print_config", action="store_true", help="show the fully resolved recipe and stop")
     parser.add_argument("--json", action="store_true", help="print result.json")
-    parse = parser.parse_known_args
-
-    def parse_overrides(args: Any = None, namespace: Any = None) -> Any:
-        # argparse takes free positionals in one block only; as options overrides may stand anywhere.
-        spelt = [f"--set={a.removeprefix('--')}" if _OVERRIDE.fullmatch(a) else a for a in args or []]
-        return parse(spelt, namespace)
-
-    parser.parse_known_args = parse_overrides  # type: ignore[method-assign]
+    overrides.accept(parser)
 
 
 def run(args: argparse.Namespace) -> int:

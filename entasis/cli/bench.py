@@ -1,0 +1,86 @@
+"""Measure a recipe on this machine: speed, memory, and where the time of a step goes.
+
+examples:
+  entasis bench recipes/tiny.yaml
+  entasis bench recipes/tiny.yaml shape.profile=isotropic compile=true --steps 50 --json
+
+Some steps of the real training run in a folder that is thrown away; then the model is timed part by part, with the
+cost model's prediction beside it. Any part of the recipe can be set with key=value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from entasis.cli import overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file; docs/training.md lists its keys")
+    parser.add_argument("--steps", type=int, default=20, help="steps to time, after five to warm up (20)")
+    parser.add_argument("--json", action="store_true")
+    overrides.accept(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from entasis.train import recipe as recipes
+    from entasis.train.bench import bench
+
+    recipe = recipes.read(args.recipe, args.set)
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        figures = bench(recipe, steps=args.steps, reporter=show)
+    if args.json:
+        print(json.dumps(figures, indent=1))
+    else:
+        _print(figures)
+    return 0
+
+
+def _print(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from entasis.report.tables import Column, Table
+
+    columns = (
+        Column("name", "part"),
+        Column("forward", "forward", ",.2f", "ms"),
+        Column("backward", "backward", ",.2f", "ms"),
+        Column("time", "share of time", ".1%", "measured"),
+        Column("flops", "share of FLOPs", ".1%", "cost model"),
+    )
+    rows = [
+        {**part, "forward": 1e3 * part["forward"], "backward": 1e3 * part["backward"] or None}
+        for part in figures["parts"]
+    ]
+    step, first = figures["step_seconds"], figures["first_step_seconds"]
+    mode = "compiled" if figures["compile"] else "eager"
+    lines = [
+        f"{figures['parameters']:,} parameters, {figures['distinct_layers']} distinct layer shapes, "
+        f"{figures['batch_tokens']:,} tokens a step in sequences of {figures['sequence']}",
+        f"{figures['device']}, {figures['threads']} threads, {figures['precision']}, {mode}, "
+        f"{figures['attention']} attention",
+        f"{figures['tokens_per_second']:,.0f} tokens/s: a step takes {step['median']:.3f} s "
+        f"({step['fastest']:.3f} to {step['slowest']:.3f} over {figures['steps']} steps)",
+        f"MFU {figures['mfu']:.0%} of the measured {figures['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s; "
+        f"at that ceiling a step would take {figures['seconds_at_the_ceiling']:.3f} s",
+        f"peak memory {figures['peak_memory_bytes'] / 1e6:,.0f} MB, of which weights, gradients and optimizer "
+        f"state {figures['state_bytes'] / 1e6:,.0f} MB",
+        f"waiting for data {figures['data_wait']:.2%} of the step",
+        f"first step {first['eager']:.2f} s eager"
+        + (f", {first['compiled']:.2f} s compiled" if first["compiled"] is not None else ""),
+    ]
+    print("\n".join(lines))
+    Console().print(Table(columns, rows).rich(f"one micro-batch of {figures['micro']} sequences"))

@@ -1,0 +1,92 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from entasis.cli import main
+from entasis.errors import UserError
+from entasis.model.initialisation import initialise
+from entasis.model.transformer import Transformer
+from entasis.shape import cost
+from entasis.shape.specification import resolve
+from entasis.train import recipe as recipes
+from entasis.train.bench import _Walk, bench
+
+
+def test_figures_agree_with_one_another_and_nothing_is_left_behind(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.chdir(tmp_path)
+    told = []
+    measured = recipe(tokens="1M")
+    figures = bench(measured, steps=3, repeats=1, reporter=lambda *event: told.append(event))
+    assert not list(tmp_path.glob("entasis*"))
+    assert not (tmp_path / "runs").exists()
+    shape = resolve(measured.shape).shape
+    assert figures["parameters"] == cost.parameters(shape)
+    names = ["embedding", "layer 0", "layer 1", "head and loss", "optimizer"]
+    assert [part["name"] for part in figures["parts"]] == names
+    assert sum(part["time"] for part in figures["parts"]) == pytest.approx(1)
+    assert sum(part["flops"] for part in figures["parts"]) == pytest.approx(1)
+    by_name = {part["name"]: part for part in figures["parts"]}
+    expected = cost.layer_flops_per_token(shape, 1, 64) / cost.flops_per_token(shape, 64)
+    assert by_name["layer 1"]["flops"] == pytest.approx(expected)
+    assert all(part["backward"] > 0 for part in figures["parts"][:-1])
+    step = figures["step_seconds"]
+    assert step["fastest"] <= step["median"] <= step["slowest"]
+    assert figures["tokens_per_second"] == pytest.approx(512 / step["median"])
+    done = figures["tokens_per_second"] * figures["flops_per_token"]
+    assert figures["mfu"] == pytest.approx(done / figures["matmul_flops_per_second"])
+    assert 0 <= figures["data_wait"] < 1
+    assert figures["first_step_seconds"]["compiled"] is None
+    # Whatever the recipe's length, five steps warm up and three are timed.
+    assert [event for event in told if event[0] == "steps"][-1] == ("steps", 8, 8)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_timing_part_by_part_does_the_work_of_a_step(recipe, tied):
+    """The gradients of the walk through the parts are those of the whole model."""
+    shape = resolve({**recipe().shape, "tied_embeddings": tied}).shape
+    model = Transformer(shape)
+    initialise(model, 0)
+    rows = torch.randint(shape.vocabulary, (3, 33), generator=torch.Generator().manual_seed(0))
+    tokens_BT, targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    ids_BT = torch.arange(32).div(10, rounding_mode="floor").expand(3, 32)
+    (model.loss(tokens_BT, targets_BT, document_ids_BT=ids_BT) / tokens_BT.numel()).backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    walk = _Walk(model, tokens_BT, targets_BT, ids_BT, bf16=False)
+    walk.update = lambda rules: None
+    walk.through([])
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, whole[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_command_gives_json_and_a_table_for_people(recipe, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.to_yaml(recipe()))
+    assert main(["bench", "--json", "batch.tokens=256", str(path), "--steps", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch_tokens"] == 256
+    assert main(["bench", str(path), "--steps=1"]) == 0
+    told = capsys.readouterr().out
+    assert "tokens/s" in told
+    assert "head and loss" in told
+
+
+def test_only_some_parameters_learn(recipe):
+    """What is frozen takes no time in the backward pass where nothing below it learns."""
+    source = dataclasses.asdict(recipe())
+    source["stages"] = [{"train": ["blocks.1.*", "norm.*", "head.*"], "tokens": 4096}]
+    parts = bench(recipes.from_dict(source), steps=1, repeats=1)["parts"]
+    assert {p["name"]: p["backward"] > 0 for p in parts} == {
+        "embedding": False, "layer 0": False, "layer 1": True, "head and loss": True, "optimizer": False
+    }  # fmt: skip
+
+
+def test_mistakes_are_told(recipe, monkeypatch):
+    with pytest.raises(UserError, match="--steps is 0"):
+        bench(recipe(), steps=0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        bench(recipe())
