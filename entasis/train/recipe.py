@@ -8,6 +8,7 @@ counts in whole numbers), so that the `recipe.yaml` in a run's folder repeats th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -187,7 +188,8 @@ def from_dict(source: Mapping[str, Any]) -> Recipe:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--recipe", type=Recipe)
     try:
-        parsed = parser.parse_object({"recipe": dict(source)})
+        # A deep copy: jsonargparse puts its own objects into nested lists.
+        parsed = parser.parse_object({"recipe": copy.deepcopy(dict(source))})
         return parser.instantiate(parsed).recipe
     except jsonargparse.ArgumentError as error:
         raise UserError(mistakes.one_line(str(error), source, Recipe)) from error

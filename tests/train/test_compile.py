@@ -4,12 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 
+from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.train import sharding
 from entasis.train.journal import records
 from entasis.train.loop import compiled, train
+from entasis.train.recipe import Parallel
 
 
 def many_shapes(layers: int) -> ModelShape:
@@ -43,6 +47,41 @@ def test_twelve_distinct_layers_are_one_graph_without_breaks():
     values = [node.meta.get("example_value") for node in seen[0].graph.nodes]
     widths = {value.shape[-1] for value in values if isinstance(value, torch.Tensor) and value.ndim}
     assert {layer.d_ff for layer in shape.layers} <= widths
+
+
+def test_a_sharded_model_has_one_graph_for_each_shape(tmp_path):
+    """Gathering happens between the blocks, so each block is compiled; equal blocks share their graph."""
+    shape = many_shapes(12)
+    shape = dataclasses.replace(shape, layers=shape.layers + shape.layers)
+    assert (shape.n_layers, shape.distinct_layers) == (24, 12)
+    tokens = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(0))
+    plain, sharded = Transformer(shape), Transformer(shape)
+    initialise(plain, 0)
+    initialise(sharded, 0)
+    expected = plain.loss(tokens, tokens)
+    expected.backward()
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.append(graph)
+        return graph.forward
+
+    counters.clear()
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        sharding.shard(sharded, Parallel("fsdp"), torch.device("cpu"), "fp32")
+        loss_of = compiled(sharded, backend=backend)
+        for _ in range(2):
+            sharded.zero_grad()
+            loss = loss_of(tokens, tokens)
+            loss.backward()
+        gradients = {name: sharding.full(p.grad) for name, p in sharded.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+    assert len(seen) == shape.distinct_layers
+    assert sum(counters["graph_break"].values()) == 0
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(gradients[name], p.grad) for name, p in plain.named_parameters())
 
 
 def test_more_models_than_dynamo_s_limit_in_one_process():
