@@ -12,8 +12,8 @@ import pandas as pd
 from entasis.anatomy.intervals import harmful, rank_correlation
 from entasis.report.tables import Column, Table
 
-HIDDEN = ("cka",)
-"""Quantities that compare two layers: a mean over the others says nothing about one."""
+HIDDEN = ("cka", "weight_r2_mean", "weight_r2_permuted", "weight_r2_untrained")
+"""No property of one layer: what compares two of them, and controls."""
 MAIN = ("skip", "zero_attention", "zero_ffn", "neighbour_average")
 """What the measures are ranked against: the first of these that was measured."""
 
@@ -137,7 +137,7 @@ def fitting(table: Table, width: int) -> Table:
     room, kept = width - 2 - (9 if marked else 0), []
     for column in columns:
         shown = [len(column.show(row.get(column.key))) for row in table.rows]
-        room -= max([*shown, *map(len, column.heading.split())]) + 2
+        room -= max([*shown, *map(len, column.heading.split())]) + 3
         if room < 0:
             break
         kept.append(column)

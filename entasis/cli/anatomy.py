@@ -4,6 +4,7 @@ examples:
   entasis anatomy runs/tiny --text corpora/stdlib/validation
   entasis anatomy imported/smollm2 --text books/ --tokens 100k --measures ablation,structure --output anatomy/smollm2
   entasis anatomy runs/tiny --text book.txt --suggest profile --budget 180M
+  entasis anatomy runs/tiny --text corpora/stdlib/validation --suggest plan --budget 5M
 
 Prints a table of the layers; with --output also anatomy.json and report.html, and what is done is kept there, so the
 same command goes on where it was stopped. The model is a finished run, an imported model, a Hugging Face folder or a
@@ -15,7 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from entasis.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from entasis.shape.shapes import ModelShape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence", type=int, help="tokens read at once (the model's context, at most 512)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="DIR")
+    parser.add_argument(
+        "--suggest",
+        choices=["profile", "plan"],
+        help="a shape whose FFN follows the layers' importance, or a recipe that trains the important layers first",
+    )
+    parser.add_argument("--budget", help="of the suggestion: parameters of a profile, tokens of a plan")
+    parser.add_argument("--importance", metavar="QUANTITY", help="what the suggestion follows (skip)")
+    parser.add_argument("--spread", type=float, default=0.3, help="FFN from 1 − SPREAD to 1 + SPREAD (0.3)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="all values, as one JSON object")
 
@@ -49,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     from entasis.evaluate.loading import load
     from entasis.shape.specification import number
 
+    if args.suggest and not args.budget:
+        what = "parameters, such as 180M" if args.suggest == "profile" else "tokens, such as 5M"
+        raise UserError(f"--suggest {args.suggest} needs --budget: a number of {what}")
     measures = choose(["loss", *args.measures.split(",")])
     loaded = load(args.model, device=args.device)
     subject = dissection.lay_out(
@@ -69,9 +90,17 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         name = Path(args.model).resolve().name
         written = report.write(frame, loaded.shape, measures, facts, Path(args.output), name=name)
+    suggestion, notes = _suggest(args, frame, loaded.shape) if args.suggest else ("", ())
     if args.json:
         answer = {"model": args.model, **facts, "values": dissection.records(frame)}
+        if suggestion:
+            answer |= {"suggestion": suggestion, "notes": notes}
         print(json.dumps(answer))
+        return 0
+    if suggestion:
+        print(suggestion, end="")
+        for note in notes:
+            print(f"# {note}")
         return 0
     console, table = Console(), summary.layer_table(frame)
     shown = summary.fitting(table, console.width)
@@ -84,3 +113,31 @@ def run(args: argparse.Namespace) -> int:
     if written:
         print(f"report: {written}")
     return 0
+
+
+def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -> tuple[str, Sequence[str]]:
+    """YAML for a recipe, and remarks on it; kept in the output folder too."""
+    import yaml
+
+    from entasis.anatomy import suggest
+    from entasis.report.page import write_text
+    from entasis.train.recipe import Data
+
+    quantity, values = suggest.importance(frame, args.importance)
+    notes = [f"follows {quantity}; a suggestion to be tried against equal layers in a study"]
+    if args.suggest == "profile":
+        wanted, solution = suggest.profile(shape, values, budget=args.budget, spread=args.spread)
+        text = yaml.safe_dump({"shape": wanted}, sort_keys=False, width=110)
+        widths = ", ".join(str(layer.d_ff) for layer in solution.shape.layers)
+        notes += [f"{solution.achieved:,} parameters; FFN widths {widths}", *solution.notes]
+    else:
+        train, validation = Path(args.text), None
+        if train.name == "validation" and (train.parent / "train").is_dir():
+            train, validation = train.parent / "train", str(train)
+        text = suggest.plan(
+            shape, values, tokens=args.budget,
+            data=Data(str(train), validation, sequence=min(1024, shape.context)),
+        )  # fmt: skip
+    if args.output:
+        write_text(Path(args.output) / f"{args.suggest}.yaml", text)
+    return text, notes

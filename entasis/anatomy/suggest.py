@@ -1,0 +1,113 @@
+"""From an importance of layers to a shape, or to an order of training.
+
+Both are suggestions to be tried against a plain arm in a study, not findings: that a layer matters in a trained model does
+not say that a wider one there trains better.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from entasis.anatomy import summary
+from entasis.errors import UserError
+from entasis.shape import specification
+from entasis.shape.shapes import ModelShape
+from entasis.shape.solve import Solution
+from entasis.train import recipe as recipes
+from entasis.train.recipe import Data, Recipe, Stage
+
+SPREAD = 0.3
+SMALLEST_LOSS = 1e-4
+"""Nats per token: changes in loss below it are no more apart than noise, and the logarithm needs an end."""
+GROUPS = 3
+FINAL_SHARE = 0.4
+
+
+def importance(frame: pd.DataFrame, quantity: str | None = None) -> tuple[str, np.ndarray]:
+    """The quantity's name and one number for each layer; a change in loss counts by its logarithm, as it spans decades.
+
+    Without a name the main ablation. Raises `UserError` where it was not measured for every layer.
+    """
+    quantity = quantity or summary.reference(frame)
+    wide = summary.by_layer(frame)
+    if quantity is None or quantity not in wide:
+        names = [str(q) for q in wide]
+        near = difflib.get_close_matches(quantity or "", names, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"measured are {', '.join(names) or 'none'}"
+        raise UserError(f"--importance {quantity or 'skip'}: not among the measures; {advice}")
+    values = wide[quantity].to_numpy(dtype=float)
+    if np.isnan(values).any():
+        missing = int(wide.index[np.isnan(values)][0])
+        raise UserError(f"--importance {quantity}: layer {missing} has no value; choose another measure")
+    if quantity in [*summary.ablations(frame), *summary.manipulations(frame)]:
+        values = np.log(np.maximum(values, SMALLEST_LOSS))
+    return quantity, values
+
+
+def multipliers(values: np.ndarray, spread: float = SPREAD) -> np.ndarray:
+    """Linear in the importance, from 1 − spread for the least to 1 + spread for the most (AlphaPruning, 2410.10912)."""
+    if not 0 <= spread < 1:
+        raise UserError(f"--spread is {spread}; it must be from 0 to below 1")
+    width = np.ptp(values)
+    if width == 0:
+        return np.ones(len(values))
+    return 1 - spread + 2 * spread * (values - values.min()) / width
+
+
+def profile(
+    shape: ModelShape, values: np.ndarray, *, budget: str | int, spread: float = SPREAD
+) -> tuple[dict[str, Any], Solution]:
+    """A recipe's `shape:` with the FFN of each layer scaled by its importance, solved to the budget; and its solution.
+
+    Heads stay as they are. Raises `UserError` where the budget cannot be met, or where the layers have different numbers
+    of both KV heads and query heads per KV head.
+    """
+    factors = multipliers(values, spread)
+    widths = [layer.d_ff / shape.d_model * f for layer, f in zip(shape.layers, factors, strict=True)]
+    fields = {k: v for k, v in shape.to_dict().items() if k != "layers" and v is not None}
+    wanted = {
+        "profile": "explicit",
+        "layers": shape.n_layers,
+        **fields,
+        "ffn_multipliers": {"values": [round(float(w), 4) for w in widths]},
+        "head_multipliers": {
+            "values": [layer.n_heads * shape.head_dim / shape.d_model for layer in shape.layers]
+        },
+        **_kv(shape),
+        "budget": budget,
+    }
+    return wanted, specification.resolve(wanted)
+
+
+def _kv(shape: ModelShape) -> dict[str, int]:
+    attending = [layer for layer in shape.layers if layer.n_heads]
+    heads = {layer.n_kv_heads for layer in attending}
+    ratios = {layer.n_heads // layer.n_kv_heads for layer in attending}
+    if len(heads) == 1:
+        return {"n_kv_heads": heads.pop()}
+    if len(ratios) <= 1:
+        return {"q_per_kv": ratios.pop()} if ratios else {}
+    raise UserError("--suggest profile: the layers differ in KV heads and in query heads per KV head")
+
+
+def plan(shape: ModelShape, values: np.ndarray, *, tokens: str | int, data: Data) -> str:
+    """A staged recipe as YAML: the most important third of the layers first, then the next, then all together.
+
+    Each third gets an equal part of 60 % of the tokens, the final stage over everything the rest; embeddings, norms and head
+    learn in every stage.
+    """
+    total = recipes.count(tokens, "--budget")
+    order = np.argsort(-values, kind="stable")
+    groups = [g for g in np.array_split(order, GROUPS) if len(g)]
+    each = round(total * (1 - FINAL_SHARE) / len(groups))
+    always = ["embedding.*", "norm.*"] + ([] if shape.tied_embeddings else ["head.*"])
+    stages = [
+        Stage(train=[*always, *(f"blocks.{i}.*" for i in sorted(int(i) for i in group))], tokens=each)
+        for group in groups
+    ]
+    stages.append(Stage(train="all", tokens=total - each * len(groups)))
+    return recipes.to_yaml(Recipe(shape=shape.to_dict(), data=data, stages=stages))
