@@ -1,0 +1,61 @@
+"""Entasis: the loop behind `entasis train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# The folder of this script holds a file of the package's name.
+sys.path[0] = str(Path(__file__).parents[2])
+
+import torch  # noqa: E402
+
+from entasis.train.loop import train  # noqa: E402
+from entasis.train.recipe import from_dict  # noqa: E402
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    layer = {"n_heads": settings["heads"], "n_kv_heads": settings["heads"], "d_ff": settings["d_ff"]}
+    tokens = settings["batch"] * settings["sequence"]
+    recipe = from_dict(
+        {
+            "shape": {
+                "d_model": settings["d_model"],
+                "head_dim": settings["d_model"] // settings["heads"],
+                "vocabulary": settings["vocabulary"],
+                "context": settings["sequence"],
+                "tied_embeddings": True,
+                "layers": [layer] * settings["layers"],
+            },
+            "data": {"train": f"{settings['corpus']}/train", "sequence": settings["sequence"]},
+            "batch": {"tokens": tokens},
+            "tokens": tokens * settings["steps"],
+            "precision": settings["precision"],
+            "compile": settings["compile"],
+            "checkpoint": {"every": None},
+            "logging": {"tensorboard": False},
+        }
+    )
+    seconds: list[float] = []
+    about: dict[str, Any] = {}
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "start":
+            about.update({key: event[key] for key in ("parameters", "precision", "compile", "attention")})
+        elif event["event"] == "step":
+            seconds.append(event["seconds"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(recipe, Path(folder) / "run", reporter=listen)
+    about["versions"] = {"torch": torch.__version__}
+    about["optimizer"] = dataclasses.asdict(recipe.optimizer)["name"] + ", fused"
+    print(json.dumps({"seconds": seconds, **about}))
+
+
+if __name__ == "__main__":
+    main()

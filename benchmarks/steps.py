@@ -1,0 +1,54 @@
+"""A training step of a shape, as the loop makes it, for benchmarks that alternate between shapes in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from entasis.model.initialisation import initialise
+from entasis.model.transformer import Transformer
+from entasis.shape.shapes import ModelShape
+from entasis.train import optimizers
+from entasis.train.loop import compiled
+from entasis.train.recipe import Optimizer
+
+
+class Stepper:
+    """Forward, backward, clipping and AdamW on random tokens [batch, sequence]; each step waits for its end."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        batch: int,
+        sequence: int,
+        *,
+        compile: bool = False,
+        bf16: bool = False,
+        attention: str = "sdpa",
+        device: str = "cpu",
+    ) -> None:
+        self.device, self.bf16, self.tokens = device, bf16, batch * sequence
+        self.model = Transformer(shape, attention=attention).to(device)  # type: ignore[arg-type]
+        initialise(self.model, 0)
+        names = [name for name, _ in self.model.named_parameters()]
+        self.rules = optimizers.build(self.model, Optimizer(), names)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(shape.vocabulary, (batch, sequence + 1), generator=generator).to(device)
+        self.tokens_BT, self.targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        self.loss_of: Callable[..., torch.Tensor] = compiled(self.model) if compile else self.model.loss
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        begun = time.perf_counter()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss_of(self.tokens_BT, self.targets_BT) / self.tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        for rule in self.rules:
+            rule.step()
+            rule.zero_grad(set_to_none=True)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
