@@ -109,6 +109,9 @@ class _Progress:
             + (f"; going on from step {event['step']}" if event["step"] else ""),
             soft_wrap=True,
         )
+        if event["recomputed_layers"]:
+            layers = ", ".join(map(str, event["recomputed_layers"]))
+            self._console.print(f"computed twice, to save memory: layers {layers}", soft_wrap=True)
         for note in event["notes"]:
             self._console.print(f"note: {note}", soft_wrap=True, markup=False)
         if self._console.is_terminal:

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from entasis.model.attention import Attention
 from entasis.model.cache import KVCache
@@ -18,7 +19,10 @@ class Block(nn.Module):
     """x [B, T, D] → [B, T, D].
 
     `pre`: x + f(norm(x)). `reordered` (OLMo2): x + norm(f(x)). A layer with no heads or no FFN lacks that half.
+    With `recompute` set, the backward pass computes the layer once more instead of keeping what is inside it.
     """
+
+    recompute = False
 
     def __init__(self, shape: ModelShape, index: int, implementation: str) -> None:
         super().__init__()
@@ -43,6 +47,20 @@ class Block(nn.Module):
         *,
         mask_BTS: torch.Tensor | None = None,
         cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing here is random, so no state of a generator need be kept.
+            return checkpoint(
+                self._layer, x_BTD, rotation, mask_BTS, cache, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._layer(x_BTD, rotation, mask_BTS, cache)
+
+    def _layer(
+        self,
+        x_BTD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        mask_BTS: torch.Tensor | None,
+        cache: KVCache | None,
     ) -> torch.Tensor:
         if self.attention is not None:
             y_BTD = x_BTD if self.reordered else self.attention_norm(x_BTD, self.norm_scale)

@@ -30,7 +30,7 @@ from entasis.evaluate.bits_per_byte import Score, evaluate
 from entasis.model import weights
 from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
-from entasis.shape import cost
+from entasis.shape import activations, cost
 from entasis.train import (
     checkpoint,
     faults,
@@ -113,6 +113,9 @@ class _Loop:
         initialise(
             self.model, recipe.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width
         )
+        self.micro = _largest_divisor(recipe.sequences // parallel.world(), int(recipe.batch.micro))
+        for i in self.recomputed():
+            self.model.blocks[i].recompute = True  # type: ignore[assignment]
         if recipe.parallel.kind != "ddp" and parallel.world() > 1:
             sharding.shard(self.model, recipe.parallel, device, str(recipe.precision))
         else:
@@ -121,7 +124,6 @@ class _Loop:
         self.order = Order(len(self.windows), recipe.seed)
         self.held_out = Corpus(recipe.data.validation) if recipe.data.validation is not None else None
         self.flops_per_token = cost.flops_per_token(run.shape, recipe.data.sequence)
-        self.micro = _largest_divisor(recipe.sequences // parallel.world(), int(recipe.batch.micro))
         self.step, self.steps = 0, recipe.total_steps
         self.journal: Journal | None = None
         self.started_at = 0
@@ -142,6 +144,7 @@ class _Loop:
             parameters=cost.parameters(self.shape),
             device=str(self.device),
             notes=self.notes,
+            recomputed_layers=self.recomputed(),
             **{k: self.environment[k] for k in ("precision", "compile", "attention", "distinct_layers")},
         )
         for stretch in stages.lay_out(self.recipe)[state["stage"] :]:
@@ -195,6 +198,20 @@ class _Loop:
                     f"command with --output {self.folder} goes on from there"
                 )
             begun = time.perf_counter()
+
+    def recomputed(self) -> list[int]:
+        """The layers whose forward pass runs twice, to stay within the recipe's `activation_memory`."""
+        recipe = self.recipe
+        if recipe.activation_memory is None:
+            return []
+        return activations.to_recompute(
+            self.shape,
+            int(recipe.activation_memory),
+            tokens=self.micro * recipe.data.sequence,
+            sequence=recipe.data.sequence,
+            precision=recipe.precision,  # type: ignore[arg-type]
+            attention=recipe.attention,  # type: ignore[arg-type]
+        )
 
     def update(
         self,

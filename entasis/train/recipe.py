@@ -38,6 +38,8 @@ class Data:
     sequence: int = 1024
     document_masking: bool = False
     """Attention stays inside a document."""
+    dangerous: bool = False
+    """Trains on a corpus whose ids were spoilt on purpose (`entasis.data.dangerous`)."""
 
 
 @dataclass
@@ -134,6 +136,9 @@ class Recipe:
     attention: Literal["auto", "sdpa", "plain"] = "auto"
     device: str = "auto"
     parallel: Parallel = field(default_factory=Parallel)
+    activation_memory: int | str | None = None
+    """Most bytes ("8GiB") that the layers of one micro-batch may keep for the backward pass; the costliest layers are
+    computed twice to stay within it. Null keeps everything."""
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     logging: Logging = field(default_factory=Logging)
@@ -234,6 +239,8 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
         raise UserError(
             f"recipe: checkpoint.keep_last is {recipe.checkpoint.keep_last}; it must be at least 1"
         )
+    if recipe.activation_memory is not None:
+        recipe.activation_memory = size(recipe.activation_memory, "activation_memory")
     _resolve_stages(recipe)
     total = recipe.total_steps
     for owner, name in ((recipe.evaluation, "evaluation"), (recipe.checkpoint, "checkpoint")):
@@ -295,6 +302,15 @@ def count(value: Count | None, where: str) -> int:
     if result < 1:
         raise UserError(f"recipe: {where} is {value!r}; write a number such as 393_216, 200k, 5M or 1.5B")
     return round(result)
+
+
+def size(value: int | str, where: str) -> int:
+    """Bytes: `8GiB`, `500MB`, `8_000_000_000`. Raises `UserError`."""
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?) ?(?:([kKMGT])(i?))?B?", str(value).strip())
+    if not match or float(match[1]) == 0:
+        raise UserError(f"recipe: {where} is {value!r}; write a size such as 8GiB, 500MB or 8_000_000_000")
+    scale = (1024 if match[3] else 1000) ** (" KMGT".index(match[2].upper()) if match[2] else 0)
+    return round(float(match[1]) * scale)
 
 
 def part(value: Share, total: int, where: str) -> int:

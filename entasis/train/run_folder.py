@@ -49,8 +49,9 @@ def open_run(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool
     if stored_at.is_file():
         stored = read(stored_at)
         resolved = adopt(resolved, stored)
-        # How processes share the work is no part of what is computed: a run may go on on other machines.
-        if differs := difference(dataclasses.replace(stored, parallel=resolved.parallel), resolved):
+        # What only spreads the work or its memory is no part of what is computed: a run may go on elsewhere.
+        free = {"parallel": resolved.parallel, "activation_memory": resolved.activation_memory}
+        if differs := difference(dataclasses.replace(stored, **free), resolved):  # type: ignore[arg-type]
             raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --output")
@@ -78,6 +79,12 @@ def check_data(recipe: Recipe) -> Corpus:
                 "prepare both with the same tokenizer.json"
             )
     for path in paths:
+        if danger := Corpus(path).danger:
+            if recipe.data.dangerous:
+                continue
+            raise UserError(
+                f"data: {path} was spoilt on purpose ({danger}); data.dangerous=true trains on it all the same"
+            )
         diagnosis = examine(path)
         if not diagnosis.sound:
             worst = diagnosis.findings[0]

@@ -1,0 +1,160 @@
+"""Layers that are computed twice: the same numbers, less memory, the costliest first."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from entasis.errors import UserError
+from entasis.model.initialisation import initialise
+from entasis.model.transformer import Transformer
+from entasis.shape.activations import layer_bytes_per_token, peak_bytes_per_token, to_recompute
+from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.train.journal import records
+from entasis.train.loop import compiled, train
+from entasis.train.recipe import size
+
+B, T = 2, 64
+SHAPE = ModelShape(
+    d_model=64,
+    head_dim=8,
+    vocabulary=96,
+    context=T,
+    layers=(
+        LayerShape(2, 2, 64),
+        LayerShape(4, 2, 300),
+        LayerShape(8, 8, 500),
+        LayerShape(0, 0, 300),
+        LayerShape(2, 1, 0),
+    ),
+)
+HOW = {"precision": "fp32", "attention": "sdpa"}
+
+
+def kept(model, precision: str) -> list[int]:
+    """Bytes that each block keeps through `saved_tensors_hooks`, without weights (and copies of them) and rotations."""
+    x_BTD = torch.randn(B, T, model.shape.d_model, requires_grad=True)
+    rotation = model.rotation(0, T, x_BTD.device)
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *(rotation or ())]}
+    result = []
+    for block in model.blocks:
+        weights = {tuple(p.shape) for p in block.parameters()}
+        seen = {}
+
+        def pack(t, seen=seen, weights=weights):
+            storage = t.untyped_storage()
+            is_weight = tuple(t.shape) in weights or tuple(t.T.shape) in weights if t.ndim == 2 else False
+            if storage.data_ptr() not in known and not is_weight and t.dtype != torch.bool:
+                seen[storage.data_ptr()] = (storage.nbytes(), t)  # held, so that no address is used twice
+            return t
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            x_BTD = block(x_BTD, rotation)
+        result.append(sum(nbytes for nbytes, _ in seen.values()))
+    return result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "plain"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": "head"},
+        {"qk_norm": "full", "ffn": "gelu"},
+        {"norm": "layernorm", "norm_bias": True, "ffn": "gelu_tanh", "ffn_bias": True, "qkv_bias": True},
+    ],
+)
+def test_the_cost_model_says_what_autograd_keeps(precision, attention, changes):
+    shape = dataclasses.replace(SHAPE, **changes)
+    model = Transformer(shape, attention=attention)
+    predicted = [
+        B * T * layer_bytes_per_token(shape, i, T, precision=precision, attention=attention)
+        for i in range(shape.n_layers)
+    ]
+    assert kept(model, precision) == predicted
+
+
+@pytest.mark.parametrize("changes", [{"norm_placement": "reordered"}, {"positions": "learned"}])
+def test_for_other_drawings_it_is_an_upper_bound(changes):
+    shape = dataclasses.replace(SHAPE, **changes)
+    predicted = [B * T * layer_bytes_per_token(shape, i, T, precision="bf16") for i in range(shape.n_layers)]
+    for found, most in zip(kept(Transformer(shape), "bf16"), predicted, strict=True):
+        assert 0.75 * most < found <= most
+
+
+def test_the_costliest_layers_are_chosen_and_no_more_than_needed():
+    sizes = [layer_bytes_per_token(SHAPE, i, T, **HOW) for i in range(SHAPE.n_layers)]
+    order = sorted(range(SHAPE.n_layers), key=lambda i: -sizes[i])
+    assert to_recompute(SHAPE, sum(sizes) * 128, tokens=128, sequence=T, **HOW) == []
+    least = peak_bytes_per_token(sizes, order, SHAPE.d_model)
+    seen = set()
+    for limit in range(least, sum(sizes), 50):
+        chosen = to_recompute(SHAPE, limit * 128, tokens=128, sequence=T, **HOW)
+        seen.add(tuple(chosen))
+        assert peak_bytes_per_token(sizes, chosen, SHAPE.d_model) <= limit
+        for i in chosen:
+            assert peak_bytes_per_token(sizes, set(chosen) - {i}, SHAPE.d_model) > limit
+    assert {(order[0],), tuple(sorted(order[:2]))} <= seen
+    equal = dataclasses.replace(SHAPE, layers=(LayerShape(2, 1, 64),) * 4)
+    one = layer_bytes_per_token(equal, 0, T, **HOW)
+    assert to_recompute(equal, 4 * one - 1, tokens=1, sequence=T, **HOW) == [0]
+
+
+def test_recomputing_the_last_layer_alone_frees_nothing():
+    """Its backward pass comes first, when all others still hold theirs."""
+    assert peak_bytes_per_token([100, 100, 300], {2}, 1) == peak_bytes_per_token([100, 100, 300], set(), 1)
+    assert peak_bytes_per_token([300, 100, 100], {0}, 1) == 300
+
+
+@pytest.mark.parametrize("loss", ["eager", "compiled"])
+def test_gradients_are_the_same_to_the_bit_and_less_is_kept(loss):
+    plain, frugal = Transformer(SHAPE), Transformer(SHAPE)
+    initialise(plain, 0)
+    initialise(frugal, 0)
+    sizes = [B * T * n for n in (layer_bytes_per_token(SHAPE, i, T, **HOW) for i in range(SHAPE.n_layers))]
+    limit = sum(sizes) // 2
+    chosen = to_recompute(SHAPE, limit, tokens=B * T, sequence=T, **HOW)
+    assert 2 in chosen and len(chosen) < SHAPE.n_layers
+    for i in chosen:
+        frugal.blocks[i].recompute = True
+    tokens = torch.randint(96, (B, T), generator=torch.Generator().manual_seed(0))
+    for model in (plain, frugal):
+        loss_of = model.loss if loss == "eager" else compiled(model, backend="aot_eager")
+        loss_of(tokens, tokens).backward()
+    for (name, p), q in zip(plain.named_parameters(), frugal.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    found = kept(frugal, "fp32")
+    inputs = 4 * SHAPE.d_model * B * T
+    assert found == [inputs if i in chosen else size for i, size in enumerate(sizes)]
+    assert sum(found) <= limit
+
+
+def test_a_recipe_s_limit_changes_no_loss_and_is_told(recipe, tmp_path):
+    told = []
+    train(recipe(activation_memory="2.5MB"), tmp_path / "frugal", reporter=told.append)
+    train(recipe(), tmp_path / "plain")
+    assert told[0]["recomputed_layers"] == [0]
+    a, b = ([row["loss"] for row in records(tmp_path / name)] for name in ("frugal", "plain"))
+    assert a == b
+
+
+def test_a_limit_that_cannot_be_kept_is_refused(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"with every layer recomputed; lower batch\.micro"):
+        train(recipe(activation_memory="1kB"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5K", 1500), (8_000, 8_000)]
+)
+def test_sizes(text, bytes_):
+    assert size(text, "x") == bytes_
+
+
+@pytest.mark.parametrize("text", ["8 gigs", "GiB", "0GiB", "-1"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(UserError, match="write a size such as 8GiB"):
+        size(text, "activation_memory")
