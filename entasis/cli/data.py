@@ -50,11 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     bring = verbs.add_parser("import", help="bring in another project's token file")
     bring.add_argument("source", metavar="FILE")
-    bring.add_argument("--format", required=True, help="nanogpt, llm.c, megatron, npy or raw")
+    bring.add_argument(
+        "--format",
+        required=True,
+        help="nanogpt, llm.c, megatron, npy or raw; dangerous:NAME spoils a corpus on purpose",
+    )
     bring.add_argument(
         "--dtype", help="type of the ids where the format does not say it: uint16, int32, uint16be, …"
     )
-    bring.add_argument("--tokenizer", required=True, metavar="PATH", help="the tokenizer that made the ids")
+    bring.add_argument("--tokenizer", metavar="PATH", help="the tokenizer that made the ids")
     bring.add_argument("--output", required=True, metavar="DIR")
     bring.set_defaults(act=_import)
 
@@ -106,8 +110,17 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
+    from entasis.data import dangerous
     from entasis.data.importers import import_tokens
 
+    if args.format.startswith(dangerous.PREFIX):
+        result = dangerous.spoil(args.source, args.output, args.format.removeprefix(dangerous.PREFIX))
+        print(
+            json.dumps(result) if args.json else f"{args.output}: {result['tokens']:,} ids, spoilt on purpose"
+        )
+        return 0
+    if args.tokenizer is None:
+        raise UserError("--tokenizer is missing; name the tokenizer that made the ids")
     with _progress() as report:
         result = import_tokens(
             args.source,

@@ -3,6 +3,7 @@
 entasis study run quickstart                  run (or go on with) a study; a file or a shipped name
 entasis study plan where-capacity-belongs.yaml --noise 0.004     what it would cost and could show
 entasis study resume studies/quickstart       go on with what a folder holds
+entasis study run FILE --launcher slurm --option slurm_partition=gpu --option gpus_per_node=1
 entasis study report studies/quickstart       judge and report what is finished
 entasis study compare studies/a studies/b     two studies side by side
 """
@@ -13,6 +14,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from entasis.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--output", type=Path, metavar="DIR", help="the study's folder (default: studies/NAME)"
         )
         action.add_argument("--json", action="store_true", help="print the answer as JSON")
+        if name == "run":
+            _add_launcher(action)
         if name == "plan":
             action.add_argument("--noise", type=float, metavar="SD",
                                 help="sd of a paired difference in bits per byte, if known")  # fmt: skip
@@ -46,10 +51,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         action = actions.add_parser(name, help=help_text)
         action.add_argument("folder", type=Path)
+        if name == "resume":
+            _add_launcher(action)
         action.add_argument("--json", action="store_true", help="print the verdict as JSON")
     action = actions.add_parser("compare", help="set two studies side by side")
     action.add_argument("folders", type=Path, nargs=2, metavar="DIR")
     action.add_argument("--json", action="store_true", help="print the rows as JSON")
+
+
+def _add_launcher(action: argparse.ArgumentParser) -> None:
+    action.add_argument(
+        "--launcher",
+        default="local",
+        help="local (this machine), slurm or ray; the study's folder must be seen by all machines",
+    )
+    action.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the launcher: submitit's parameters and cluster, at_once; Ray's address, cpus, gpus",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,9 +93,17 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     else:
         study = _study(args)
         folder = args.output or Path("studies", study.name)
-    verdict = conduct.run(study, folder, console)
+    options = dict(_pair(text) for text in args.option)
+    verdict = conduct.run(study, folder, console, launcher=args.launcher, options=options)
     _show(verdict, folder, args, console)
     return 1 if verdict["failed"] else 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--option {text!r}: write KEY=VALUE")
+    return key, value
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:

@@ -10,9 +10,10 @@ The folder holds everything and can be moved:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,47 @@ from rich.console import Console
 
 from entasis.errors import Failure, UserError
 from entasis.report.page import write_text
-from entasis.study import execute, judgement, live, results
+from entasis.study import execute, judgement, live, remote, results
 from entasis.study.definition import Study, changed, read
 from entasis.study.judgement import Verdict
 from entasis.study.plan import Arm, Findings, Plan, PlannedRun, lay_out, preparatory, solve
+from entasis.study.remote import Pool
 
 MACHINE = "machine.json"
 
 
-def run(study: Study, folder: Path, console: Console) -> Verdict:
+def run(
+    study: Study,
+    folder: Path,
+    console: Console,
+    *,
+    launcher: str = "local",
+    options: Mapping[str, str] | None = None,
+) -> Verdict:
     """Runs what is not there yet and judges what is; the content of `verdict.json`.
+
+    `launcher` is local (processes on this machine), slurm or ray; `options` are its own.
 
     Raises `UserError` for a folder that holds another study, `Failure` when no run could be finished.
     """
     folder = folder.resolve()
     study = _at_home(study)
+    if launcher == "local" and options:
+        raise UserError("--option goes with --launcher slurm or ray")
+    place = (
+        contextlib.nullcontext()
+        if launcher == "local"
+        else remote.find(launcher)(folder / "logs", study.threads, options or {})
+    )
     begin(study, folder)
-    with execute.only_one(folder):
+    with execute.only_one(folder), place as pool:
         _prepare(study, folder, console)
-        study = settled(study, folder)
+        study = settled(study, folder, pool)
         arms = solve(study, vocabulary(study, folder))
         prepared = preparatory(study, arms)
-        _train(study, folder, prepared, console, "preparing: learning rates and throughput")
+        _train(study, folder, prepared, console, "preparing: learning rates and throughput", pool)
         plan = _lay_out(study, folder, arms, prepared)
-        _train(study, folder, plan.runs, console, study.title)
+        _train(study, folder, plan.runs, console, study.title, pool)
         verdict = judgement.judge(study, plan, folder)
         told = folder / "verdict.json"
         # JSON makes keys text, so what is compared is what would be written.
@@ -84,14 +102,17 @@ def begin(study: Study, folder: Path) -> None:
     write_text(path, study.to_yaml())
 
 
-def settled(study: Study, folder: Path) -> Study:
+def settled(study: Study, folder: Path, pool: Pool | None = None) -> Study:
     """The study with the machine's choices the same for all runs, made once and kept in `machine.json`.
 
     A recipe leaves them to each run; here runs are compared, so none may differ by a measurement's whim.
     """
     path = folder / MACHINE
     if not path.is_file():
-        write_text(path, json.dumps(_choices(study), indent=1) + "\n")
+        # Chosen where the runs will run: the machine that submits them may be another kind.
+        wanted = str(study.base.get("device", "auto"))
+        choices = remote.call(pool, "choices", _choices, wanted) if pool else _choices(wanted)
+        write_text(path, json.dumps(choices, indent=1) + "\n")
     machine = results.json_of(path)
     given = {k: v for k, v in machine.items() if study.base.get(k, "auto") == "auto"}
     return dataclasses.replace(study, base=changed(study.base, given))
@@ -144,11 +165,11 @@ def _prepare(study: Study, folder: Path, console: Console) -> None:
             corpora.make(study, folder, progress)
 
 
-def _choices(study: Study) -> dict[str, Any]:
+def _choices(wanted: str) -> dict[str, Any]:
     """Device, precision, attention and compilation for all runs alike."""
     from entasis.train import hardware
 
-    device = hardware.device(str(study.base.get("device", "auto")))
+    device = hardware.device(wanted)
     return {
         "device": device.type,
         "precision": hardware.precision(device),
@@ -158,12 +179,22 @@ def _choices(study: Study) -> dict[str, Any]:
     }
 
 
-def _train(study: Study, folder: Path, runs: Sequence[PlannedRun], console: Console, title: str) -> None:
+def _train(
+    study: Study,
+    folder: Path,
+    runs: Sequence[PlannedRun],
+    console: Console,
+    title: str,
+    pool: Pool | None,
+) -> None:
     left = [r for r in runs if not execute.finished(folder, r)]
     if not left:
         return
     with live.watching(console, title) as watch:
-        states = execute.execute(folder, runs, execute.places(study.threads, len(left)), watch)
+        if pool:
+            states = remote.execute(folder, runs, pool, watch)
+        else:
+            states = execute.execute(folder, runs, execute.places(study.threads, len(left)), watch)
     failed = [s for s in states if s.status == "failed"]
     if len(failed) == len(left) and not any(s.status == "done" for s in states):
         raise Failure(f"every run failed; the first, {failed[0].run.folder}: {failed[0].message}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from entasis.data.prepare import Progress, prepare
+from entasis.data import dangerous
+from entasis.data.prepare import Progress, prepare, write_json
 from entasis.study.definition import Study
 
 
@@ -17,6 +18,18 @@ def make(study: Study, folder: Path, progress: Progress | None = None) -> None:
     """Prepares what is missing: split by file, near-duplicate files kept on one side."""
     for name in missing(study, folder):
         corpus = study.corpora[name]
+        if corpus.spoilt:
+            parts = ("train", "validation")
+            made = {
+                part: dangerous.spoil(
+                    folder / "corpora" / corpus.spoilt / part,
+                    folder / "corpora" / name / part,
+                    str(corpus.danger),
+                )
+                for part in parts
+            }
+            write_json(folder / "corpora" / name / "prepared.json", made)
+            continue
         prepare(
             corpus.sources,
             folder / "corpora" / name,

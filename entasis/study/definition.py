@@ -48,7 +48,7 @@ class Sweep:
 class Corpus:
     """A corpus that the study makes itself: arguments of `entasis data prepare`."""
 
-    sources: list[str]
+    sources: list[str] = field(default_factory=list)
     """Files and folders; `stdlib` is the interpreter's own standard library."""
     train_tokenizer: int | None = None
     tokenizer: str | None = None
@@ -56,6 +56,10 @@ class Corpus:
     """Share of the text held out, in whole files."""
     limit: int | None = None
     """At most so many bytes of source text, whole files drawn by name."""
+    spoilt: str | None = None
+    """Instead of sources: another corpus of the study, its ids spoilt on purpose by `danger`."""
+    danger: str | None = None
+    """A damage of `entasis.data.dangerous`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,7 @@ class Study:
         return yaml.safe_dump(plain, sort_keys=False, width=110, allow_unicode=True)
 
 
-_OTHER_KEYS = ("sizes", "size")
+_OTHER_KEYS = ("sizes", "size", "extends")
 
 
 def shipped() -> list[str]:
@@ -120,17 +124,13 @@ def read(path_or_name: str | Path, *, size: str | None = None, overrides: Sequen
             f"study {path_or_name}: neither a YAML file nor a shipped study{_nearest(str(path_or_name), shipped())}"
         )
     try:
-        import jsonargparse
-
-        # This loader reads 6e-4 as a number, which YAML 1.1 does not.
-        load = jsonargparse.get_loader("yaml")
-        source = load(text)
+        source = _load(text)
         changes = {}
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals:
                 raise UserError(f"override {override!r}: write key=value, as in seeds=5")
-            changes[key] = load(value)
+            changes[key] = _load(value)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
     return from_dict(source, name=name, where=where, size=size, changes=changes)
@@ -149,7 +149,8 @@ def from_dict(
         raise UserError(f"{where}: must be a mapping with base: and arms:")
     known = [f.name for f in dataclasses.fields(Study)]
     _check_keys(source, [*known, *_OTHER_KEYS], where)
-    plain = _at_size({"name": name, **copy.deepcopy(dict(source))}, size, where)
+    own = {"name": name, **copy.deepcopy(dict(source))}
+    plain = _extended(own, size, where) if "extends" in own else _at_size(own, size, where)
     plain = changed(plain, changes or {})
     _check_keys(plain, known, where)
     for key in ("base", "arms"):
@@ -220,6 +221,26 @@ def _at_size(source: dict[str, Any], size: str | None, where: str) -> dict[str, 
     return {**source, **over}
 
 
+def _extended(source: dict[str, Any], size: str | None, where: str) -> dict[str, Any]:
+    """A shipped study at one of its sizes, with this one's changes: to the base by dot-keys, corpora added."""
+    parent = str(source.pop("extends"))
+    if parent not in shipped():
+        raise UserError(f"{where}: extends is {parent!r}, not a shipped study{_nearest(parent, shipped())}")
+    text = resources.files("entasis.study").joinpath("studies", f"{parent}.yaml").read_text(encoding="utf-8")
+    name = source.pop("name")
+    plain = _at_size({"name": name, **_load(text)}, size, f"study {parent}")
+    plain["base"] = changed(plain["base"], source.pop("base", {}))
+    plain["corpora"] = {**plain.get("corpora", {}), **source.pop("corpora", {})}
+    return {**plain, **source}
+
+
+def _load(text: str) -> Any:
+    """YAML in which 6e-4 is a number, as it is not in YAML 1.1."""
+    import jsonargparse
+
+    return jsonargparse.get_loader("yaml")(text)
+
+
 def _sweep(value: Any, where: str) -> Sweep | None:
     if value is None:
         return None
@@ -245,9 +266,14 @@ def _corpora(value: Any, where: str) -> dict[str, Corpus]:
         raise UserError(
             f"{where}: corpora is {value!r}; it must be a mapping from names to {{sources: [...]}}"
         )
-    result = {}
+    result: dict[str, Corpus] = {}
     for name, entry in value.items():
         inside = f"{where}: corpora.{name}"
+        if isinstance(entry, Mapping) and "spoilt" in entry:
+            if set(entry) != {"spoilt", "danger"} or entry["spoilt"] not in result:
+                raise UserError(f"{inside}: give spoilt (a corpus above it) and danger, and nothing else")
+            result[str(name)] = Corpus(**entry)
+            continue
         if not isinstance(entry, Mapping) or not entry.get("sources"):
             raise UserError(f"{inside}: sources is missing; list files or folders, or stdlib")
         _check_keys(entry, [f.name for f in dataclasses.fields(Corpus)], inside)

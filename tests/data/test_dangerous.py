@@ -1,0 +1,63 @@
+"""The published bug, reproduced on purpose, is seen by the doctor and kept out of training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entasis.cli import main
+from entasis.data.corpus import Corpus
+from entasis.data.dangerous import spoil
+from entasis.data.doctor import examine
+from entasis.data.prepare import prepare
+from entasis.errors import UserError
+from entasis.train import recipe, run_folder
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("c")
+    prepare(["stdlib"], folder, train_tokenizer=512, limit=300_000, shard_tokens=1 << 14)
+    return folder
+
+
+def test_every_second_id_is_zero_and_documents_keep_their_bytes(sound: Path, tmp_path: Path) -> None:
+    command = ["data", "import", str(sound / "train"), "--output", str(tmp_path / "bad")]
+    assert main([*command, "--format", "dangerous:int32-read-as-uint16"]) == 0
+    good, bad = Corpus(sound / "train"), Corpus(tmp_path / "bad")
+    ids, words = good.read(0, good.tokens), bad.read(0, bad.tokens)
+    assert len(good.shards) > 1 and bad.danger == "int32-read-as-uint16" and good.danger is None
+    np.testing.assert_array_equal(words[::2], ids)
+    assert not words[1::2].any() and len(words) == 2 * len(ids)
+    np.testing.assert_array_equal(bad.document_offsets(), 2 * good.document_offsets())
+    np.testing.assert_array_equal(bad.document_bytes(), good.document_bytes())
+
+
+def test_training_refuses_it_unless_told(sound: Path, tmp_path: Path) -> None:
+    spoil(sound / "train", tmp_path / "bad", "int32-read-as-uint16")
+    assert not examine(tmp_path / "bad").sound
+    wanted = recipe.from_dict(
+        {
+            "shape": {"profile": "isotropic", "layers": 2, "d_model": 32, "head_dim": 8},
+            "data": {"train": str(tmp_path / "bad"), "sequence": 32},
+            "tokens": 1024,
+        }
+    )
+    with pytest.raises(UserError, match=r"spoilt on purpose .*data\.dangerous=true"):
+        run_folder.check_data(wanted)
+    wanted.data.dangerous = True
+    assert run_folder.check_data(wanted).tokens == 2 * Corpus(sound / "train").tokens
+    # Without its mark it is what it looks like.
+    index = json.loads((tmp_path / "bad" / "corpus.json").read_text())
+    del index["danger"]
+    (tmp_path / "bad" / "corpus.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="diseased"):
+        run_folder.check_data(wanted)
+
+
+def test_unknown_dangers_and_full_folders(sound: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="choose one of int32-read-as-uint16"):
+        spoil(sound / "train", tmp_path / "bad", "rot13")
+    with pytest.raises(UserError, match="not empty"):
+        spoil(sound / "train", sound, "int32-read-as-uint16")

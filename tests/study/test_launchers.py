@@ -1,0 +1,109 @@
+"""Studies on submitit's local executor and on a Ray of this machine, with workers killed in the middle."""
+
+import io
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rich.console import Console
+
+from entasis.errors import UserError
+from entasis.study import conduct, definition, remote
+from entasis.study.execute import State, failure_note
+from entasis.study.plan import Findings, lay_out, solve
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launchers")]
+
+OPTIONS = {"slurm": {"cluster": "local"}, "ray": {"cpus": "1"}}
+WORKER = {"slurm": "submitit", "ray": "ray::train_one"}
+
+
+def study_of(text: Path, **changes: Any) -> definition.Study:
+    source = {
+        "base": {
+            "shape": {"profile": "isotropic", "budget": "40k", "layers": 4, "d_model": 32, "head_dim": 8,
+                      "vocabulary": 512, "tied_embeddings": True, "context": 32},
+            "data": {"train": "corpora/code/train", "validation": "corpora/code/validation", "sequence": 32},
+            "tokens": 256 * 300,
+            "batch": {"tokens": 256},
+            "optimizer": {"lr": 5e-3},
+            "checkpoint": {"every": 20, "keep_last": 1},
+            "logging": {"tensorboard": False},
+            "precision": "fp32",
+        },
+        "corpora": {"code": {"sources": [str(text)], "train_tokenizer": 512, "validation": 0.3}},
+        "arms": {"plain": {}, "wild": {"optimizer.lr": 1e30}},
+        "seeds": 1,
+        "threads": 1,
+    }  # fmt: skip
+    return definition.from_dict(source | changes, name="s")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("argparse", "ast", "difflib", "inspect", "tarfile", "typing"):
+        shutil.copy(Path(os.__file__).with_name(f"{name}.py"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["slurm", "ray"])
+def test_a_killed_worker_is_replaced_and_a_wrong_run_is_not(name: str, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit" if name == "slurm" else "ray", reason=f"the extra {name} is not installed")
+    study = conduct.settled(study_of(text), tmp_path)
+    conduct._prepare(study, tmp_path, Console(file=io.StringIO()))
+    runs = lay_out(study, solve(study), Findings()).runs
+    killed: list[int] = []
+
+    def kill_once(states: Sequence[State]) -> None:
+        if killed or states[0].status != "running" or not 4 < states[0].step < 280:
+            return
+        # Ray's workers are no children of this process; what was killed is a zombie for a while.
+        found = [p for p in psutil.process_iter(["cmdline", "status", "create_time"]) if p.info["cmdline"]]
+        mine = [p for p in found if WORKER[name] in " ".join(p.info["cmdline"])]
+        if mine:  # the youngest is the process that trains, not the one that watches it
+            killed.append(max(mine, key=lambda p: p.info["create_time"]).pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    with remote.find(name)(tmp_path / "logs", 1, OPTIONS[name]) as pool:
+        states = remote.execute(tmp_path, runs, pool, kill_once)
+    assert killed, "the run was over before its worker could be killed"
+    status = {s.run.arm: (s.status, s.message) for s in states}
+    assert status["plain"] == ("done", "")
+    assert status["wild"][0] == "failed" and "finite" in status["wild"][1]
+    assert "finite" in failure_note(tmp_path, next(r for r in runs if r.arm == "wild")).read_text()
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "runs/plain/seed-0/metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(1, 301))  # gone on, no step lost or twice
+
+
+def test_the_same_results_in_the_study_folder_as_on_this_machine(text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}}
+    console = Console(file=io.StringIO(), width=160)
+    base = {"base": {**study_of(text).base, "tokens": 2048}, "arms": arms}
+    here = conduct.run(study_of(text, **base), tmp_path / "here", console)
+    there = conduct.run(
+        study_of(text, **base), tmp_path / "there", console, launcher="slurm", options=OPTIONS["slurm"]
+    )
+    for arm in arms:
+        a, b = (v["protocols"]["params"]["arms"][arm]["scores"] for v in (here, there))
+        assert a == b
+    assert (tmp_path / "there" / "report.html").is_file()
+
+
+def test_unknown_launchers_and_options() -> None:
+    with pytest.raises(UserError, match="choose one of local, "):
+        remote.find("kubernetes")
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    options = {"cluster": "local", "nodez": "1"}
+    with pytest.raises(UserError, match="nodez"), remote.find("slurm")(Path("logs"), 1, options):
+        pass
