@@ -6,6 +6,7 @@ entasis study resume studies/quickstart       go on with what a folder holds
 entasis study run FILE --launcher slurm --option slurm_partition=gpu --option gpus_per_node=1
 entasis study report studies/quickstart       judge and report what is finished
 entasis study compare studies/a studies/b     two studies side by side
+entasis study scale studies/a studies/b studies/c     compute multipliers over three budgets or more
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action = actions.add_parser("compare", help="set two studies side by side")
     action.add_argument("folders", type=Path, nargs=2, metavar="DIR")
     action.add_argument("--json", action="store_true", help="print the rows as JSON")
+    action = actions.add_parser("scale", help="fit studies of growing budgets: compute multipliers")
+    action.add_argument("folders", type=Path, nargs="+", metavar="DIR")
+    action.add_argument("--json", action="store_true", help="print the fit as JSON")
 
 
 def _add_launcher(action: argparse.ArgumentParser) -> None:
@@ -80,9 +84,14 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
     if not console.is_terminal:
         console.width = 160  # in a file or a pipe no table need be cut
-    return {"run": _run, "resume": _run, "plan": _plan, "report": _report, "compare": _compare}[args.action](
-        args, console
-    )
+    return {
+        "run": _run,
+        "resume": _run,
+        "plan": _plan,
+        "report": _report,
+        "compare": _compare,
+        "scale": _scale,
+    }[args.action](args, console)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
@@ -131,6 +140,19 @@ def _compare(args: argparse.Namespace, console: Console) -> int:
     rows, table, notes = side_by_side.compare(*args.folders)
     if args.json:
         print(json.dumps(rows, indent=1))
+        return 0
+    console.print(table.rich())
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    return 0
+
+
+def _scale(args: argparse.Namespace, console: Console) -> int:
+    from entasis.study import scaling
+
+    plain, table, notes = scaling.scale(args.folders)
+    if args.json:
+        print(json.dumps(plain, indent=1))
         return 0
     console.print(table.rich())
     for note in notes:

@@ -269,9 +269,10 @@ def _corpora(value: Any, where: str) -> dict[str, Corpus]:
     result: dict[str, Corpus] = {}
     for name, entry in value.items():
         inside = f"{where}: corpora.{name}"
-        if isinstance(entry, Mapping) and "spoilt" in entry:
-            if set(entry) != {"spoilt", "danger"} or entry["spoilt"] not in result:
-                raise UserError(f"{inside}: give spoilt (a corpus above it) and danger, and nothing else")
+        if isinstance(entry, Mapping) and entry.get("spoilt"):
+            _check_keys(entry, [f.name for f in dataclasses.fields(Corpus)], inside)
+            if entry["spoilt"] not in result or not entry.get("danger") or entry.get("sources"):
+                raise UserError(f"{inside}: give spoilt, a corpus above it, and danger, and no sources")
             result[str(name)] = Corpus(**entry)
             continue
         if not isinstance(entry, Mapping) or not entry.get("sources"):

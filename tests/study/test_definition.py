@@ -62,12 +62,30 @@ def test_shipped_studies_are_valid_and_survive_writing(tmp_path: Path) -> None:
         text = (
             Path(definition.__file__).parent.joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
         )
-        sizes = [None] if "\nsizes:" not in text else ["nano", "small", "paper"]
+        sized = "\nsizes:" in text or "\nextends:" in text
+        sizes = ["nano", "small", "paper"] if sized else [None]
         for size in sizes:
             study = definition.read(name, size=size)
             stored = tmp_path / f"{name}.yaml"
             stored.write_text(study.to_yaml(), encoding="utf-8")
             assert definition.read(stored) == study
+
+
+def test_the_wrongly_typed_study_is_the_paper_s_but_for_its_data() -> None:
+    right, wrong = (definition.read(n, size="nano") for n in ("crown-paper", "crown-paper-typed-wrong"))
+    assert wrong.corpora["mistyped"].spoilt == "prose" and wrong.corpora["prose"] == right.corpora["prose"]
+    assert (wrong.arms, wrong.seeds, wrong.margin) == (right.arms, right.seeds, right.margin)
+    data = wrong.base.pop("data")
+    assert data["dangerous"] and data["train"] == "corpora/mistyped/train"
+    right.base.pop("data")
+    assert wrong.base == right.base
+    corpora = {"bad": {"spoilt": "good", "danger": "int32-read-as-uint16"}}
+    with pytest.raises(UserError, match="a corpus above it"):
+        definition.from_dict(source(corpora=corpora), name="s")
+    with pytest.raises(
+        UserError, match="extends is 'quickstrat', not a shipped study; did you mean quickstart"
+    ):
+        definition.from_dict(source() | {"extends": "quickstrat"}, name="s")
 
 
 def test_dot_keys_change_a_copy() -> None:

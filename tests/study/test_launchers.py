@@ -21,7 +21,7 @@ from entasis.study.plan import Findings, lay_out, solve
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launchers")]
 
 OPTIONS = {"slurm": {"cluster": "local"}, "ray": {"cpus": "1"}}
-WORKER = {"slurm": "submitit", "ray": "ray::train_one"}
+WORKER = {"slurm": "submitit", "ray": "ray::runs/plain"}
 
 
 def study_of(text: Path, **changes: Any) -> definition.Study:

@@ -1,0 +1,87 @@
+"""Simulated scaling studies with a known truth."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from entasis.errors import UserError
+from entasis.study import scaling
+
+FLOOR, EXPONENT, TRUTH = 0.6, 0.12, {"base": 1.0, "better": 1.25, "same": 1.0, "worse": 0.8}
+BUDGETS = np.array([1e13, 4e13, 1.6e14, 6.4e14])
+DEARER = 1.04
+
+
+def simulate(
+    rng: np.random.Generator, seeds: int, noise: float
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Arms that cost 4 % more than the baseline, a seed effect that all share, and noise of each run's own."""
+    flops, scores = {}, {}
+    shared = rng.normal(0, 2 * noise, (len(BUDGETS), seeds))
+    for arm, m in TRUTH.items():
+        compute = BUDGETS * (1 if arm == "base" else DEARER)
+        level = FLOOR + 40 * (m * compute) ** -EXPONENT
+        flops[arm] = np.repeat(compute[:, None], seeds, 1)
+        scores[arm] = level[:, None] * np.exp(shared + rng.normal(0, noise, (len(BUDGETS), seeds)))
+    return flops, scores
+
+
+def test_without_noise_the_truth_comes_back() -> None:
+    found, answer = scaling.multipliers(*simulate(np.random.default_rng(0), 3, 0.0), "base")
+    assert found.floor == pytest.approx(FLOOR, rel=1e-3)
+    assert found.exponent == pytest.approx(EXPONENT, rel=1e-3)
+    for arm, (m, low, high) in answer.items():
+        assert m == pytest.approx(TRUTH[arm], rel=1e-3)
+        assert low == pytest.approx(high, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_intervals_hold_the_true_multiplier() -> None:
+    rng, held = np.random.default_rng(1), []
+    for _ in range(40):
+        _, answer = scaling.multipliers(*simulate(rng, 4, 0.002), "base")
+        held += [low <= TRUTH[arm] <= high for arm, (_, low, high) in answer.items()]
+    # 120 intervals of 95 %: fewer than 104 held would be four standard deviations off.
+    assert sum(held) >= 104, sum(held)
+
+
+def test_one_seed_has_no_interval() -> None:
+    _, answer = scaling.multipliers(*simulate(np.random.default_rng(2), 1, 0.001), "base")
+    assert all(math.isnan(low) and math.isnan(high) for _, low, high in answer.values())
+
+
+def write(
+    folder: Path, i: int, flops: dict[str, np.ndarray], scores: dict[str, np.ndarray], text: str
+) -> Path:
+    arms = {
+        arm: {
+            "scores": {str(s): float(scores[arm][i, s]) for s in range(scores[arm].shape[1])},
+            "training_flops": int(flops[arm][i, 0]),
+        }
+        for arm in scores
+    }
+    (folder / "runs/base/seed-0").mkdir(parents=True)
+    verdict = {"baseline": "base", "protocols": {"params": {"arms": arms}}}
+    (folder / "verdict.json").write_text(json.dumps(verdict))
+    data = {"data": {"tokenizer": "t", "validation": text}}
+    (folder / "runs/base/seed-0/result.json").write_text(json.dumps(data))
+    return folder
+
+
+def test_studies_are_read_and_mixtures_refused(tmp_path: Path) -> None:
+    flops, scores = simulate(np.random.default_rng(3), 3, 1e-4)
+    folders = [write(tmp_path / str(i), i, flops, scores, "v") for i in range(4)]
+    plain, table, notes = scaling.scale(folders)
+    rows = {row["arm"]: row for row in plain["arms"]}
+    assert rows["better"]["low"] < 1.25 < rows["better"]["high"] and rows["better"]["low"] > 1
+    assert "better needs less compute than base" in notes[1] and "1.2" in table.csv()
+    with pytest.raises(UserError, match="at least 3 studies"):
+        scaling.scale(folders[:2])
+    with pytest.raises(UserError, match="fewer than 3 different values"):
+        scaling.scale([folders[0], folders[0], folders[1]])
+    other = write(tmp_path / "other", 0, flops, scores, "another text")
+    with pytest.raises(UserError, match="differ in tokenizer or held-out text"):
+        scaling.scale([*folders[1:], other])
