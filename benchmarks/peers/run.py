@@ -7,7 +7,7 @@ The small size: 6 layers, d 192, 6 heads, SwiGLU of 512, vocabulary 8192 tied, 2
 parameters. Everyone makes whole steps with their own training loop: AdamW, gradients clipped to norm 1, data from
 the same corpus. A round starts every peer once, in a process and virtual environment of its own, and takes the
 median of its steps after the first five; the figures are medians over rounds, the ratios medians of ratios within
-a round. A peer is one adapter in this folder: it is given the settings as JSON and prints the seconds of its steps
+a round. A peer is one adapter NAME_peer.py in this folder: it is given the settings as JSON and prints the seconds of its steps
 and how it ran.
 """
 
@@ -38,7 +38,7 @@ TORCH = "torch==2.13.0"
 NEEDS: dict[str, list[str] | None] = {
     "entasis": None,
     "hf": [TORCH, "numpy", "transformers==5.23.0", "accelerate"],
-    "litgpt": [TORCH, "numpy", "litgpt==0.5.13"],
+    "litgpt": [TORCH, "numpy", "litgpt==0.5.13", "requests"],
     "nanogpt": [TORCH, "numpy", "tiktoken"],
 }
 """What each environment holds; None is the one that runs this script. torch first, so that all have the same."""
@@ -102,7 +102,7 @@ def one(python: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One process of one peer: its speed, the first step's seconds, and what it says of itself."""
     load = os.getloadavg()[0]
     done = subprocess.run(
-        [python, HERE / f"{name}.py", json.dumps(settings)], capture_output=True, text=True, cwd=CACHE
+        [python, HERE / f"{name}_peer.py", json.dumps(settings)], capture_output=True, text=True, cwd=CACHE
     )
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")

@@ -14,8 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.pop(0)
-
 import numpy
 import torch
 

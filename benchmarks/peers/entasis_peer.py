@@ -9,13 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# The folder of this script holds a file of the package's name.
-sys.path[0] = str(Path(__file__).parents[2])
+import torch
 
-import torch  # noqa: E402
-
-from entasis.train.loop import train  # noqa: E402
-from entasis.train.recipe import from_dict  # noqa: E402
+from entasis.train.loop import train
+from entasis.train.recipe import from_dict
 
 
 def main() -> None:

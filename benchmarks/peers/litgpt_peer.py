@@ -14,9 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# The folder of this script holds a file of the package's name.
-sys.path.pop(0)
-
 import numpy
 import torch
 from litgpt import Config, pretrain
@@ -24,35 +21,39 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
 
 
+class Rows(torch.utils.data.Dataset):
+    """Consecutive sequences of the corpus; notes when the first row of each batch is asked for."""
+
+    def __init__(self, tokens: numpy.ndarray, width: int, batch_size: int) -> None:
+        self.tokens, self.width, self.batch_size = tokens, width, batch_size
+        self.asked: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.width
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if i % self.batch_size == 0:
+            self.asked.append(time.perf_counter())
+        return torch.from_numpy(self.tokens[i * self.width : (i + 1) * self.width].astype(numpy.int64))
+
+
 class Windows(DataModule):
-    """Consecutive sequences of the corpus; notes when each batch is asked for."""
+    """What litgpt asks of its data."""
 
     def __init__(self, tokens: numpy.ndarray) -> None:
         super().__init__()
-        self.tokens, self.asked = tokens, []
+        self.tokens = tokens
 
     def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int = 0) -> None:
-        self.batch_size, self.width = batch_size, max_seq_length + 1
+        self.batch_size = batch_size
+        self.rows = Rows(self.tokens, max_seq_length + 1, batch_size)
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:
-        return self.loader(self.asked)
+        return torch.utils.data.DataLoader(self.rows, batch_size=self.batch_size)
 
     def val_dataloader(self) -> torch.utils.data.DataLoader:
-        return self.loader([])
-
-    def loader(self, asked: list[float]) -> torch.utils.data.DataLoader:
-        tokens, width, batch_size = self.tokens, self.width, self.batch_size
-
-        class Rows(torch.utils.data.Dataset):
-            def __len__(self) -> int:
-                return len(tokens) // width
-
-            def __getitem__(self, i: int) -> torch.Tensor:
-                if i % batch_size == 0:
-                    asked.append(time.perf_counter())
-                return torch.from_numpy(tokens[i * width : (i + 1) * width].astype(numpy.int64))
-
-        return torch.utils.data.DataLoader(Rows(), batch_size=batch_size)
+        held_out = Rows(self.tokens[:10_000], self.rows.width, self.batch_size)
+        return torch.utils.data.DataLoader(held_out, batch_size=self.batch_size)
 
 
 def main() -> None:
@@ -74,7 +75,6 @@ def main() -> None:
     )
     data = Windows(numpy.load(Path(settings["corpus"]).parent / "tokens.npy", mmap_mode="r"))
     tokens = settings["batch"] * settings["sequence"]
-    # torch.compile of a litgpt model on the CPU runs validation first; its batches are not counted.
     with tempfile.TemporaryDirectory() as folder:
         pretrain.setup(
             "benchmark",
@@ -105,7 +105,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "seconds": [b - a for a, b in zip(data.asked, data.asked[1:], strict=False)],
+                "seconds": [b - a for a, b in zip(data.rows.asked, data.rows.asked[1:], strict=False)],
                 "parameters": parameters,
                 "precision": settings["precision"],
                 "compile": True,

@@ -8,9 +8,6 @@ import tempfile
 import time
 from pathlib import Path
 
-# The folder of this script is not a place to import from.
-sys.path.pop(0)
-
 import numpy
 import torch
 import transformers
