@@ -82,9 +82,9 @@ def _resampled(
 
 def holm(p: np.ndarray) -> np.ndarray:
     """p-values adjusted for their number, step by step (Holm 1979)."""
-    from statsmodels.stats.multitest import multipletests
-
-    return multipletests(p, method="holm")[1]
+    order = np.argsort(p)
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(steps, 1.0)[np.argsort(order)]
 
 
 def chance(untrained: np.ndarray) -> float:

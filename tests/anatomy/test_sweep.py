@@ -1,0 +1,109 @@
+"""The sweep gives what a naive loop gives, at half its cost, and goes on where it was stopped."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import SEQUENCE, Count, sentences, untrained
+
+from entasis.anatomy import text as texts
+from entasis.anatomy.diagnostics import ablation
+from entasis.anatomy.stream import clean_nll, sweep
+from entasis.anatomy.substitutes import skipped
+from entasis.data import tokenizer
+from entasis.data.corpus import Corpus
+from entasis.data.prepare import prepare
+from entasis.errors import UserError
+from entasis.evaluate.bits_per_byte import evaluate
+
+
+def test_skipping_each_layer_equals_a_model_without_it(trained, lay_out) -> None:
+    subject = lay_out(trained)
+    found = sweep(subject, "skip", lambda layer, batch: (skipped, 1))
+    for layer in range(subject.n_layers):
+        short = torch.nn.ModuleList(b for i, b in enumerate(subject.model.blocks) if i != layer)
+        whole, subject.model.blocks = subject.model.blocks, short
+        np.testing.assert_allclose(found[layer], clean_nll(subject), rtol=1e-5)
+        subject.model.blocks = whole
+    np.testing.assert_allclose(found[-1], clean_nll(subject), rtol=1e-6)
+
+
+def test_all_layers_cost_half_of_all_forward_passes(lay_out) -> None:
+    from dataclasses import replace
+
+    shape = replace(untrained().shape, layers=untrained().shape.layers[:1] * 24)
+    subject = lay_out(untrained(shape))
+    count, L = Count(subject.model), 24
+    sweep(subject, "skip", lambda layer, batch: (skipped, 1))
+    batches = len(list(subject.batches()))
+    assert count.blocks == batches * (L + L * (L - 1) // 2)
+    assert count.blocks <= 0.55 * batches * L * L
+
+
+def test_a_stopped_sweep_goes_on(trained, lay_out, tmp_path: Path) -> None:
+    whole = sweep(lay_out(trained), "skip", ablation.skip(lay_out(trained)))
+    subject = lay_out(trained)
+    subject.folder = tmp_path
+    assert len(list(subject.batches())) > 1
+
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    subject.progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        sweep(subject, "skip", ablation.skip(subject))
+    subject.progress, count = lambda done, total: None, Count(subject.model)
+    np.testing.assert_array_equal(sweep(subject, "skip", ablation.skip(subject)), whole)
+    left = count.blocks
+    np.testing.assert_array_equal(sweep(subject, "skip", ablation.skip(subject)), whole)
+    batches = len(list(subject.batches()))
+    assert left == (batches - 1) * 15 and count.blocks == left
+
+
+def test_the_loss_is_that_of_evaluate(trained, lay_out, tmp_path: Path) -> None:
+    for i, sentence in enumerate(sentences(30, 3)):
+        (tmp_path / f"{i:02d}.txt").write_text(sentence)
+    prepare([tmp_path], tmp_path / "corpus", tokenizer="bytes", validation=0)
+    corpus = Corpus(tmp_path / "corpus" / "train")
+    score = evaluate(trained.model, corpus, sequence=SEQUENCE, batch=4, device=torch.device("cpu"))
+    # The texts' order is drawn, the corpus's not: contexts differ, sizes do not.
+    text = texts.read(corpus.path, trained.tokenizer, tokens=100_000, sequence=SEQUENCE)
+    assert text.tokens == score.tokens and text.document_bytes.sum() == score.bytes
+    subject = lay_out(trained)
+    subject.text = text
+    assert clean_nll(subject).sum() == pytest.approx(score.nll_sum, rel=0.02)
+
+
+def test_documents_are_cut_alike_and_their_ends_not_counted() -> None:
+    long = [f"{i} " + "word " * 400 for i in range(10)]
+    read = texts.read(long, tokenizer.from_bytes(), tokens=2000, sequence=64)
+    assert 1800 <= read.tokens <= 2000
+    sizes = read.document_tokens
+    assert len(set(sizes)) == 1 and (read.document_bytes == sizes).all()  # a byte is a token
+    ends = read.stream[1:] == 256
+    assert (read.owner[ends] == -1).all() and (read.owner[~ends] >= 0).all()
+    whole = texts.read(["ab", "c"], tokenizer.from_bytes(), tokens=2000, sequence=64)
+    assert whole.tokens == 5 and (whole.owner >= 0).all()  # both ends are the documents' own
+
+
+def test_every_target_is_in_one_batch(lay_out, trained) -> None:
+    subject = lay_out(trained)
+    stream = torch.cat([b.tokens_BT.flatten() for b in subject.batches()])
+    assert stream.tolist() == subject.text.stream[:-1].tolist()
+    owners = np.concatenate([b.owner_N for b in subject.batches()])
+    assert owners.tolist() == subject.text.owner[subject.text.owner >= 0].tolist()
+
+
+def test_text_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        texts.read(tmp_path / "none.txt", tokenizer.from_bytes(), tokens=10, sequence=8)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match="no text"):
+        texts.read(tmp_path / "empty.txt", tokenizer.from_bytes(), tokens=10, sequence=8)
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        texts.read(tmp_path / "empty.txt", None, tokens=10, sequence=8)
