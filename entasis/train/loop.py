@@ -149,7 +149,9 @@ class _Loop:
         )
         for stretch in stages.lay_out(self.recipe)[state["stage"] :]:
             learning = stages.select(self.model, stretch.stage)
-            rules = optimizers.build(self.model, self.recipe.optimizer, learning)
+            rules = optimizers.build(
+                self.model, self.recipe.optimizer, learning, precision=str(self.recipe.precision)
+            )
             if whole and stretch.index == state["stage"]:
                 checkpoint.load(whole[-1], self.model, rules)
             self.train_stretch(stretch, rules)

@@ -20,13 +20,17 @@ import torch
 from torch import nn
 
 from entasis.model import parametrisation
+from entasis.train.muon import Muon
 from entasis.train.recipe import Optimizer
 
 
-def build(model: nn.Module, recipe: Optimizer, learning: list[str]) -> list[torch.optim.Optimizer]:
+def build(
+    model: nn.Module, recipe: Optimizer, learning: list[str], *, precision: str = "fp32"
+) -> list[torch.optim.Optimizer]:
     """The optimizers of the parameters named in `learning`; each group has its `peak_lr` for the schedule.
 
-    Muon scales its update to AdamW's root mean square, so that one learning rate serves both.
+    Muon scales its update to AdamW's root mean square, so that one learning rate serves both; it orthogonalises in
+    the recipe's `precision`.
     """
     parameters = dict(model.named_parameters())
     rules = parametrisation.describe(model, recipe.parametrisation, base_width=recipe.base_width)
@@ -48,11 +52,12 @@ def build(model: nn.Module, recipe: Optimizer, learning: list[str]) -> list[torc
         groups[kind].append(group if kind == "muon" else group | {"eps": eps})
     total = sum(p.numel() for kind in groups.values() for group in kind for p in group["params"])
     assert total == sum(parameters[name].numel() for name in learning), "a parameter is in no group or in two"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     result: list[torch.optim.Optimizer] = []
     if groups["adamw"]:
         result.append(torch.optim.AdamW(groups["adamw"], lr=recipe.lr, betas=recipe.betas, fused=True))
     if groups["muon"]:
-        result.append(torch.optim.Muon(groups["muon"], lr=recipe.lr, adjust_lr_fn="match_rms_adamw"))
+        result.append(Muon(groups["muon"], lr=recipe.lr, dtype=dtype))
     return result
 
 

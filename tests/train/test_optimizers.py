@@ -1,10 +1,12 @@
 import pytest
 import torch
+from torch import nn
 
 from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
 from entasis.train import optimizers
+from entasis.train.muon import Muon, orthogonalise
 from entasis.train.recipe import Optimizer
 
 SHAPE = {
@@ -58,6 +60,46 @@ def test_muon_gets_hidden_matrices_and_adamw_the_rest():
     }
     rest = names_where(built, module, lambda rule, _: isinstance(rule, torch.optim.AdamW))
     assert rest == set(every(module)) - muon
+
+
+def trained_by(rule_of, steps: int = 4) -> list[torch.Tensor]:
+    """Matrices wide, tall and square after some steps of the rule on fixed gradients, clear of rounding's size."""
+    drawn = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(s, generator=drawn)) for s in ((24, 64), (64, 24), (32, 32))]
+    rule = rule_of(weights)
+    for _ in range(steps):
+        for p in weights:
+            p.grad = torch.randn(p.shape, generator=drawn)
+        rule.step()
+    return [p.detach() for p in weights]
+
+
+def library(weights):
+    return torch.optim.Muon(
+        [{"params": weights, "weight_decay": 0.1}], lr=0.02, adjust_lr_fn="match_rms_adamw"
+    )
+
+
+def test_muon_is_the_library_s_to_the_bit_in_bf16():
+    ours = trained_by(lambda w: Muon([{"params": w, "weight_decay": 0.1}], lr=0.02, dtype=torch.bfloat16))
+    assert all(torch.equal(a, b) for a, b in zip(ours, trained_by(library), strict=True))
+
+
+def test_muon_in_fp32_differs_from_it_by_bf16_s_rounding():
+    before = trained_by(library, steps=0)
+    ours = trained_by(lambda w: Muon([{"params": w, "weight_decay": 0.1}], lr=0.02, dtype=torch.float32))
+    for start, a, b in zip(before, ours, trained_by(library), strict=True):
+        moved = (b - start).norm()
+        assert 0 < (a - b).norm() < 0.02 * moved
+
+
+def test_orthogonalising_brings_singular_values_near_one_and_leaves_the_directions():
+    drawn = torch.randn(24, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(drawn, full_matrices=False)
+    found = u.T @ orthogonalise(drawn) @ vh.T
+    assert torch.allclose(found, found.diagonal().diag(), atol=1e-9)
+    assert found.diagonal().min() > 0.6 and found.diagonal().max() < 1.25
+    assert torch.allclose(orthogonalise(drawn.T), orthogonalise(drawn).T)
 
 
 def test_only_what_learns_is_in_a_group():
