@@ -5,7 +5,8 @@
 Both train in one process, a step of one after a step of the other; medians of each, and of the ratio within the
 pairs. The ratio is of FLOPs done per second, so that the last per mille by which the two budgets miss each other
 does not count. With --compile the first steps are timed too: in a fresh process each, with an empty cache of
-compiled code and then with a full one.
+compiled code and then with a full one. On a machine that others use too, `--clock cpu` with OMP_NUM_THREADS=1 counts
+the processor time of the one thread instead of the time on the wall.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import torch
 from common import write
@@ -53,8 +55,10 @@ def main() -> None:
         # The first step includes building the optimizer's state and, compiled, the code.
         print(json.dumps(Stepper(both[args.first_step], args.batch, args.sequence, compile=True).step()))
         return
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     runs = {
-        name: Stepper(shape, args.batch, args.sequence, compile=args.compile) for name, shape in both.items()
+        name: Stepper(shape, args.batch, args.sequence, compile=args.compile, clock=clock)
+        for name, shape in both.items()
     }
     for run in runs.values():
         for _ in range(3):
@@ -129,6 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounding", default="exact")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--first-step", choices=("crown", "isotropic"), help=argparse.SUPPRESS)
     return parser.parse_args()

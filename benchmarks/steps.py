@@ -28,7 +28,9 @@ class Stepper:
         bf16: bool = False,
         attention: str = "sdpa",
         device: str = "cpu",
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.clock = clock
         self.device, self.bf16, self.tokens = device, bf16, batch * sequence
         self.model = Transformer(shape, attention=attention).to(device)  # type: ignore[arg-type]
         initialise(self.model, 0)
@@ -41,7 +43,7 @@ class Stepper:
 
     def step(self) -> float:
         """Seconds of one step."""
-        begun = time.perf_counter()
+        begun = self.clock()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             loss = self.loss_of(self.tokens_BT, self.targets_BT) / self.tokens
         loss.backward()
@@ -51,4 +53,4 @@ class Stepper:
             rule.zero_grad(set_to_none=True)
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        return self.clock() - begun

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def main() -> None:
         }
     )
     seconds: list[float] = []
+    cpu: list[float] = []
     about: dict[str, Any] = {}
 
     def listen(event: dict[str, Any]) -> None:
@@ -46,12 +48,13 @@ def main() -> None:
             about.update({key: event[key] for key in ("parameters", "precision", "compile", "attention")})
         elif event["event"] == "step":
             seconds.append(event["seconds"])
+            cpu.append(time.process_time())
 
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "run", reporter=listen)
     about["versions"] = {"torch": torch.__version__}
     about["optimizer"] = dataclasses.asdict(recipe.optimizer)["name"] + ", fused"
-    print(json.dumps({"seconds": seconds, **about}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, **about}))
 
 
 if __name__ == "__main__":

@@ -32,12 +32,14 @@ class Clock(transformers.TrainerCallback):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.cpu: list[float] = []
 
     def on_train_begin(self, *_: object, **__: object) -> None:
         self.times.append(time.perf_counter())
 
     def on_step_end(self, *_: object, **__: object) -> None:
         self.times.append(time.perf_counter())
+        self.cpu.append(time.process_time())
 
 
 def main() -> None:
@@ -78,6 +80,7 @@ def main() -> None:
         json.dumps(
             {
                 "seconds": [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)],
+                "cpu": clock.cpu,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "precision": settings["precision"],
                 "compile": settings["compile"],

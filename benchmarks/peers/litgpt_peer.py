@@ -27,6 +27,7 @@ class Rows(torch.utils.data.Dataset):
     def __init__(self, tokens: numpy.ndarray, width: int, batch_size: int) -> None:
         self.tokens, self.width, self.batch_size = tokens, width, batch_size
         self.asked: list[float] = []
+        self.cpu: list[float] = []
 
     def __len__(self) -> int:
         return len(self.tokens) // self.width
@@ -34,6 +35,7 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> torch.Tensor:
         if i % self.batch_size == 0:
             self.asked.append(time.perf_counter())
+            self.cpu.append(time.process_time())
         return torch.from_numpy(self.tokens[i * self.width : (i + 1) * self.width].astype(numpy.int64))
 
 
@@ -106,6 +108,7 @@ def main() -> None:
         json.dumps(
             {
                 "seconds": [b - a for a, b in zip(data.rows.asked, data.rows.asked[1:], strict=False)],
+                "cpu": data.rows.cpu[1:],
                 "parameters": parameters,
                 "precision": settings["precision"],
                 "compile": True,

@@ -62,6 +62,7 @@ def main() -> None:
         json.dumps(
             {
                 "seconds": seconds,
+                "cpu": None,
                 "parameters": round(float(parameters[1]) * 1e6) if parameters else None,
                 "precision": settings["precision"],
                 "compile": settings["compile"],

@@ -5,7 +5,8 @@
 
 The small size: 6 layers, d 192, 6 heads, SwiGLU of 512, vocabulary 8192 tied, 256 tokens, 8 sequences: 4.2 million
 parameters. Everyone makes whole steps with their own training loop: AdamW, gradients clipped to norm 1, data from
-the same corpus. A round starts every peer once, in a process and virtual environment of its own, and takes the
+the same corpus. On a machine that others use too, `--clock cpu` with OMP_NUM_THREADS=1 counts the processor time of
+the one thread instead of the time on the wall. A round starts every peer once, in a process and virtual environment of its own, and takes the
 median of its steps after the first five; the figures are medians over rounds, the ratios medians of ratios within
 a round. A peer is one adapter NAME_peer.py in this folder: it is given the settings as JSON and prints the seconds of its steps
 and how it ran.
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import venv
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ def main() -> None:
     peers = [*args.peers, *(["nanogpt", "nanogpt+compile"] if args.nanogpt else [])]
     corpus = prepare()
     interpreters = {name: interpreter(name) for name in dict.fromkeys(p.partition("+")[0] for p in peers)}
+    if args.clock == "cpu" and (os.environ.get("OMP_NUM_THREADS") != "1" or args.nanogpt):
+        raise SystemExit("--clock cpu needs OMP_NUM_THREADS=1, and nanoGPT cannot be timed by it")
     bf16_gain = precision_support()
     if args.precision == "bf16" and bf16_gain < 1:
         raise SystemExit(
@@ -70,6 +74,7 @@ def main() -> None:
                 "precision": args.precision,
                 "compile": mode == "compile",
                 "nanogpt": args.nanogpt,
+                "clock": args.clock,
             }
             rounds[peer].append(one(interpreters[name], name, settings))
             print(f"round {i + 1}: {peer} {rounds[peer][-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
@@ -79,6 +84,7 @@ def main() -> None:
         ["torch"],
         settings={"size": args.size, **SIZES[args.size], "vocabulary": 8192, "sequence": 256},
         precision=args.precision,
+        clock=args.clock,
         bf16_matmul_speed_over_fp32=bf16_gain,
         threads=os.environ.get("OMP_NUM_THREADS", "default"),
         load=os.getloadavg()[0],
@@ -107,9 +113,10 @@ def one(python: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     told = json.loads(done.stdout.splitlines()[-1])
-    seconds = told.pop("seconds")
+    seconds, cpu = told.pop("seconds"), told.pop("cpu")
+    steps = [b - a for a, b in pairwise(cpu)] if settings["clock"] == "cpu" else seconds[1:]
     tokens = settings["batch"] * settings["sequence"]
-    steady = statistics.median(seconds[WARM_UP:])
+    steady = statistics.median(steps[WARM_UP - 1 :])
     return {"tokens_per_second": tokens / steady, "first_step": seconds[0], "load": load, "about": told}
 
 
@@ -165,6 +172,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", default=peers)
     parser.add_argument("--nanogpt", metavar="DIR", help="a checkout of nanoGPT to drive too")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="timed in each round, after five to warm up")
     return parser.parse_args()
