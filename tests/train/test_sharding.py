@@ -60,12 +60,12 @@ def test_losses_and_weights_are_those_of_one_process(told, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "bound"), [("muon", 1e-3), ("stages", 1e-5)])
-def test_muon_and_stages_work_on_shares(told, name, bound):
+@pytest.mark.parametrize("name", ["muon", "stages"])
+def test_muon_and_stages_work_on_shares(told, name):
     """Muon orthogonalises whole matrices; a stage that trains some parameters leaves the rest where they are."""
     one, two = told[f"{name} on 1"], told[f"{name} on 2"]
-    assert two["losses"] == pytest.approx(one["losses"], rel=bound)
-    assert two["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=bound)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-5)
 
 
 def test_one_process_needs_no_group(recipe, tmp_path):
