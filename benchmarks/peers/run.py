@@ -20,7 +20,9 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import venv
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ NEEDS: dict[str, list[str] | None] = {
     "entasis": None,
     "hf": [TORCH, "numpy", "transformers==5.23.0", "accelerate"],
     "litgpt": [TORCH, "numpy", "litgpt==0.5.13", "requests"],
-    "nanogpt": [TORCH, "numpy", "tiktoken"],
+    "nanogpt": [TORCH, "numpy"],
 }
 """What each environment holds; None is the one that runs this script. torch first, so that all have the same."""
 WARM_UP = 5
@@ -55,11 +57,10 @@ def main() -> None:
     interpreters = {name: interpreter(name) for name in dict.fromkeys(p.partition("+")[0] for p in peers)}
     if args.clock == "cpu" and (os.environ.get("OMP_NUM_THREADS") != "1" or args.nanogpt):
         raise SystemExit("--clock cpu needs OMP_NUM_THREADS=1, and nanoGPT cannot be timed by it")
-    bf16_gain = precision_support()
-    if args.precision == "bf16" and bf16_gain < 1:
-        raise SystemExit(
-            f"a bf16 matrix product here has {bf16_gain:.3f} of fp32's speed: nothing to compare"
-        )
+    matmul = ceilings(time.process_time if args.clock == "cpu" else time.perf_counter)
+    if args.precision == "bf16" and matmul["bf16"] < matmul["fp32"]:
+        share = matmul["bf16"] / matmul["fp32"]
+        raise SystemExit(f"a bf16 matrix product here has {share:.3f} of fp32's speed: nothing to compare")
     rounds: dict[str, list[dict[str, Any]]] = {peer: [] for peer in peers}
     for i in range(args.rounds):
         # Backwards every other round, so that nobody always has the warmer machine.
@@ -79,16 +80,19 @@ def main() -> None:
             rounds[peer].append(one(interpreters[name], name, settings))
             print(f"round {i + 1}: {peer} {rounds[peer][-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
     speed = {peer: [row["tokens_per_second"] for row in rows] for peer, rows in rounds.items()}
+    medians = {peer: statistics.median(values) for peer, values in speed.items()}
     write(
         "peers",
         ["torch"],
         settings={"size": args.size, **SIZES[args.size], "vocabulary": 8192, "sequence": 256},
         precision=args.precision,
         clock=args.clock,
-        bf16_matmul_speed_over_fp32=bf16_gain,
+        matmul_flops_per_second=matmul,
         threads=os.environ.get("OMP_NUM_THREADS", "default"),
         load=os.getloadavg()[0],
-        tokens_per_second={peer: statistics.median(values) for peer, values in speed.items()},
+        tokens_per_second=medians,
+        # The FLOPs are those of the SwiGLU shape, which all but nanoGPT have exactly.
+        mfu={peer: value * flops_per_token(args.size) / matmul[args.precision] for peer, value in medians.items()},
         ratios={
             ours: {
                 peer: statistics.median(a / b for a, b in zip(speed[ours], values, strict=True))
@@ -137,6 +141,23 @@ def prepare() -> Path:
     return corpus
 
 
+def flops_per_token(size: str) -> int:
+    """By the cost model: the whole T × T of attention, training."""
+    from entasis.shape import cost
+    from entasis.shape.shapes import LayerShape, ModelShape
+
+    s = SIZES[size]
+    shape = ModelShape(
+        d_model=s["d_model"],
+        head_dim=s["d_model"] // s["heads"],
+        vocabulary=8192,
+        layers=(LayerShape(s["heads"], s["heads"], s["d_ff"]),) * s["layers"],
+        tied_embeddings=True,
+        context=256,
+    )
+    return cost.flops_per_token(shape, 256)
+
+
 def interpreter(name: str) -> Path:
     """The python of the peer's own environment, made where there is none."""
     needs = NEEDS[name]
@@ -153,14 +174,20 @@ def interpreter(name: str) -> Path:
     return python
 
 
-def precision_support() -> float:
-    """The speed of a bf16 matrix product over fp32's here: above 1 only where the processor has units for it."""
+def ceilings(clock: Callable[[], float]) -> dict[str, float]:
+    """FLOP/s of a large matrix product in fp32 and bf16. bf16 is the faster only where the processor has units for it."""
     import torch
 
-    from entasis.train.hardware import _matmul_seconds
+    def seconds(a: torch.Tensor) -> float:
+        begun = clock()
+        a @ a
+        return clock() - begun
 
-    cpu = torch.device("cpu")
-    return _matmul_seconds(512, torch.float32, cpu) / _matmul_seconds(512, torch.bfloat16, cpu)
+    result = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.ones(512, 512, dtype=dtype)
+        result[name] = 2 * 512**3 / min(seconds(a) for _ in range(8))
+    return result
 
 
 def arguments() -> argparse.Namespace:
