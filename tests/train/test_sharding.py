@@ -39,12 +39,12 @@ def told(corpora, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("worlds")
 @pytest.mark.parametrize(
     "name",
     [
-        "hsdp on 4",
         "ddp on 4, then on 1",
-        "one, then fsdp on 2",
+        "one, then hsdp on 4",
         "fsdp on 4, then on 2",
         "fsdp on 2, then one",
     ],
@@ -60,6 +60,7 @@ def test_losses_and_weights_are_those_of_one_process(told, name):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("worlds")
 @pytest.mark.parametrize("name", ["muon", "stages"])
 def test_muon_and_stages_work_on_shares(told, name):
     """Muon orthogonalises whole matrices; a stage that trains some parameters leaves the rest where they are."""

@@ -52,9 +52,8 @@ def main(folder: Path, train_corpus: str, validation: str) -> None:
 
     plans = {
         "one": [(1, {}, None)],
-        "hsdp on 4": [(4, HSDP, None)],
         "ddp on 4, then on 1": [(4, {}, 5), (1, {}, None)],
-        "one, then fsdp on 2": [(1, {}, 5), (2, FSDP, None)],
+        "one, then hsdp on 4": [(1, {}, 5), (4, HSDP, None)],
         "fsdp on 4, then on 2": [(4, FSDP, 5), (2, FSDP, None)],
         "fsdp on 2, then one": [(2, FSDP, 5), (1, FSDP, None)],
     }
