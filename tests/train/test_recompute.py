@@ -1,9 +1,12 @@
 """Layers that are computed twice: the same numbers, less memory, the costliest first."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from entasis.errors import UserError
 from entasis.model.initialisation import initialise
@@ -108,6 +111,54 @@ def test_recomputing_the_last_layer_alone_frees_nothing():
     """Its backward pass comes first, when all others still hold theirs."""
     assert peak_bytes_per_token([100, 100, 300], {2}, 1) == peak_bytes_per_token([100, 100, 300], set(), 1)
     assert peak_bytes_per_token([300, 100, 100], {0}, 1) == 300
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that are made and not yet freed, other than those of `known`."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.seen:
+                storage = t.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        return out
+
+    def freed(self, which, nbytes):
+        self.seen.discard(which)
+        self.now -= nbytes
+
+
+@pytest.mark.parametrize("chosen", [(), (7,), (3,), (3, 4), (2, 3, 4, 5), tuple(range(8))])
+def test_the_predicted_peak_is_the_measured_one(chosen):
+    """But for the gradients inside one layer, which come and go; and the last layer alone does free nothing."""
+    widths = [(1, 64), (2, 128), (4, 300), (8, 600), (8, 600), (4, 300), (2, 128), (1, 64)]
+    shape = dataclasses.replace(SHAPE, layers=tuple(LayerShape(2 * h, 2 * h, f) for h, f in widths))
+    model = Transformer(shape)
+    initialise(model, 0)
+    for i in chosen:
+        model.blocks[i].recompute = True
+    sizes = [B * T * layer_bytes_per_token(shape, i, T, **HOW) for i in range(8)]
+    predicted = peak_bytes_per_token(sizes, set(chosen), B * T * shape.d_model)
+    x_BTD = torch.randn(B, T, shape.d_model)
+    rotation = model.rotation(0, T, x_BTD.device)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    known = [x_BTD, *rotation, *model.parameters(), *(p.grad for p in model.parameters())]
+    with Alive(known) as alive:
+        y_BTD = x_BTD.requires_grad_()
+        for block in model.blocks:
+            y_BTD = block(y_BTD, rotation)
+        y_BTD.backward(torch.ones_like(y_BTD))
+    assert 0.98 * predicted < alive.peak < predicted + 0.45 * max(sizes)
 
 
 @pytest.mark.parametrize("loss", ["eager", "compiled"])
