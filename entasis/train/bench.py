@@ -161,7 +161,8 @@ def _parts(
     model = Transformer(shape, attention=recipe.attention).to(device)  # type: ignore[arg-type]
     scheme = recipe.optimizer
     initialise(model, recipe.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width)
-    rules = optimizers.build(model, scheme, stages.select(model, recipe.stages[0]))
+    learning = stages.select(model, recipe.stages[0])
+    rules = optimizers.build(model, scheme, learning, precision=str(recipe.precision))
     windows = Windows(corpus, recipe.data.sequence)
     micro = int(recipe.batch.micro)
     chosen = torch.arange(micro).numpy() % len(windows)
