@@ -44,11 +44,11 @@ def dissect(
 
     `measures` are names of measures or of kinds of them, or `all`; the loss is always among them. `text` is a corpus,
     a file, a folder, or a list of documents. `low` and `high` are 95 % intervals over documents, `p` is adjusted by
-    Holm over the layers. With an `output` folder each measure is stored as it is done, and not done again. Raises
+    Holm over the layers. A model named by its path is computed in fp32. With an `output` folder each measure is stored as it is done, and not done again. Raises
     `UserError` for unknown measures, unreadable input, and a folder that holds another dissection.
     """
     chosen = choose(["loss", *measures])
-    loaded = model if isinstance(model, Loaded) else load(model)
+    loaded = model if isinstance(model, Loaded) else load(model, dtype=torch.float32)
     subject = lay_out(loaded, text, tokens=tokens, sequence=sequence, seed=seed)
     return examine(subject, chosen, output=output, progress=progress)
 

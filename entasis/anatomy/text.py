@@ -23,7 +23,7 @@ from entasis.errors import UserError
 MOST_DOCUMENTS = 4096
 SHORTEST = 128
 """Tokens below which no document is cut."""
-_BYTES_PER_TOKEN = 16
+_CHARACTERS_PER_TOKEN = 16
 """More than any tokenizer's average, so that a text cut to so many bytes still fills its share of tokens."""
 
 Source = str | Path | Sequence[str]
@@ -111,15 +111,15 @@ def _from_texts(source: Source, tokenizer: Tokenizer, tokens: int) -> Excerpts:
         found: Iterator[Document] = documents([source])
     else:
         found = (Document(f"document {i}", text) for i, text in enumerate(source) if text)
-    most_bytes = tokens * _BYTES_PER_TOKEN
-    cut_short = (Document(d.name, d.text[:most_bytes]) for d in found)
+    most = tokens * _CHARACTERS_PER_TOKEN
+    cut_short = (Document(d.name, d.text[:most]) for d in found)
     chosen = heapq.nsmallest(MOST_DOCUMENTS, cut_short, key=lambda d: _draw(d.name))
     if not chosen:
         raise UserError(f"{source}: no text there")
 
     def excerpts(cap: int) -> Iterator[tuple[np.ndarray, bool, int, str]]:
         for d in chosen:
-            head = d.text[: cap * _BYTES_PER_TOKEN]
+            head = d.text[: cap * _CHARACTERS_PER_TOKEN]
             ids = tokenizer.encode(head)
             cut = len(ids) > cap or len(head) < len(d.text)
             size = len((tokenizer.decode(ids[:cap]) if len(ids) > cap else head).encode())

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         what = "parameters, such as 180M" if args.suggest == "profile" else "tokens, such as 5M"
         raise UserError(f"--suggest {args.suggest} needs --budget: a number of {what}")
     measures = choose(["loss", *args.measures.split(",")])
-    loaded = load(args.model, device=args.device)
+    # Differences between layers may be small: bf16 weights are computed in fp32.
+    loaded = load(args.model, device=args.device, dtype=torch.float32)
     subject = dissection.lay_out(
         loaded, args.text, tokens=number(args.tokens, "--tokens"), sequence=args.sequence, seed=args.seed
     )

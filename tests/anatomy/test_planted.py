@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import SHAPE, untrained
+from small_models import SHAPE, untrained
 
 from entasis.anatomy.dissection import examine
 from entasis.anatomy.measures import choose

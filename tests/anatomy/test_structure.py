@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import untrained
+from small_models import untrained
 
 from entasis.anatomy.diagnostics import manipulation, recovery
 from entasis.anatomy.diagnostics.similarity import hsic

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import SHAPE, untrained
+from small_models import SHAPE, untrained
 
 from entasis.anatomy.substitutes import (
     changed_copy,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import SEQUENCE, Count, sentences, untrained
+from small_models import SEQUENCE, Count, sentences, untrained
 
 from entasis.anatomy import text as texts
 from entasis.anatomy.diagnostics import ablation
