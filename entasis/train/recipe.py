@@ -239,6 +239,11 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
         raise UserError(
             f"recipe: checkpoint.keep_last is {recipe.checkpoint.keep_last}; it must be at least 1"
         )
+    if recipe.parallel.shard is not None and (recipe.parallel.kind != "hsdp" or recipe.parallel.shard < 1):
+        raise UserError(
+            f"recipe: parallel.shard is {recipe.parallel.shard} under parallel.kind {recipe.parallel.kind}; "
+            "it is a number of processes from 1, and only for hsdp"
+        )
     if recipe.activation_memory is not None:
         recipe.activation_memory = size(recipe.activation_memory, "activation_memory")
     _resolve_stages(recipe)

@@ -85,6 +85,12 @@ def test_a_run_goes_on_under_another_kind(recipe, tmp_path):
         run_folder.open_run(recipe(seed=1), tmp_path, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("how", [{"kind": "fsdp", "shard": 2}, {"kind": "hsdp", "shard": 0}])
+def test_a_shard_that_means_nothing_is_refused(recipe, tmp_path, how):
+    with pytest.raises(UserError, match=r"parallel\.shard is [02] under parallel\.kind"):
+        train(recipe(parallel=how), tmp_path)
+
+
 def test_groups_that_do_not_divide_the_processes_are_refused(monkeypatch):
     monkeypatch.setattr(parallel, "world", lambda: 8)
     with pytest.raises(UserError, match=r"parallel\.shard is 3, but 8 processes"):
