@@ -1,0 +1,65 @@
+"""A study under all three protocols with a learning-rate sweep, trained for real."""
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from entasis.study import conduct, definition
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
+
+
+def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("argparse", "ast", "difflib", "inspect", "tarfile", "typing"):
+        shutil.copy(Path(os.__file__).with_name(f"{name}.py"), text)
+    study = definition.from_dict(
+        {
+            "base": {
+                "shape": {"profile": "isotropic", "layers": 4, "d_model": 32, "head_dim": 8, "budget": "90k",
+                          "vocabulary": 512, "tied_embeddings": True, "context": 32},
+                "data": {"train": "corpora/code/train", "validation": "corpora/code/validation", "sequence": 32},
+                "tokens": 4096,
+                "batch": {"tokens": 256},
+                "optimizer": {"lr": 5e-3},
+                "logging": {"tensorboard": False},
+                "precision": "fp32",
+            },
+            "corpora": {"code": {"sources": [str(text)], "train_tokenizer": 512, "validation": 0.3}},
+            # More layers, more attention: more FLOPs for the same parameters.
+            "arms": {"plain": {}, "deep": {"shape.layers": 8}},
+            "tolerance": "5%",
+            "seeds": 1,
+            "threads": 1,
+            "protocols": ["params", "flops", "time"],
+            "sweep": {"multipliers": [0.1, 1], "changes": {"tokens": 1024}},
+        },
+        name="s",
+    )  # fmt: skip
+    folder = tmp_path / "s"
+    verdict = conduct.run(study, folder, Console(file=io.StringIO(), width=160))
+    assert verdict["complete"] and set(verdict["protocols"]) == {"params", "flops", "time"}
+    results = {
+        str(p.parent.relative_to(folder)): json.loads(p.read_text()) for p in folder.rglob("result.json")
+    }
+    # The sweep: each arm at each rate, and the better rate of each in the main runs.
+    sweep = {k: v["validation"]["bits_per_byte"] for k, v in results.items() if k.startswith("sweep/")}
+    assert len(sweep) == 4
+    for arm in ("plain", "deep"):
+        best = min((0.1, 1.0), key=lambda m: sweep[f"sweep/{arm}/lr-{m:g}/seed-0"])
+        assert verdict["protocols"]["params"]["arms"][arm]["learning_rate_multiplier"] == best
+    flops = {arm: x["training_flops"] for arm, x in verdict["protocols"]["flops"]["arms"].items()}
+    batch = 256 * verdict["protocols"]["flops"]["arms"]["deep"]["flops_per_token"]
+    assert abs(flops["deep"] - flops["plain"]) <= batch / 2
+    tokens = {p: x["arms"]["deep"]["tokens"] for p, x in verdict["protocols"].items()}
+    assert tokens["params"] == 4096 and tokens["flops"] < 4096
+    speed = {arm: results[f"throughput/{arm}"]["tokens_per_second"] for arm in ("plain", "deep")}
+    assert tokens["time"] == max(1, round(4096 * speed["deep"] / speed["plain"] / 256)) * 256
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Learning rates" in page
