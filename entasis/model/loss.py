@@ -14,6 +14,10 @@ import torch.nn.functional as F
 
 LOGITS_AT_ONCE = 1 << 24
 """Elements of logits in memory at a time: 64 MB in fp32."""
+_IN_CACHE, _ROWS = 1 << 20, 128
+"""On a CPU: 4 MB of logits stay in its caches between one pass over them and the next, but fewer than 128 rows make
+poor matrix products. Measured a third faster than 64 MB at vocabularies of 8192 and 50304 (eager; compiled code makes
+fewer passes and would grow with the number of chunks)."""
 
 
 def summed_nll(
@@ -23,11 +27,16 @@ def summed_nll(
     targets_N: torch.Tensor,
     logit_scale: float = 1.0,
     *,
-    at_once: int = LOGITS_AT_ONCE,
+    at_once: int | None = None,
 ) -> torch.Tensor:
-    """Σ −log p(target) in nats as an fp32 scalar; targets of -100 do not count."""
-    rows = max(1, at_once // weight_VD.shape[0])
-    device = x_ND.device.type
+    """Σ −log p(target) in nats as an fp32 scalar; targets of -100 do not count.
+
+    `at_once` is how many elements of logits are made at a time; left out, what suits the device.
+    """
+    device, vocabulary = x_ND.device.type, weight_VD.shape[0]
+    rows = max(1, (at_once or LOGITS_AT_ONCE) // vocabulary)
+    if at_once is None and device == "cpu" and not torch.compiler.is_compiling():
+        rows = min(rows, max(_ROWS, _IN_CACHE // vocabulary))
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
     if len(x_ND) <= rows:
         logits_NV = F.linear(x_ND, weight_VD, bias_V).float() * logit_scale
