@@ -70,9 +70,13 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def attention(
-    device: torch.device, precision: str, shape: ModelShape, sequence: int
+    device: torch.device, precision: str, shape: ModelShape, sequence: int, *, compiled: bool
 ) -> Literal["sdpa", "plain"]:
-    """The faster way to compute the widest layer's attention, forward and backward; on CUDA always `sdpa`."""
+    """The faster way to compute the widest layer's attention, forward and backward; on CUDA always `sdpa`.
+
+    Measured as it will run: the compiler gains more on plain products than on the fused kernel. That takes half a
+    minute of compilation; eager measurements take less than a second.
+    """
     layer = max(shape.layers, key=lambda layer: layer.n_heads)
     if device.type == "cuda" or not layer.n_heads:
         return "sdpa"
@@ -80,10 +84,11 @@ def attention(
 
     def timed(implementation: str) -> float:
         module = Attention(shape, layer, implementation).to(device)
+        run = torch.compile(module, dynamic=False) if compiled else module
 
         def step() -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                module(x_BTD, None).sum().backward()
+                run(x_BTD, None).sum().backward()
 
         return seconds(step, device)
 

@@ -2,7 +2,8 @@
 
     torchrun --nproc 2 -m entasis train recipes/tiny.yaml --output runs/tiny
 
-Every rank holds the whole model, takes its slice of each batch and sums gradients with the others.
+Every rank takes its slice of each batch. It holds the whole model and sums gradients with the others, unless the recipe
+has the model shared out (`entasis.train.sharding`).
 """
 
 from __future__ import annotations

@@ -124,8 +124,6 @@ def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> Recipe:
         result.device = device.type
     if recipe.precision == "auto":
         result.precision = hardware.precision(device)
-    if recipe.attention == "auto":
-        result.attention = hardware.attention(device, result.precision, shape, recipe.data.sequence)
     if recipe.batch.micro == "auto":
         # On a CPU more than this falls out of its caches: a quarter slower at twice as many tokens.
         at_once = 32_768 if device.type == "cuda" else 4_096
@@ -139,6 +137,10 @@ def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> Recipe:
     elif recipe.compile and not hardware.has_compiler(device):
         raise UserError(
             "recipe: compile is true, but there is no C++ compiler (g++ or clang++); use compile=false"
+        )
+    if recipe.attention == "auto":
+        result.attention = hardware.attention(
+            device, result.precision, shape, recipe.data.sequence, compiled=bool(result.compile)
         )
     return result
 
