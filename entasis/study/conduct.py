@@ -21,7 +21,7 @@ from rich.console import Console
 
 from entasis.errors import Failure, UserError
 from entasis.report.page import write_text
-from entasis.study import execute, judgement, live, remote, results
+from entasis.study import downstream, execute, judgement, live, remote, results
 from entasis.study.definition import Study, changed, read
 from entasis.study.judgement import Verdict
 from entasis.study.plan import Arm, Findings, Plan, PlannedRun, lay_out, preparatory, solve
@@ -62,6 +62,9 @@ def run(
         _train(study, folder, prepared, console, "preparing: learning rates and throughput", pool)
         plan = _lay_out(study, folder, arms, prepared)
         _train(study, folder, plan.runs, console, study.title, pool)
+        if study.downstream:
+            found = results.outcomes(folder, plan.runs)
+            downstream.score(study.downstream, list(found.values()), console)
         verdict = judgement.judge(study, plan, folder)
         told = folder / "verdict.json"
         # JSON makes keys text, so what is compared is what would be written.
@@ -153,7 +156,10 @@ def _at_home(study: Study) -> Study:
         )
         for name, corpus in study.corpora.items()
     }
-    return dataclasses.replace(study, base={**base, "data": data}, corpora=corpora)
+    tasks = study.downstream
+    if tasks and tasks.include_path:
+        tasks = dataclasses.replace(tasks, include_path=str(Path(tasks.include_path).absolute()))
+    return dataclasses.replace(study, base={**base, "data": data}, corpora=corpora, downstream=tasks)
 
 
 def _prepare(study: Study, folder: Path, console: Console) -> None:

@@ -45,6 +45,17 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Downstream:
+    """lm-eval tasks that every finished run answers; see `entasis.study.downstream`."""
+
+    tasks: list[str]
+    include_path: str | None = None
+    """A folder with task definitions of one's own."""
+    limit: int | None = None
+    """At most so many questions of a task."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
     """A corpus that the study makes itself: arguments of `entasis data prepare`."""
 
@@ -86,6 +97,7 @@ class Study:
     threads: int | None = None
     """CPU threads of one run; as many runs go at once as there are such shares of the cores. Null is all."""
     corpora: dict[str, Corpus] = field(default_factory=dict)
+    downstream: Downstream | None = None
 
     def to_yaml(self) -> str:
         """What `study.yaml` in the study's folder holds; `read` reads it back."""
@@ -170,6 +182,7 @@ def from_dict(
     plain["seeds"] = _seeds(plain.get("seeds", 3), f"{where}: seeds")
     plain["protocols"] = _protocols(plain.get("protocols", ["params"]), where)
     plain["sweep"] = _sweep(plain.get("sweep"), where)
+    plain["downstream"] = _downstream(plain.get("downstream"), f"{where}: downstream")
     plain["corpora"] = _corpora(plain.get("corpora") or {}, where)
     for key, least in (("margin", 0.0), ("tolerance", 0.0), ("hours", 0.0), ("noise", 0.0)):
         if plain.get(key) is not None:
@@ -259,6 +272,15 @@ def _sweep(value: Any, where: str) -> Sweep | None:
         changes=dict(value.get("changes") or {}),
         seeds=_seeds(value.get("seeds", [0]), f"{where}: sweep.seeds"),
     )
+
+
+def _downstream(value: Any, where: str) -> Downstream | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not isinstance(value.get("tasks"), list) or not value["tasks"]:
+        raise UserError(f"{where} is {value!r}; give tasks: [names of lm-eval tasks]")
+    _check_keys(value, [f.name for f in dataclasses.fields(Downstream)], where)
+    return Downstream(**value)
 
 
 def _corpora(value: Any, where: str) -> dict[str, Corpus]:

@@ -12,7 +12,7 @@ import numpy as np
 from entasis.report import charts, silhouettes
 from entasis.report.page import Page, write_bytes, write_text
 from entasis.report.tables import Column, Table
-from entasis.study import judgement, results
+from entasis.study import downstream, judgement, results
 from entasis.study.definition import Study
 from entasis.study.judgement import Verdict
 from entasis.study.live import duration
@@ -41,6 +41,17 @@ def write(
         page.section(
             f"Cost: {EQUAL[protocol][0].lower()}{EQUAL[protocol][1:]}",
             *_cost(page, study, verdict, protocol, folder),
+        )
+    if study.downstream:
+        table = downstream.table(
+            plan.grid[study.protocols[0]], results.outcomes(folder, plan.runs), study.baseline
+        )
+        page.section(
+            "Downstream tasks",
+            page.table(_save(table, folder, "downstream")),
+            page.note(
+                "By lm-eval. Higher is better for acc, lower for perplexities; no part of the verdict."
+            ),
         )
     if study.sweep:
         page.section("Learning rates", *_sweep(page, study, prepared, folder))

@@ -105,8 +105,8 @@ def multipliers(
         return whole, {arm: (math.exp(m[arm]), math.nan, math.nan) for arm in others}
     without: dict[str, list[float]] = {arm: [] for arm in others}
     for s in range(seeds):
-        fewer = ({a: np.delete(x, s, axis=1) for a, x in part.items()} for part in (flops, scores))
-        left = fit(*fewer, near=whole)
+        costs, left_over = ({a: np.delete(x, s, axis=1) for a, x in part.items()} for part in (flops, scores))
+        left = fit(costs, left_over, near=whole)
         for arm in others:
             without[arm].append(math.log(left.multiplier(arm, baseline)))
     quantile = float(stats.t.ppf((1 + confidence) / 2, seeds - 1))

@@ -11,6 +11,19 @@ from rich.console import Console
 
 from entasis.study import conduct, definition
 
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+TASK = """
+task: two_ways
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
 
 
@@ -19,6 +32,13 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     text.mkdir()
     for name in ("argparse", "ast", "difflib", "inspect", "tarfile", "typing"):
         shutil.copy(Path(os.__file__).with_name(f"{name}.py"), text)
+    (tmp_path / "tasks").mkdir()
+    rows = [
+        {"text": f"import {m}\nclass", "choices": [" A:", " def"], "answer": i % 2}
+        for i, m in enumerate("abcdef")
+    ]
+    (tmp_path / "tasks/data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks/two.yaml").write_text(TASK % (tmp_path / "tasks/data.jsonl"))
     study = definition.from_dict(
         {
             "base": {
@@ -38,6 +58,7 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
             "seeds": 1,
             "threads": 1,
             "protocols": ["params", "flops", "time"],
+            "downstream": {"tasks": ["two_ways"], "include_path": str(tmp_path / "tasks")},
             "sweep": {"multipliers": [0.1, 1], "changes": {"tokens": 1024}},
         },
         name="s",
@@ -62,4 +83,6 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     speed = {arm: results[f"throughput/{arm}"]["tokens_per_second"] for arm in ("plain", "deep")}
     assert tokens["time"] == max(1, round(4096 * speed["deep"] / speed["plain"] / 256)) * 256
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "Learning rates" in page
+    assert "Learning rates" in page and "Downstream tasks" in page
+    told = (folder / "tables" / "downstream.csv").read_text()
+    assert "two_ways,acc,plain,0." in told and "two_ways,acc,deep,0." in told
