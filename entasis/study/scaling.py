@@ -61,10 +61,10 @@ def fit(flops: Scores, scores: Scores, near: Fit | None = None) -> Fit:
     middle = float(compute.mean())
     lowest = float(np.exp(observed.min()))
 
-    def predicted(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    def residuals(p: NDArray[np.float64]) -> NDArray[np.float64]:
         # Steps that try absurd exponents must not overflow.
         power = np.clip(p[2 + which] - np.exp(p[1]) * (compute - middle), -50, 50)
-        return np.log(np.exp(p[0]) + np.exp(power))
+        return np.log(np.exp(p[0]) + np.exp(power)) - observed
 
     if near:
         starts = [(near.floor, near.exponent)]
@@ -75,19 +75,18 @@ def fit(flops: Scores, scores: Scores, near: Fit | None = None) -> Fit:
         start = np.full(2 + len(arms), math.log(max(lowest - floor, 0.05 * lowest)))
         start[:2] = math.log(floor), math.log(exponent)
         found = least_squares(
-            lambda p: predicted(p) - observed, start, loss="huber", f_scale=_DELTA, x_scale="jac",
+            residuals, start, loss="huber", f_scale=_DELTA, x_scale="jac",
             ftol=1e-12, xtol=1e-12, gtol=1e-12, max_nfev=500,
         )  # fmt: skip
         if best is None or found.cost < best.cost:
             best = found
     assert best is not None
     exponent = float(np.exp(best.x[1]))
-    residuals = predicted(best.x) - observed
     return Fit(
         floor=float(np.exp(best.x[0])),
         exponent=exponent,
         log_scale={a: float(best.x[2 + i]) + exponent * middle for i, a in enumerate(arms)},
-        error=float(np.sqrt((residuals**2).mean())),
+        error=float(np.sqrt((residuals(best.x) ** 2).mean())),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -238,13 +239,13 @@ class _Walk:
                 x = x.detach().requires_grad_(x.requires_grad)
                 inputs[name] = x
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    times[name, "forward"], x = self.timed(lambda part=part, x=x: part(x))
+                    times[name, "forward"], x = self.timed(functools.partial(part, x))
                 outputs[name] = x
-            grad = torch.full_like(x, 1 / self.tokens_BT.numel())
+            grad: torch.Tensor | None = torch.full_like(x, 1 / self.tokens_BT.numel())
             for name in reversed(self.parts):
                 y, dy = outputs.pop(name), grad
                 if y.requires_grad:
-                    times[name, "backward"], _ = self.timed(lambda y=y, dy=dy: y.backward(dy))
+                    times[name, "backward"], _ = self.timed(functools.partial(y.backward, dy))
                 else:
                     times[name, "backward"] = 0.0
                 grad = inputs.pop(name).grad
