@@ -16,8 +16,8 @@ LOGITS_AT_ONCE = 1 << 24
 """Elements of logits in memory at a time: 64 MB in fp32."""
 _IN_CACHE, _ROWS = 1 << 20, 128
 """On a CPU: 4 MB of logits stay in its caches between one pass over them and the next, but fewer than 128 rows make
-poor matrix products. Measured a third faster than 64 MB at vocabularies of 8192 and 50304 (eager; compiled code makes
-fewer passes and would grow with the number of chunks)."""
+poor matrix products. Measured 0.7 and 0.8 of the time of 64 MB at vocabularies of 8192 and 50304
+(benchmarks/chunks.py; eager: compiled code makes fewer passes and would grow with the number of chunks)."""
 
 
 def summed_nll(
