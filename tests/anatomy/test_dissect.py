@@ -114,7 +114,7 @@ def test_the_command_and_its_page(folder: Path, tmp_path: Path, capsys: pytest.C
     assert answer["layers"] == 5 and len(answer["values"]) > 100
     assert cli.main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["values"] == answer["values"]
-    for width in (1100, 500):
+    for width in (1100, 390):
         dom = browser.dom(out / "report.html", tmp_path, width=width)
         assert 'data-drawn="failed"' not in dom and dom.count('data-drawn="yes"') == 5
         assert 'data-overflow="0"' in dom

@@ -18,6 +18,15 @@ addEventListener("load", () => setInterval(() => {
 }, 50));
 </script>"""
 
+NARROWEST = 500
+"""Pixels: Chromium's windows are no narrower, so a phone is a frame, whose page takes the window's place at the end."""
+FRAME = """<body style="margin:0"><iframe style="border:0" width="%d" height="900" src="%s"></iframe><script>
+setTimeout(() => {
+  const inside = document.querySelector("iframe").contentDocument.documentElement;
+  document.replaceChild(document.importNode(inside, true), document.documentElement);
+}, 6000);
+</script></body>"""
+
 
 def find() -> str:
     """The browser's path; skips the test with the reason where there is none."""
@@ -39,11 +48,16 @@ def dom(page: Path, folder: Path, *, width: int = 1100, theme: str = "light", cl
     # The last one: the scripts' own text holds others.
     before, _, after = page.read_text(encoding="utf-8").rpartition("</body>")
     copy.write_text(before + PROBE + (press if click else "") + "</body>" + after, encoding="utf-8")
+    shown = copy
+    if width < NARROWEST:
+        shown = copy.with_name(f"phone-{copy.name}")
+        shown.write_text(FRAME % (width, f"{copy.name}#{theme}"), encoding="utf-8")
     command = [
         chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-        f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=8000",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", f"{copy.as_uri()}#{theme}",
+        f"--user-data-dir={folder / 'profile'}", f"--window-size={max(width, NARROWEST)},900", "--virtual-time-budget=8000",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--allow-file-access-from-files",
+        "--dump-dom", f"{shown.as_uri()}#{theme}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -64,7 +64,7 @@ def test_text_is_escaped(page: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "theme", "background"), [
-    (1100, "light", "rgb(255, 255, 255)"), (1100, "dark", "rgb(22, 21, 20)"), (500, "light", "rgb(255, 255, 255)")
+    (1100, "light", "rgb(255, 255, 255)"), (1100, "dark", "rgb(22, 21, 20)"), (390, "light", "rgb(255, 255, 255)")
 ])  # fmt: skip
 def test_a_browser_draws_every_chart(
     page: Path, tmp_path: Path, width: int, theme: str, background: str

@@ -114,7 +114,7 @@ def test_charts_and_tables_are_files_too(finished: tuple[Path, dict[str, Any], s
     assert (folder / "tables" / "results-params.csv").read_text().count("\n") == 4
 
 
-@pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (500, "dark")])
+@pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (390, "dark")])
 def test_the_report_in_a_browser(
     finished: tuple[Path, dict[str, Any], str], tmp_path: Path, width: int, theme: str
 ) -> None:
