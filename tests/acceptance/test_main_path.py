@@ -128,7 +128,7 @@ def test_a_trained_model_is_scored_continued_and_exported(place):
         (["train", "{recipe}", "data.train=nowhere", "--output", "x"], "no corpus here"),
         (["train", "{recipe}", "seed=3", "--output", "{run}"], "seed"),
         (["shape", "crown-paper/crwon-18"], "did you mean"),
-        (["generate", "nowhere", "--prompt", "x"], "no shape.json"),
+        (["generate", "nowhere", "--prompt", "x"], "no model here"),
         (["evaluate", "nowhere", "--text", "x"], "no model here"),
         (["export", "{run}", "--to", "onnx", "--output", "x"], "choose one of"),
         (["study", "run", "quikstart"], "quickstart"),
