@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from entasis.anatomy.subject import Subject
 from entasis.anatomy.text import Batch
+from entasis.evaluate.bits_per_byte import head_nll
 from entasis.model.transformer import Transformer
-
-_LOGITS_AT_ONCE = 1 << 24
 
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
 Replacement = Callable[[torch.Tensor, Rotation], torch.Tensor]
@@ -46,15 +44,10 @@ def climb(model: Transformer, batch: Batch) -> Iterator[tuple[int, torch.Tensor,
 @torch.no_grad()
 def document_nll(model: Transformer, x_BTD: torch.Tensor, batch: Batch, documents: int) -> np.ndarray:
     """float64 [documents]: nats that the head, reading this stream after its norm, needs for the batch's targets."""
-    rows = max(1, _LOGITS_AT_ONCE // model.shape.vocabulary)
     targets_N = batch.targets_BT.flatten()
-    parts = [
-        F.cross_entropy(model.head_logits(x_nD).float(), targets_n, reduction="none", ignore_index=-100)
-        for x_nD, targets_n in zip(
-            model.norm(x_BTD).flatten(0, 1).split(rows), targets_N.split(rows), strict=True
-        )
-    ]
-    nll_N = torch.cat(parts)[targets_N != -100].double().cpu().numpy()
+    nll_N = (
+        head_nll(model, model.norm(x_BTD).flatten(0, 1), targets_N)[targets_N != -100].double().cpu().numpy()
+    )
     return np.bincount(batch.owner_N, weights=nll_N, minlength=documents)
 
 

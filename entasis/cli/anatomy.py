@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from entasis.shape.shapes import ModelShape
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

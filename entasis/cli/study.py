@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from entasis.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from entasis.report.tables import Table
     from entasis.study.definition import Study
     from entasis.study.judgement import Verdict
 
@@ -137,20 +138,17 @@ def _plan(args: argparse.Namespace, console: Console) -> int:
 def _compare(args: argparse.Namespace, console: Console) -> int:
     from entasis.study import side_by_side
 
-    rows, table, notes = side_by_side.compare(*args.folders)
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return 0
-    console.print(table.rich())
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
-    return 0
+    return _tell(*side_by_side.compare(*args.folders), args, console)
 
 
 def _scale(args: argparse.Namespace, console: Console) -> int:
     from entasis.study import scaling
 
-    plain, table, notes = scaling.scale(args.folders)
+    return _tell(*scaling.scale(args.folders), args, console)
+
+
+def _tell(plain: Any, table: Table, notes: list[str], args: argparse.Namespace, console: Console) -> int:
+    """A finished comparison: as JSON, or as its table with remarks."""
     if args.json:
         print(json.dumps(plain, indent=1))
         return 0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from entasis.data.corpus import INDEX, TOKENIZER, Corpus
-from entasis.data.prepare import write_json
+from entasis.data.prepare import totals, write_json
 from entasis.data.shards import write_shard
 from entasis.errors import UserError
 
@@ -72,13 +72,4 @@ def spoil(source: str | Path, output: str | Path, name: str) -> dict[str, Any]:
         "danger": name,
     }
     write_json(output / INDEX, index)
-    spoilt = Corpus(output)
-    return {
-        "output": str(output),
-        "danger": name,
-        "documents": spoilt.documents,
-        "tokens": spoilt.tokens,
-        "bytes": spoilt.bytes,
-        "shards": len(spoilt.shards),
-        "fingerprint": spoilt.fingerprint,
-    }
+    return {"output": str(output), "danger": name, **totals(output)}

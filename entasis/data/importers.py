@@ -16,8 +16,8 @@ import numpy as np
 
 from entasis.data import doctor
 from entasis.data import tokenizer as tokenizers
-from entasis.data.corpus import INDEX, TOKENIZER, Corpus
-from entasis.data.prepare import SHARD_TOKENS, Progress, write_json
+from entasis.data.corpus import INDEX, TOKENIZER
+from entasis.data.prepare import SHARD_TOKENS, Progress, totals, write_json
 from entasis.data.shards import sync_and_rename, write_shard
 from entasis.errors import UserError
 
@@ -92,16 +92,7 @@ def import_tokens(
         "end_of_text": chosen.end_of_text,
     }
     write_json(output / INDEX, index)
-    corpus = Corpus(output)
-    return {
-        "output": str(output),
-        "format": format,
-        "documents": corpus.documents,
-        "tokens": corpus.tokens,
-        "bytes": corpus.bytes,
-        "shards": len(corpus.shards),
-        "fingerprint": corpus.fingerprint,
-    }
+    return {"output": str(output), "format": format, **totals(output)}
 
 
 def _documents(ids: np.ndarray, end: int | None) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 
 from entasis.data import split
 from entasis.data import tokenizer as tokenizers
-from entasis.data.corpus import INDEX, TOKENIZER
+from entasis.data.corpus import INDEX, TOKENIZER, Corpus
 from entasis.data.shards import sync_and_rename, write_shard
 from entasis.data.sources import Document, documents
 from entasis.errors import UserError
@@ -91,7 +91,7 @@ def prepare(
         "source_documents": len(sides),
         "skipped_documents": int((sides == _SKIPPED).sum()),
         "seconds": time.perf_counter() - started,
-        **{name: _totals(output / name) for name in SIDES if (output / name / INDEX).is_file()},
+        **{name: totals(output / name) for name in SIDES if (output / name / INDEX).is_file()},
     }
     write_json(done, result)
     shutil.rmtree(work, ignore_errors=True)
@@ -326,9 +326,8 @@ def _ahead(
         yield pending.popleft().result()
 
 
-def _totals(folder: Path) -> dict[str, Any]:
-    from entasis.data.corpus import Corpus
-
+def totals(folder: Path) -> dict[str, Any]:
+    """What a corpus holds, for JSON."""
     corpus = Corpus(folder)
     return {
         "documents": corpus.documents,

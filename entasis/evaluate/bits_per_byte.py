@@ -142,18 +142,25 @@ def _token_nll(
     ids_BT: torch.Tensor | None,
     autocast: torch.dtype | None,
 ) -> np.ndarray:
-    """float64 [B·T]: nats of each target. Logits are made for some tokens at a time, the loss in fp32."""
+    """float64 [B·T]: nats of each target."""
     with torch.autocast(
         tokens_BT.device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None
     ):
         x_ND = model.hidden(tokens_BT, document_ids_BT=ids_BT).flatten(0, 1)
-        targets_N = targets_BT.flatten()
-        rows = max(1, _LOGITS_AT_ONCE // model.shape.vocabulary)
-        parts = [
-            F.cross_entropy(model.head_logits(x).float(), t, reduction="none")
-            for x, t in zip(x_ND.split(rows), targets_N.split(rows), strict=True)
-        ]
-    return torch.cat(parts).double().cpu().numpy()
+        return head_nll(model, x_ND, targets_BT.flatten()).double().cpu().numpy()
+
+
+def head_nll(model: Transformer, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """fp32 [N]: nats of each target, 0 where it is -100; `x_ND` is what the head reads, after the final norm.
+
+    Logits are made for some tokens at a time.
+    """
+    rows = max(1, _LOGITS_AT_ONCE // model.shape.vocabulary)
+    parts = [
+        F.cross_entropy(model.head_logits(x_nD).float(), targets_n, reduction="none")
+        for x_nD, targets_n in zip(x_ND.split(rows), targets_N.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def interval(

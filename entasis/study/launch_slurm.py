@@ -30,9 +30,7 @@ class _Job:
             return None
         try:
             return "value", self.job.result()
-        except submitit.core.utils.FailedJobError as error:
-            return "lost", " ".join(str(error).split())[:200]
-        except submitit.core.utils.UncompletedJobError as error:
+        except submitit.core.utils.UncompletedJobError as error:  # a failed job's error is one of these
             return "lost", " ".join(str(error).split())[:200]
 
     def cancel(self) -> None:

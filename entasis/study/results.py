@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from entasis.errors import UserError
 from entasis.study.definition import Study
 from entasis.study.execute import failure_note
 from entasis.study.plan import Findings, Plan, PlannedRun
@@ -99,6 +100,15 @@ def paired(
 def seeds_of(plan: Plan) -> list[int]:
     """All seeds of the main grid."""
     return sorted({run.seed for run in plan.runs})
+
+
+def verdict_of(folder: Path) -> dict[str, Any]:
+    """A study's `verdict.json`. Raises `UserError` where there is none."""
+    path = folder / "verdict.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: has no verdict.json; run `entasis study report {folder}` first")
+    verdict: dict[str, Any] = json_of(path)
+    return verdict
 
 
 def json_of(path: Path) -> Any:

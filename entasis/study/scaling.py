@@ -126,7 +126,7 @@ def scale(folders: Sequence[Path]) -> tuple[dict[str, Any], Table, list[str]]:
         raise UserError(
             f"a scaling fit needs at least {LEAST} studies of different budgets, not {len(folders)}"
         )
-    verdicts = [results.json_of(_there(folder / "verdict.json")) for folder in folders]
+    verdicts = [results.verdict_of(folder) for folder in folders]
     baselines = {v["baseline"] for v in verdicts}
     if len(baselines) > 1:
         raise UserError(f"the studies have different baselines: {', '.join(sorted(baselines))}")
@@ -193,12 +193,6 @@ def _says(arm: str, m: float, low: float, high: float, baseline: str) -> str:
         more = "less" if m > 1 else "more"
         return f"{arm} needs {more} compute than {baseline} for the same score: m = {m:.3f} ({low:.3f} … {high:.3f})."
     return f"{arm}: no difference in compute detected, m = {m:.3f} ({low:.3f} … {high:.3f})."
-
-
-def _there(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"{path.parent}: has no {path.name}; run `entasis study report {path.parent}` first")
-    return path
 
 
 def _same_text(folders: Sequence[Path]) -> None:

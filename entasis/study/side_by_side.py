@@ -18,7 +18,7 @@ def compare(a: Path, b: Path) -> tuple[list[dict[str, Any]], Table, list[str]]:
     Raises `UserError` for studies without a verdict, or evaluated on texts of different length.
     """
     names = [a.name, b.name] if a.name != b.name else [str(a), str(b)]
-    verdicts = [_verdict(folder) for folder in (a, b)]
+    verdicts = [results.verdict_of(folder) for folder in (a, b)]
     finished = [_finished(folder, verdict) for folder, verdict in zip((a, b), verdicts, strict=True)]
     first = [next(iter(f.values()))[0] for f in finished]
     sizes = [(r["validation"]["bytes"], r["validation"]["documents"]) for r in first]
@@ -59,14 +59,6 @@ def compare(a: Path, b: Path) -> tuple[list[dict[str, Any]], Table, list[str]]:
             "The tokenizers differ, so perplexities are not shown: they are per token and do not compare."
         )
     return rows, Table(columns, rows), notes
-
-
-def _verdict(folder: Path) -> dict[str, Any]:
-    path = folder / "verdict.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: has no verdict.json; run `entasis study report {folder}` first")
-    verdict: dict[str, Any] = results.json_of(path)
-    return verdict
 
 
 def _finished(folder: Path, verdict: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -70,16 +70,16 @@ def open_run(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool
 def check_data(recipe: Recipe) -> Corpus:
     """Opens and examines both corpora; returns the one to train on. Raises `UserError`."""
     corpus = Corpus(recipe.data.train)
-    paths = [recipe.data.train]
+    corpora = {recipe.data.train: corpus}
     if recipe.data.validation is not None:
-        paths.append(recipe.data.validation)
-        if Corpus(recipe.data.validation).tokenizer_hash != corpus.tokenizer_hash:
+        held_out = corpora[recipe.data.validation] = Corpus(recipe.data.validation)
+        if held_out.tokenizer_hash != corpus.tokenizer_hash:
             raise UserError(
                 f"data: {recipe.data.validation} was made with another tokenizer than {recipe.data.train}; "
                 "prepare both with the same tokenizer.json"
             )
-    for path in paths:
-        if danger := Corpus(path).danger:
+    for path, opened in corpora.items():
+        if danger := opened.danger:
             if recipe.data.dangerous:
                 continue
             raise UserError(

@@ -105,12 +105,17 @@ def _recover(
     targets_BT, held_targets_BT = _pack(train)[1], _pack(held)[1]
     model = subject.model
     block = copy.deepcopy(model.blocks[layer])
-    clean = _held_loss(model, block, layer, held_BTD, held_targets_BT, rotation)
+
+    @torch.no_grad()
+    def held_loss() -> float:
+        return float(_loss(model, block, layer, held_BTD, held_targets_BT, rotation))
+
+    clean = held_loss()
     for name, p in block.named_parameters():
         if p.ndim == 2:
             p.data += NOISE * noise_like(p.data, subject.generator("recovery", layer, seed, name))
     block.requires_grad_(True)
-    gap = _held_loss(model, block, layer, held_BTD, held_targets_BT, rotation) - clean
+    gap = held_loss() - clean
     if gap < SMALLEST_GAP:
         return 0, gap
     optimizer = torch.optim.AdamW(block.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
@@ -122,22 +127,10 @@ def _recover(
         optimizer.step()
         optimizer.zero_grad()
         if step % EVERY == 0:
-            left = _held_loss(model, block, layer, held_BTD, held_targets_BT, rotation) - clean
+            left = held_loss() - clean
             if left <= (1 - RECOVERED) * gap:
                 return step, gap
     return STEPS, gap
-
-
-@torch.no_grad()
-def _held_loss(
-    model: Transformer,
-    block: nn.Module,
-    layer: int,
-    x_BTD: torch.Tensor,
-    targets_BT: torch.Tensor,
-    rotation: Rotation,
-) -> float:
-    return float(_loss(model, block, layer, x_BTD, targets_BT, rotation))
 
 
 def _loss(
