@@ -16,8 +16,8 @@ LOGITS_AT_ONCE = 1 << 24
 """Elements of logits in memory at a time: 64 MB in fp32."""
 _IN_CACHE, _ROWS = 1 << 20, 128
 """On a CPU: 4 MB of logits stay in its caches between one pass over them and the next, but fewer than 128 rows make
-poor matrix products. Measured 0.7 and 0.8 of the time of 64 MB at vocabularies of 8192 and 50304
-(benchmarks/chunks.py; eager: compiled code makes fewer passes and would grow with the number of chunks)."""
+poor matrix products. Measured 0.55 and 0.9 of the time of 64 MB at vocabularies of 8192 and 50304
+(benchmarks/chunks.py)."""
 
 
 def summed_nll(
@@ -35,7 +35,7 @@ def summed_nll(
     """
     device, vocabulary = x_ND.device.type, weight_VD.shape[0]
     rows = max(1, (at_once or LOGITS_AT_ONCE) // vocabulary)
-    if at_once is None and device == "cpu" and not torch.compiler.is_compiling():
+    if at_once is None and device == "cpu":
         rows = min(rows, max(_ROWS, _IN_CACHE // vocabulary))
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
     if len(x_ND) <= rows:
@@ -59,37 +59,84 @@ class _ChunkedNLL(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         wanted = any(ctx.needs_input_grad[:3])
-        w_VD = weight_VD.to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        dx_ND = torch.empty_like(x_ND) if wanted else None
-        dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None
-        db_V = torch.zeros_like(bias_V, dtype=torch.float32) if wanted and bias_V is not None else None
+        # On a CPU the chunks are one opaque operator: compiled, their many small steps would be taken apart and would
+        # leave the caches, and compiling would take the longer the more chunks there are.
+        by_chunks = _opaque if x_ND.device.type == "cpu" else _by_chunks
         with torch.autocast(x_ND.device.type, enabled=False):
-            for i in range(0, len(x_ND), rows):
-                x_nD, targets_n = x_ND[i : i + rows].to(dtype), targets_N[i : i + rows]
-                logits_nV = (x_nD @ w_VD.T).float()
-                if bias_V is not None:
-                    logits_nV = logits_nV + bias_V.float()
-                logits_nV = logits_nV * logit_scale
-                log_z_n = logits_nV.logsumexp(-1)
-                counts_n = targets_n != -100
-                index_n1 = targets_n.clamp(min=0)[:, None]
-                nll_n = log_z_n - logits_nV.gather(1, index_n1)[:, 0]
-                total = total + torch.where(counts_n, nll_n, 0.0).sum()
-                if dx_ND is not None and dw_VD is not None:
-                    d_nV = (logits_nV - log_z_n[:, None]).exp()
-                    d_nV = d_nV.scatter_add(1, index_n1, torch.full_like(index_n1, -1, dtype=d_nV.dtype))
-                    d_nV = d_nV * (counts_n[:, None] * logit_scale)
-                    if db_V is not None:
-                        db_V += d_nV.sum(0)
-                    d_nV = d_nV.to(dtype)
-                    dx_ND[i : i + rows] = d_nV @ w_VD
-                    dw_VD += (d_nV.T @ x_nD).float()
-        ctx.save_for_backward(dx_ND, None if dw_VD is None else dw_VD.to(weight_VD.dtype), db_V)
+            total, *gradients = by_chunks(
+                x_ND, weight_VD, bias_V, targets_N, logit_scale, rows, dtype, wanted
+            )
+        ctx.save_for_backward(*gradients)
+        ctx.biased = bias_V is not None
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx_ND, dw_VD, db_V = ctx.saved_tensors
-        scaled = [None if d is None else d * grads[0].to(d.dtype) for d in (dx_ND, dw_VD, db_V)]
-        return *scaled, None, None, None, None
+        dx_ND, dw_VD, *db = [d * grads[0].to(d.dtype) for d in ctx.saved_tensors]
+        return dx_ND, dw_VD, db[0] if ctx.biased else None, None, None, None, None
+
+
+def _by_chunks(
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    logit_scale: float,
+    rows: int,
+    dtype: torch.dtype,
+    wanted: bool,
+) -> list[torch.Tensor]:
+    """The loss and, where `wanted`, its gradients by x, weight and (if there is one) bias; products in `dtype`."""
+    w_VD = weight_VD.to(dtype)
+    total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+    dx_ND = torch.empty_like(x_ND)
+    dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+    db_V = torch.zeros(len(weight_VD), dtype=torch.float32, device=x_ND.device)
+    for i in range(0, len(x_ND), rows):
+        x_nD, targets_n = x_ND[i : i + rows].to(dtype), targets_N[i : i + rows]
+        logits_nV = (x_nD @ w_VD.T).float()
+        if bias_V is not None:
+            logits_nV = logits_nV + bias_V.float()
+        if logit_scale != 1.0:
+            logits_nV = logits_nV * logit_scale
+        p_nV = logits_nV.softmax(-1)
+        # log Σ exp, from the largest logit and its probability: one pass with exponentials does for loss and gradient.
+        log_z_n1 = logits_nV.amax(-1, keepdim=True) - p_nV.amax(-1, keepdim=True).log()
+        # What does not count is left out of the narrow factors of each product, not of the wide one.
+        counts_n1 = (targets_n != -100)[:, None].to(dtype)
+        index_n1 = targets_n.clamp(min=0)[:, None]
+        total = total + ((log_z_n1 - logits_nV.gather(1, index_n1)) * counts_n1.float()).sum()
+        if not wanted:
+            continue
+        d_nV = p_nV.scatter_add_(1, index_n1, torch.full_like(index_n1, -1, dtype=p_nV.dtype))
+        if bias_V is not None:
+            db_V += (d_nV * counts_n1.float()).sum(0)
+        d_nV = d_nV.to(dtype)
+        dx_ND[i : i + rows] = (d_nV @ w_VD) * counts_n1
+        x_nD = x_nD * counts_n1
+        if dtype == torch.float32:
+            dw_VD.addmm_(d_nV.T, x_nD)
+        else:
+            dw_VD += d_nV.T @ x_nD
+    gradients = [dx_ND, dw_VD.to(weight_VD.dtype)] + ([] if bias_V is None else [db_V.to(bias_V.dtype)])
+    if logit_scale != 1.0:
+        gradients = [d * logit_scale for d in gradients]
+    return [total, *gradients] if wanted else [total]
+
+
+_opaque = torch.library.custom_op("entasis::chunked_nll", _by_chunks, mutates_args=())
+
+
+@_opaque.register_fake
+def _(
+    x_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    logit_scale: float,
+    rows: int,
+    dtype: torch.dtype,
+    wanted: bool,
+) -> list[torch.Tensor]:
+    gradients = [x_ND, weight_VD] + ([] if bias_V is None else [bias_V])
+    return [x_ND.new_empty((), dtype=torch.float32), *(torch.empty_like(g) for g in gradients if wanted)]

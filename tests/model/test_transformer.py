@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from entasis.errors import UserError
 from entasis.evaluate.generation import Sampling, choose, generate
-from entasis.model import parametrisation, weights
+from entasis.model import loss, parametrisation, weights
 from entasis.model.cache import KVCache
 from entasis.model.initialisation import initialise
 from entasis.model.loss import summed_nll
@@ -127,9 +127,38 @@ def test_the_loss_in_bf16_is_summed_in_fp32():
     exact = F.cross_entropy(x @ w.T, targets, reduction="sum")
     with torch.autocast("cpu", torch.bfloat16):
         for at_once in (1 << 30, 50_000):
-            loss = summed_nll(x, w, None, targets, at_once=at_once)
-            assert loss.dtype == torch.float32
-            torch.testing.assert_close(loss, exact, rtol=1e-4, atol=0)
+            found = summed_nll(x, w, None, targets, at_once=at_once)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_chunks_are_the_same_as_an_operator_and_as_traced_code(bias, wanted):
+    """On a CPU they are an operator that compiled code calls, elsewhere the compiler sees into them."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(20, 8), torch.randn(30, 8), torch.randn(30) if bias else None
+    targets = torch.randint(0, 30, (20,))
+    targets[3] = -100
+    args = (x, w, b, targets, 0.3, 6, torch.float32, wanted)
+    torch.library.opcheck(loss._opaque, args)
+    expected = loss._by_chunks(*args)
+    assert len(expected) == 1 + (2 + bias) * wanted
+    torch.testing.assert_close(loss._opaque(*args), expected)
+    torch.testing.assert_close(torch.compile(loss._by_chunks, fullgraph=True)(*args), expected)
+
+
+def test_the_gradients_in_bf16_are_as_exact_as_bf16_whatever_the_scale():
+    torch.manual_seed(0)
+    x, w = torch.randn(4096, 32, requires_grad=True), (torch.randn(500, 32) / 6).requires_grad_()
+    targets = torch.randint(0, 500, (4096,))
+    exact = torch.autograd.grad(F.cross_entropy(x @ w.T * 0.3, targets, reduction="sum"), [x, w])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(summed_nll(x, w, None, targets, 0.3, at_once=50_000), [x, w])
+    for a, b in zip(found, exact, strict=True):
+        # Along the exact gradient rounding averages out; a scale rounded to bf16 would be off by 2e-3.
+        assert abs(float((a * b).sum() / b.square().sum()) - 1) < 3e-4
+        assert float((a - b).norm() / b.norm()) < 0.01
 
 
 def test_the_same_name_and_shape_starts_from_the_same_values():
