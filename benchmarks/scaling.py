@@ -4,8 +4,8 @@
 
 Prints the tables of docs/scaling.md as Markdown. Nothing here is measured but what is handed in: `--achieved`, the
 matmul TFLOP/s that one GPU makes of a step (`entasis bench` and benchmarks/gpu.py measure it: MFU times ceiling).
-What crosses between GPUs is what the code sends: `ddp` sums fp32 gradients after the backward pass; `fsdp` and
-`hsdp` gather each block's bf16 parameters twice for a micro-batch, while the block before it computes, and scatter
+What crosses between GPUs is what the code sends: `ddp` sums fp32 gradients while the last micro-batch's backward pass
+runs, each as soon as it is whole; `fsdp` and `hsdp` gather each block's bf16 parameters twice for a micro-batch, while the block before it computes, and scatter
 fp32 gradients; `hsdp` sums its shares between machines in the last backward pass. Embedding, final norm and head
 are gathered and scattered in fp32, and nothing hides them.
 """
@@ -64,16 +64,23 @@ def step(shape: ModelShape, kind: str, gpus: int, tokens: int, micro: int, achie
     optimizer = (
         28 * parameters / shards / HBM
     )  # reads weight, gradient, two moments; writes all but the gradient
-    if kind == "ddp":
-        inside, between = reduce_all(4 * parameters, machines)
-        return Step(compute, optimizer, inside + between, bound(inside, between), 16 * parameters + kept)
     sizes = [cost.layer_parameters(shape, i) for i in layers]
+    times = [micro * cost.layer_flops_per_token(shape, i, SEQUENCE) / achieved / 3 for i in layers]
+    tables = parameters - sum(sizes)
+    if kind == "ddp":
+        exposed, behind = [], 2 * sum(times[:-1])
+        # A tied table and the first layer are done last, an untied head first; the rest leaves behind the layers' work.
+        late = sizes[0] + (tables if shape.tied_embeddings else tables / 2)
+        for last, all_of in zip(
+            reduce_all(4 * late, machines), reduce_all(4 * parameters, machines), strict=True
+        ):
+            exposed.append(last + max(0.0, all_of - last - behind))
+        inside, between = exposed
+        return Step(compute, optimizer, inside + between, bound(inside, between), 16 * parameters + kept)
     across = machines if kind == "fsdp" else 1
     gathers = [gather(2 * size, across) for size in sizes]
     scatters = [gather(4 * size, across) for size in sizes]
-    times = [micro * cost.layer_flops_per_token(shape, i, SEQUENCE) / achieved / 3 for i in layers]
     # Tables and final norm are gathered in fp32 before the first block, and their gradients leave last.
-    tables = parameters - sum(sizes)
     ends = 2 * gather(4 * tables, across)
     # Forward: the next block's parameters come while this one computes (a third of its time).
     waits = gathers[0] + sum(max(0.0, gathers[j] - times[i]) for i, j in pairwise(layers))

@@ -95,10 +95,12 @@ class Transformer(nn.Module):
         document_ids_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Summed negative log-likelihood in nats, fp32; targets of -100 do not count."""
-        x_ND = self.hidden(tokens_BT, document_ids_BT=document_ids_BT).flatten(0, 1)
-        return summed_nll(
-            x_ND, self.head_weight, self.head.bias, targets_BT.flatten(), self.shape.logit_scale
-        )
+        return self.head_loss(self.hidden(tokens_BT, document_ids_BT=document_ids_BT), targets_BT)
+
+    def head_loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """`loss` from what `hidden` gives."""
+        scale, targets_N = self.shape.logit_scale, targets_BT.flatten()
+        return summed_nll(x_BTD.flatten(0, 1), self.head_weight, self.head.bias, targets_N, scale)
 
 
 def attention_mask(

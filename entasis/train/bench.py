@@ -29,7 +29,6 @@ from entasis.data.corpus import Corpus
 from entasis.data.windows import Windows
 from entasis.errors import UserError
 from entasis.model.initialisation import initialise
-from entasis.model.loss import summed_nll
 from entasis.model.transformer import Transformer, attention_mask
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
@@ -210,9 +209,7 @@ class _Walk:
             return lambda x_BTD: b(x_BTD, rotation, mask_BTS=mask_BTS)
 
         def head(x_BTD: torch.Tensor) -> torch.Tensor:
-            x_ND = model.norm(x_BTD).flatten(0, 1)
-            scale = model.shape.logit_scale
-            return summed_nll(x_ND, model.head_weight, model.head.bias, targets_BT.flatten(), scale)
+            return model.head_loss(model.norm(x_BTD), targets_BT)
 
         self.tokens_BT = tokens_BT
         self.parts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"embedding": model.embed}

@@ -164,6 +164,7 @@ class _Loop:
         assert plan is not None, "the recipe is resolved"
         loss_of = compiled(self.model) if recipe.compile else self.model.loss
         learning = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else learning)
         supply = batches(
             self.windows,
             self.order,
@@ -179,7 +180,7 @@ class _Loop:
             for rule in rules:
                 for group in rule.param_groups:
                     group["lr"] = group["peak_lr"] * factor
-            loss, norm, stop = self.update(batch, loss_of, rules, learning)
+            loss, norm, stop = self.update(batch, loss_of, rules, learning, gradients)
             self.step += 1
             record = self.record(
                 loss, norm, recipe.optimizer.lr * factor, batch.waited, time.perf_counter() - begun
@@ -200,6 +201,7 @@ class _Loop:
                     f"command with --output {self.folder} goes on from there"
                 )
             begun = time.perf_counter()
+        gradients.close()
 
     def recomputed(self) -> list[int]:
         """The layers whose forward pass runs twice, to stay within the recipe's `activation_memory`."""
@@ -221,20 +223,21 @@ class _Loop:
         loss_of: Callable[..., torch.Tensor],
         rules: list[torch.optim.Optimizer],
         learning: list[torch.nn.Parameter],
+        gradients: parallel.GradientSum,
     ) -> tuple[float, float, bool]:
         """One optimizer step: (mean loss in nats per token, gradient norm, whether to stop after it)."""
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         tokens = self.recipe.sequences * self.recipe.data.sequence
         for i in range(0, len(batch.tokens_BT), self.micro):
             rows = slice(i, i + self.micro)
-            sharding.reduce_between_copies(self.model, i + self.micro == len(batch.tokens_BT))
+            gradients.sending = i + self.micro == len(batch.tokens_BT)
+            sharding.reduce_between_copies(self.model, gradients.sending)
             ids_BT = None if batch.ids_BT is None else batch.ids_BT[rows]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast is not None):
                 loss = loss_of(batch.tokens_BT[rows], batch.targets_BT[rows], document_ids_BT=ids_BT)
             (loss / tokens).backward()
             total += loss.detach()
-        if not sharding.is_sharded(self.model):
-            parallel.sum_gradients(learning)
+        gradients.wait()
         norm = sharding.full(torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
         stop = torch.tensor(float(self.interrupt.is_set()), device=self.device)
         mean, interrupted = parallel.sum_over_ranks(torch.stack([total / tokens, stop])).tolist()
@@ -379,15 +382,18 @@ def compiled(
 ) -> Callable[..., torch.Tensor]:
     """The model's loss as one graph: `fullgraph` raises where a layer would fall back to eager.
 
-    Of a sharded model each block is a graph of its own, since its parameters are gathered between them.
+    With several processes each block is a graph of its own, and the head: parameters are gathered, or gradients sent,
+    between them.
     """
     # Dynamo counts recompiles by code object, and earlier models in this process share ours.
     torch._dynamo.reset()
-    if sharding.is_sharded(model):
+    if parallel.world() > 1 or sharding.is_sharded(model):
         torch._dynamo.config.recompile_limit = max(8, 2 * model.shape.distinct_layers)
         for block in model.blocks:
             eager = type(block).forward.__get__(block)
             block.forward = torch.compile(eager, fullgraph=True, dynamic=False, backend=backend)
+        head = Transformer.head_loss.__get__(model)
+        model.head_loss = torch.compile(head, fullgraph=True, dynamic=False, backend=backend)  # type: ignore[method-assign]
         return model.loss
     return torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
 

@@ -65,13 +65,52 @@ def slice_of(position: int, sequences: int, *, rank: int, world: int) -> tuple[i
     return position + rank * each, each
 
 
-def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Adds every gradient over all ranks, in place."""
-    if world() == 1:
-        return
-    pending = [dist.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
-    for work in pending:
-        work.wait()
+AT_ONCE = 25 << 20
+"""Bytes of gradients sent together, as in torch's DDP: a sum over many ranks has a price whatever its size."""
+
+
+class GradientSum:
+    """Adds gradients over all ranks while the backward pass runs: they leave in groups, as soon as they are whole.
+
+    Ranks run the same graph, so they send in the same order. Alone, nothing is done.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], *, at_once: int = AT_ONCE) -> None:
+        self.sending = False
+        """Whether the next backward pass is the last of its step; sums of micro-batches before it stay at home."""
+        self._at_once = at_once
+        self._waiting: list[torch.Tensor] = []
+        self._under_way: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
+        self._hooks = (
+            [p.register_post_accumulate_grad_hook(self._collect) for p in parameters] if world() > 1 else []
+        )
+
+    def _collect(self, p: torch.Tensor) -> None:
+        if self.sending:
+            self._waiting.append(p)
+            if sum(p.nbytes for p in self._waiting) >= self._at_once:
+                self._send()
+
+    def _send(self) -> None:
+        together = torch.cat([p.grad.flatten() for p in self._waiting if p.grad is not None])
+        work = dist.all_reduce(together, async_op=True)
+        assert work is not None
+        self._under_way.append((work, together, self._waiting))
+        self._waiting = []
+
+    def wait(self) -> None:
+        """Returns when every gradient is the sum."""
+        if self._waiting:
+            self._send()
+        for work, together, parameters in self._under_way:
+            work.wait()
+            for p, grad in zip(parameters, together.split([p.numel() for p in parameters]), strict=True):
+                p.grad = grad.view_as(p)
+        self._under_way.clear()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from entasis.data.order import Order
+from entasis.model.initialisation import initialise
+from entasis.model.transformer import Transformer
+from entasis.shape.specification import resolve
 from entasis.train import parallel
 from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.loop import compiled, train
 from entasis.train.recipe import to_yaml
 
 
@@ -25,6 +30,39 @@ def test_ranks_together_read_the_same_order(world):
                 order.indices(*parallel.slice_of(step * sequences, sequences, rank=rank, world=world))
             )
         assert read == expected
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_gradients_are_sent_while_the_backward_pass_runs(recipe, tmp_path, monkeypatch, compile):
+    model = Transformer(resolve(recipe().shape).shape)
+    initialise(model, 0)
+    learning, tokens = list(model.parameters()), torch.randint(64, (2, 32))
+    there, send = [], dist.all_reduce
+
+    def watched(grad, **options):
+        there.append(sum(p.grad is not None for p in learning))
+        return send(grad, **options)
+
+    monkeypatch.setattr(dist, "all_reduce", watched)
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        loss_of = compiled(model, backend="aot_eager") if compile else model.loss
+        gradients = parallel.GradientSum(learning, at_once=4096)
+        loss_of(tokens, tokens).backward()
+        expected = [p.grad for p in learning]
+        assert not there, "a micro-batch before the last one stays at home"
+        gradients.sending = True
+        model.zero_grad(set_to_none=True)
+        loss_of(tokens, tokens).backward()
+        gradients.wait()
+        gradients.close()
+    finally:
+        dist.destroy_process_group()
+    assert 3 <= len(there) < len(learning) and there == sorted(there)
+    assert there[0] <= len(learning) / 4, "the first are on their way before most are made"
+    for p, alone in zip(learning, expected, strict=True):
+        assert torch.equal(p.grad, alone), "a sum over one rank is itself, and back in its place"
 
 
 @pytest.mark.slow

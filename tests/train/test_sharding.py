@@ -61,10 +61,11 @@ def test_losses_and_weights_are_those_of_one_process(told, name):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("worlds")
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 @pytest.mark.parametrize("name", ["muon", "stages"])
-def test_muon_and_stages_work_on_shares(told, name):
+def test_muon_and_stages_work_on_several_processes(told, name, kind):
     """Muon orthogonalises whole matrices; a stage that trains some parameters leaves the rest where they are."""
-    one, two = told[f"{name} on 1"], told[f"{name} on 2"]
+    one, two = told[f"{name}, ddp on 1"], told[f"{name}, {kind} on 2"]
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert two["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-5)
 

@@ -67,9 +67,10 @@ def main(folder: Path, train_corpus: str, validation: str) -> None:
             )
         told[name] = outcome(place)
     for name, changes in (("muon", {"optimizer": MUON}), ("stages", {"stages": STAGES})):
-        for world in (1, 2):
-            on_ranks(world, recipe(parallel=FSDP, **changes), folder / f"{name}-{world}", None)
-            told[f"{name} on {world}"] = outcome(folder / f"{name}-{world}")
+        for world, kind in ((1, "ddp"), (2, "fsdp"), (2, "ddp")):
+            place = folder / f"{name}-{kind}-{world}"
+            on_ranks(world, recipe(parallel={"kind": kind}, **changes), place, None)
+            told[f"{name}, {kind} on {world}"] = outcome(place)
     told["weights"] = {
         name: max_difference(folder / "one", folder / name.replace(" ", "-")) for name in plans
     }

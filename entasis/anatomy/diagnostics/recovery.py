@@ -17,7 +17,6 @@ from entasis.anatomy.measures import Row, measure
 from entasis.anatomy.stream import Rotation
 from entasis.anatomy.subject import Subject
 from entasis.errors import UserError
-from entasis.model.loss import summed_nll
 from entasis.model.transformer import Transformer
 
 NOISE = 0.5
@@ -145,6 +144,4 @@ def _loss(
     x_BTD = block(x_BTD, rotation)
     for above in model.blocks[layer + 1 :]:
         x_BTD = above(x_BTD, rotation)
-    x_ND = model.norm(x_BTD).flatten(0, 1)
-    nats = summed_nll(x_ND, model.head_weight, model.head.bias, targets_BT.flatten(), model.shape.logit_scale)
-    return nats / (targets_BT != -100).sum()
+    return model.head_loss(model.norm(x_BTD), targets_BT) / (targets_BT != -100).sum()
