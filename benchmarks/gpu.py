@@ -1,5 +1,5 @@
 """The GPU's rows of the table, in one go: speed and utilisation, unequal against equal layers, the loss's memory,
-first steps, a checkpoint resumed.
+documents kept apart, first steps, a checkpoint resumed.
 
     python benchmarks/gpu.py              # an H200 or H100: about ten minutes
     python benchmarks/gpu.py --toy        # seconds, also on a CPU: whether the script runs
@@ -66,7 +66,7 @@ def main() -> None:
         run = stepper(shapes(args.toy)[args.first_step], args)
         print(json.dumps(run.step()))
         return
-    for part in (speed, first_steps, loss_memory, checkpoints):
+    for part in (speed, documents, first_steps, loss_memory, checkpoints):
         if part.__name__ in args.parts:
             begun = time.perf_counter()
             figures = part(args)
@@ -133,6 +133,39 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         "columns": rows,
         "crown_over_baseline": ratios,
     }
+
+
+def documents(args: argparse.Namespace) -> dict[str, Any]:
+    """Attention that stays inside documents: FlexAttention against a mask of T × T, and against none.
+
+    On a CPU FlexAttention has no backward pass, so there the toy compares the mask with itself.
+    """
+    shape = shapes(args.toy)["crown"]
+    batch, sequence = (2, 64) if args.toy else (args.batch, 1024)
+    long = sequence // 4
+    ways = {"none": ("sdpa", 0), "mask": ("sdpa", long), "flex": ("flex", long)}
+    rows = {}
+    for name, (attention, average) in ways.items():
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        run = Stepper(
+            shape, batch, sequence, compile=args.compile and DEVICE == "cuda", bf16=args.bf16,
+            attention=attention, documents=average, device=DEVICE,
+        )  # fmt: skip
+        first = [(run.step(), run.loss, run.norm) for _ in range(3)]
+        seconds = [run.step() for _ in range(3 if args.toy else args.rounds)]
+        rows[name] = {
+            "tokens_per_second": run.tokens / statistics.median(seconds),
+            "peak_bytes": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0,
+            "losses": [loss for _, loss, _ in first],
+            "gradient_norms": [norm for _, _, norm in first],
+        }
+        del run
+    off = [
+        max(abs(a / b - 1) for a, b in zip(rows["flex"][key], rows["mask"][key], strict=True))
+        for key in ("losses", "gradient_norms")
+    ]
+    return {"ways": rows, "largest_relative_difference_of_losses_and_norms": off}
 
 
 def first_steps(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,7 +270,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--toy", action="store_true", help="tiny shapes, three steps")
     parser.add_argument("--batch", type=int, default=32, help="sequences of 1024 in a step (32)")
     parser.add_argument("--rounds", type=int, default=20)
-    names = ["speed", "first_steps", "loss_memory", "checkpoints"]
+    names = ["speed", "documents", "first_steps", "loss_memory", "checkpoints"]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--first-step", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -16,7 +16,11 @@ from entasis.train.recipe import Optimizer
 
 
 class Stepper:
-    """Forward, backward, clipping and AdamW on random tokens [batch, sequence]; each step waits for its end."""
+    """Forward, backward, clipping and AdamW on random tokens [batch, sequence]; each step waits for its end.
+
+    With `documents` attention stays inside documents of so many tokens on average. After a step, `loss` and `norm` are
+    its loss and the norm of its gradient.
+    """
 
     def __init__(
         self,
@@ -27,6 +31,7 @@ class Stepper:
         compile: bool = False,
         bf16: bool = False,
         attention: str = "sdpa",
+        documents: int = 0,
         device: str = "cpu",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -39,15 +44,18 @@ class Stepper:
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(shape.vocabulary, (batch, sequence + 1), generator=generator).to(device)
         self.tokens_BT, self.targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        starts = torch.rand(batch, sequence, generator=generator) < 1 / max(1, documents)
+        self.ids_BT = starts.cumsum(1).to(device) if documents else None
         self.loss_of: Callable[..., torch.Tensor] = compiled(self.model) if compile else self.model.loss
 
     def step(self) -> float:
         """Seconds of one step."""
         begun = self.clock()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            loss = self.loss_of(self.tokens_BT, self.targets_BT) / self.tokens
+            loss = self.loss_of(self.tokens_BT, self.targets_BT, document_ids_BT=self.ids_BT) / self.tokens
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        self.loss = loss.item()
         for rule in self.rules:
             rule.step()
             rule.zero_grad(set_to_none=True)

@@ -7,18 +7,47 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from entasis.model.cache import KVCache
 from entasis.model.normalisation import Norm
 from entasis.model.rotary import rotate
 from entasis.shape.shapes import LayerShape, ModelShape
 
+Mask = torch.Tensor | BlockMask
+
+
+def attention_mask(
+    start: int, T: int, document_ids_BT: torch.Tensor | None, device: torch.device, implementation: str
+) -> Mask | None:
+    """True where attention is allowed, [B or 1, T, S]; None when plain causal attention says the same."""
+    if document_ids_BT is not None:
+        if implementation == "flex" and torch.compiler.is_compiling():
+            return _blocks(document_ids_BT)
+        same_BTS = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+        return same_BTS.tril()
+    if start and T > 1:
+        # Several new tokens on top of a cache: sdpa's own causal mask would be aligned to the wrong corner.
+        return torch.ones(1, T, start + T, dtype=torch.bool, device=device).tril(start)
+    return None
+
+
+def _blocks(document_ids_BT: torch.Tensor) -> BlockMask:
+    """Which blocks of 128 × 128 hold anything, instead of the mask; what is in them is computed where it is needed."""
+    B, T = document_ids_BT.shape
+
+    def allowed(b: torch.Tensor, h: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return (t >= s) & (document_ids_BT[b, t] == document_ids_BT[b, s])
+
+    return create_block_mask(allowed, B, None, T, T, device=document_ids_BT.device)
+
 
 class Attention(nn.Module):
     """x [B, T, D] → [B, T, D].
 
-    `implementation` is "sdpa" (torch's fused attention) or "plain" (two matmuls and a softmax), which is the faster
-    of the two on some CPUs.
+    `implementation` is "sdpa" (torch's fused attention), "plain" (two matmuls and a softmax), which is the faster
+    of the two on some CPUs, or "flex": sdpa, but compiled code keeps to documents by FlexAttention (2412.05496), which
+    needs no mask of T × T.
     """
 
     def __init__(self, shape: ModelShape, layer: LayerShape, implementation: str) -> None:
@@ -42,11 +71,11 @@ class Attention(nn.Module):
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
         *,
-        mask_BTS: torch.Tensor | None = None,
+        mask_BTS: Mask | None = None,
         cache: KVCache | None = None,
         index: int = 0,
     ) -> torch.Tensor:
-        """`rotation` is rotary's (cos, sin); `mask_BTS` is true where attention is allowed, None for causal."""
+        """`rotation` is rotary's (cos, sin); `mask_BTS` comes from `attention_mask`."""
         B, T, _ = x_BTD.shape
         q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
         if self.qk_norm == "full":
@@ -62,8 +91,14 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGTK, v_BGTK = cache.append(index, k_BGTK.to(v_BGTK.dtype), v_BGTK)
             k_BGTK, v_BGTK = k_BGTK.to(q_BHTK.dtype), v_BGTK.to(q_BHTK.dtype)
-        attend = self._sdpa if self.implementation == "sdpa" else self._plain
-        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask_BTS)
+        if isinstance(mask_BTS, BlockMask):
+            grouped = self.n_heads != self.n_kv_heads
+            y_BHTK = flex_attention(
+                q_BHTK, k_BGTK, v_BGTK, block_mask=mask_BTS, scale=self.scale, enable_gqa=grouped
+            )
+        else:
+            attend = self._plain if self.implementation == "plain" else self._sdpa
+            y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask_BTS)
         return self.output(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
     def _sdpa(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from entasis.model.attention import Attention
+from entasis.model.attention import Attention, Mask
 from entasis.model.cache import KVCache
 from entasis.model.feedforward import FeedForward
 from entasis.model.normalisation import Norm
@@ -45,7 +45,7 @@ class Block(nn.Module):
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
         *,
-        mask_BTS: torch.Tensor | None = None,
+        mask_BTS: Mask | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -59,7 +59,7 @@ class Block(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
-        mask_BTS: torch.Tensor | None,
+        mask_BTS: Mask | None,
         cache: KVCache | None,
     ) -> torch.Tensor:
         if self.attention is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from entasis.errors import UserError
 from entasis.model import rotary
+from entasis.model.attention import attention_mask
 from entasis.model.block import Block
 from entasis.model.cache import KVCache
 from entasis.model.embedding import Embedding, Head
@@ -24,7 +25,7 @@ class Transformer(nn.Module):
     Parameters are uninitialised numbers until `initialisation.initialise` or `weights.load` fills them.
     """
 
-    def __init__(self, shape: ModelShape, *, attention: Literal["sdpa", "plain"] = "sdpa") -> None:
+    def __init__(self, shape: ModelShape, *, attention: Literal["sdpa", "plain", "flex"] = "sdpa") -> None:
         super().__init__()
         self.shape, self.attention = shape, attention
         self.embedding = Embedding(shape)
@@ -56,7 +57,7 @@ class Transformer(nn.Module):
         start, T = cache.position if cache else 0, tokens_BT.shape[1]
         x_BTD = self.embed(tokens_BT, start)
         rotation = self.rotation(start, T, tokens_BT.device)
-        mask_BTS = attention_mask(start, T, document_ids_BT, tokens_BT.device)
+        mask_BTS = attention_mask(start, T, document_ids_BT, tokens_BT.device, self.attention)
         for block in self.blocks:
             x_BTD = block(x_BTD, rotation, mask_BTS=mask_BTS, cache=cache)
         if cache:
@@ -101,16 +102,3 @@ class Transformer(nn.Module):
         """`loss` from what `hidden` gives."""
         scale, targets_N = self.shape.logit_scale, targets_BT.flatten()
         return summed_nll(x_BTD.flatten(0, 1), self.head_weight, self.head.bias, targets_N, scale)
-
-
-def attention_mask(
-    start: int, T: int, document_ids_BT: torch.Tensor | None, device: torch.device
-) -> torch.Tensor | None:
-    """True where attention is allowed, [B or 1, T, S]; None when plain causal attention says the same."""
-    if document_ids_BT is not None:
-        same_BTS = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-        return same_BTS.tril()
-    if start and T > 1:
-        # Several new tokens on top of a cache: sdpa's own causal mask would be aligned to the wrong corner.
-        return torch.ones(1, T, start + T, dtype=torch.bool, device=device).tril(start)
-    return None

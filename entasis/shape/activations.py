@@ -34,7 +34,7 @@ def layer_bytes_per_token(
     sequence: int,
     *,
     precision: Literal["fp32", "bf16"] = "bf16",
-    attention: Literal["sdpa", "plain"] = "sdpa",
+    attention: Literal["sdpa", "plain", "flex"] = "sdpa",
 ) -> int:
     """Bytes that one layer keeps for each token."""
     layer, d, k = shape.layers[index], shape.d_model, shape.head_dim
@@ -48,7 +48,7 @@ def layer_bytes_per_token(
         if shape.qk_norm != "none":
             groups = h + g if shape.qk_norm == "head" else 2
             total += 8 * k * (h + g) + 4 * groups
-        if attention == "sdpa":
+        if attention != "plain":
             total += b * k * (3 * h + 2 * g) + 4 * h
         else:
             total += b * 4 * h * k + sequence * h * (4 if precision == "fp32" else 6)
@@ -74,7 +74,7 @@ def to_recompute(
     tokens: int,
     sequence: int,
     precision: Literal["fp32", "bf16"],
-    attention: Literal["sdpa", "plain"],
+    attention: Literal["sdpa", "plain", "flex"],
 ) -> list[int]:
     """The layers to compute twice so that `tokens` tokens at once need at most `limit` bytes.
 

@@ -28,8 +28,9 @@ import torch
 from entasis.data.corpus import Corpus
 from entasis.data.windows import Windows
 from entasis.errors import UserError
+from entasis.model.attention import attention_mask
 from entasis.model.initialisation import initialise
-from entasis.model.transformer import Transformer, attention_mask
+from entasis.model.transformer import Transformer
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
 from entasis.train import hardware, meter, optimizers, run_folder, stages
@@ -203,7 +204,7 @@ class _Walk:
     ) -> None:
         self.model, self.device, self.bf16 = model, tokens_BT.device, bf16
         rotation = model.rotation(0, tokens_BT.shape[1], self.device)
-        mask_BTS = attention_mask(0, tokens_BT.shape[1], ids_BT, self.device)
+        mask_BTS = attention_mask(0, tokens_BT.shape[1], ids_BT, self.device, model.attention)
 
         def block(b: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
             return lambda x_BTD: b(x_BTD, rotation, mask_BTS=mask_BTS)

@@ -133,7 +133,7 @@ class Recipe:
     seed: int = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
-    attention: Literal["auto", "sdpa", "plain"] = "auto"
+    attention: Literal["auto", "sdpa", "plain", "flex"] = "auto"
     device: str = "auto"
     parallel: Parallel = field(default_factory=Parallel)
     activation_memory: int | str | None = None

@@ -21,7 +21,7 @@ from entasis.data.corpus import Corpus
 from entasis.data.doctor import examine
 from entasis.errors import UserError
 from entasis.shape.shapes import ModelShape
-from entasis.train import checkpoint, hardware
+from entasis.train import checkpoint, hardware, parallel
 from entasis.train.recipe import Recipe, difference, read, resolve, to_yaml
 
 
@@ -141,6 +141,10 @@ def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> Recipe:
     if recipe.attention == "auto":
         result.attention = hardware.attention(
             device, result.precision, shape, recipe.data.sequence, compiled=bool(result.compile)
+        )
+    elif recipe.attention == "flex" and (device.type != "cuda" or not result.compile or parallel.world() > 1):
+        raise UserError(
+            "recipe: attention is flex, which trains on CUDA, compiled and in one process only; use auto"
         )
     return result
 

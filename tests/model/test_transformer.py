@@ -84,6 +84,25 @@ def test_masked_documents_are_read_as_if_alone(attention):
     assert (unmasked[:, 9:] - together[:, 9:]).abs().max() > 1e-3
 
 
+def test_flex_attention_keeps_to_documents_like_the_mask():
+    """Forward only: it has no backward pass on a CPU. Rows of 300 tokens are several blocks, the last not whole."""
+    tokens_BT, ids_BT = torch.randint(0, 101, (2, 300)), (torch.rand(2, 300) < 0.02).cumsum(1)
+    flex = built(attention="flex")
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        compiled = torch.compile(flex.loss, fullgraph=True, backend=backend)
+        found = compiled(tokens_BT, tokens_BT, document_ids_BT=ids_BT)
+        torch.testing.assert_close(found, flex.loss(tokens_BT, tokens_BT, document_ids_BT=ids_BT))
+        assert abs(found - flex.loss(tokens_BT, tokens_BT)) > 1
+    layers_with_heads = sum(layer.n_heads > 0 for layer in UNEQUAL)
+    assert sum("flex_attention" in str(target) for target in seen) == layers_with_heads
+
+
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_no_position_sees_the_future(changes):
     model = built(**changes)

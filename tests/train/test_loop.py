@@ -204,3 +204,8 @@ def test_auto_follows_what_was_chosen_when_the_run_began(recipe):
     adopted = run_folder.adopt(recipe(precision="auto", batch={"micro": "auto"}), stored)
     assert (adopted.precision, adopted.batch.micro) == ("bf16", 2)
     assert run_folder.adopt(recipe(precision="fp32"), stored).precision == "fp32"
+
+
+def test_flex_attention_is_refused_where_it_cannot_learn(recipe, tmp_path):
+    with pytest.raises(UserError, match="attention is flex, which trains on CUDA"):
+        train(recipe(attention="flex"), tmp_path)
