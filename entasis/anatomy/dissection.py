@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -37,6 +37,8 @@ def dissect(
     tokens: int = TOKENS,
     sequence: int | None = None,
     seed: int = 0,
+    layers: Sequence[int] | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -44,17 +46,27 @@ def dissect(
 
     `measures` are names of measures or of kinds of them, or `all`; the loss is always among them. `text` is a corpus,
     a file, a folder, or a list of documents. `low` and `high` are 95 % intervals over documents, `p` is adjusted by
-    Holm over the layers. A model named by its path is computed in fp32. With an `output` folder each measure is stored as it is done, and not done again. Raises
-    `UserError` for unknown measures, unreadable input, and a folder that holds another dissection.
+    Holm over the layers. `layers` are those that are ablated, manipulated and trained, without it all. With `precision`
+    bf16 the text goes through bf16 products. With an `output` folder each measure is stored as it is done, and not
+    done again. Raises `UserError` for unknown measures, unreadable input, and a folder that holds another dissection.
     """
     chosen = choose(["loss", *measures])
     loaded = model if isinstance(model, Loaded) else load(model, dtype=torch.float32)
-    subject = lay_out(loaded, text, tokens=tokens, sequence=sequence, seed=seed)
+    subject = lay_out(
+        loaded, text, tokens=tokens, sequence=sequence, seed=seed, layers=layers, precision=precision
+    )
     return examine(subject, chosen, output=output, progress=progress)
 
 
 def lay_out(
-    loaded: Loaded, text: texts.Source, *, tokens: int = TOKENS, sequence: int | None = None, seed: int = 0
+    loaded: Loaded,
+    text: texts.Source,
+    *,
+    tokens: int = TOKENS,
+    sequence: int | None = None,
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
+    precision: str = "fp32",
 ) -> Subject:
     """The model and its text, ready to be measured. Raises `UserError`."""
     if tokens < 2:
@@ -70,7 +82,11 @@ def lay_out(
         raise UserError(
             f"{text}: has token {int(read.stream.max())}, the model's vocabulary is {loaded.shape.vocabulary}"
         )
-    return Subject(loaded.model.eval(), read, seed)
+    n = loaded.shape.n_layers
+    if wrong := [layer for layer in layers or () if not 0 <= layer < n]:
+        raise UserError(f"--layers has {wrong[0]}; the model's layers are 0 to {n - 1}")
+    only = None if layers is None else frozenset(layers)
+    return Subject(loaded.model.eval(), read, seed, only, precision)
 
 
 def examine(
@@ -109,6 +125,8 @@ def describe(subject: Subject) -> dict[str, Any]:
         "sequence": subject.text.sequence,
         "seed": subject.seed,
         "layers": subject.n_layers,
+        "only": None if subject.only is None else subject.chosen,
+        "precision": subject.precision,
     }
 
 

@@ -31,64 +31,61 @@ def rotation_of(model: Transformer, batch: Batch) -> Rotation:
 
 
 @torch.no_grad()
-def climb(model: Transformer, batch: Batch) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def climb(subject: Subject, batch: Batch) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """(l, stream in front of layer l, stream behind it), [B, T, D] each, from the bottom up."""
-    rotation = rotation_of(model, batch)
+    model, rotation = subject.model, rotation_of(subject.model, batch)
     x_BTD = model.embed(batch.tokens_BT)
     for index, block in enumerate(model.blocks):
-        y_BTD = block(x_BTD, rotation)
+        with subject.autocast():
+            y_BTD = block(x_BTD, rotation)
         yield index, x_BTD, y_BTD
         x_BTD = y_BTD
 
 
 @torch.no_grad()
-def document_nll(model: Transformer, x_BTD: torch.Tensor, batch: Batch, documents: int) -> np.ndarray:
+def document_nll(subject: Subject, x_BTD: torch.Tensor, batch: Batch) -> np.ndarray:
     """float64 [documents]: nats that the head, reading this stream after its norm, needs for the batch's targets."""
-    targets_N = batch.targets_BT.flatten()
-    nll_N = (
-        head_nll(model, model.norm(x_BTD).flatten(0, 1), targets_N)[targets_N != -100].double().cpu().numpy()
-    )
-    return np.bincount(batch.owner_N, weights=nll_N, minlength=documents)
+    model, targets_N = subject.model, batch.targets_BT.flatten()
+    with subject.autocast():
+        nll_N = head_nll(model, model.norm(x_BTD).flatten(0, 1), targets_N)[targets_N != -100]
+    return np.bincount(batch.owner_N, weights=nll_N.double().cpu().numpy(), minlength=len(subject.text.names))
 
 
 @torch.no_grad()
 def sweep(subject: Subject, name: str, replace: Callable[[int, Batch], Span | None]) -> np.ndarray:
     """float64 [L + 1, documents]: nats with layer l replaced, for each l; the last row is the clean model.
 
-    `replace(l, batch)` gives what stands in for layer l; None where there is nothing (its row is NaN). Each batch is
-    remembered under `name`.
+    `replace(l, batch)` gives what stands in for layer l; None where there is nothing (its row is NaN, as are those of
+    layers that were not chosen). Each batch is remembered under `name`.
     """
-    model, documents = subject.model, len(subject.text.names)
+    model, chosen = subject.model, subject.chosen
 
     def losses(batch: Batch) -> np.ndarray:
         rotation = rotation_of(model, batch)
-        result = np.full((model.shape.n_layers + 1, documents), np.nan)
-        x_BTD = model.embed(batch.tokens_BT)
-        for layer, block in enumerate(model.blocks):
-            if span := replace(layer, batch):
+        result = np.full((model.shape.n_layers + 1, len(subject.text.names)), np.nan)
+        for layer, x_BTD, y_BTD in climb(subject, batch):
+            if layer in chosen and (span := replace(layer, batch)):
                 replacement, width = span
-                y_BTD = replacement(x_BTD, rotation)
-                for above in model.blocks[layer + width :]:
-                    y_BTD = above(y_BTD, rotation)
-                result[layer] = document_nll(model, y_BTD, batch, documents)
-            x_BTD = block(x_BTD, rotation)
-        result[-1] = document_nll(model, x_BTD, batch, documents)
+                with subject.autocast():
+                    x_BTD = replacement(x_BTD, rotation)
+                    for above in model.blocks[layer + width :]:
+                        x_BTD = above(x_BTD, rotation)
+                result[layer] = document_nll(subject, x_BTD, batch)
+            top_BTD = y_BTD
+        result[-1] = document_nll(subject, top_BTD, batch)
         return result
 
-    total = np.zeros((model.shape.n_layers + 1, documents))
+    total = np.zeros((model.shape.n_layers + 1, len(subject.text.names)))
     for batch in subject.batches():
         total += subject.remember(f"{name}-{batch.number:05d}", lambda batch=batch: losses(batch))  # type: ignore[misc]
     return total
 
 
-@torch.no_grad()
-def clean_nll(subject: Subject, model: Transformer | None = None) -> np.ndarray:
-    """float64 [documents]: nats of the whole model (or of a changed copy of it)."""
-    model = model or subject.model
+def clean_nll(subject: Subject) -> np.ndarray:
+    """float64 [documents]: nats of the whole model."""
     total = np.zeros(len(subject.text.names))
     for batch in subject.batches():
-        x_BTD, rotation = model.embed(batch.tokens_BT), rotation_of(model, batch)
-        for block in model.blocks:
-            x_BTD = block(x_BTD, rotation)
-        total += document_nll(model, x_BTD, batch, len(total))
+        for _, _, y_BTD in climb(subject, batch):
+            top_BTD = y_BTD
+        total += document_nll(subject, top_BTD, batch)
     return total

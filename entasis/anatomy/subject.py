@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,11 +25,17 @@ Progress = Callable[[int, int], object]
 
 @dataclass
 class Subject:
-    """A model on the table. `folder` is where partial results are kept; None keeps none."""
+    """A model on the table. `folder` is where partial results are kept; None keeps none.
+
+    `only` are the layers that ablations, manipulations and recovery are done on, None all; `precision` is that of the
+    matrix products that the text goes through, fp32 or bf16.
+    """
 
     model: Transformer
     text: Text
     seed: int = 0
+    only: frozenset[int] | None = None
+    precision: str = "fp32"
     folder: Path | None = None
     progress: Progress = lambda done, total: None
     most_batches: int | None = None
@@ -44,6 +51,13 @@ class Subject:
     @property
     def device(self) -> torch.device:
         return self.model.embedding.tokens.weight.device
+
+    @property
+    def chosen(self) -> list[int]:
+        return sorted(range(self.n_layers) if self.only is None else self.only)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def batches(self) -> Iterator[Batch]:
         """The text in windows; progress is reported after each."""

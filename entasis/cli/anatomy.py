@@ -40,6 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", default="20k", help="about how much of the text to read (20k)")
     parser.add_argument("--sequence", type=int, help="tokens read at once (the model's context, at most 512)")
+    parser.add_argument(
+        "--layers", metavar="L,L", help="the layers to ablate, manipulate and train, such as 0,8,11 (all)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="bf16: several times as fast where the processor has units for it, differences exact to about a hundredth",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="DIR")
     parser.add_argument(
@@ -67,11 +76,19 @@ def run(args: argparse.Namespace) -> int:
     if args.suggest and not args.budget:
         what = "parameters, such as 180M" if args.suggest == "profile" else "tokens, such as 5M"
         raise UserError(f"--suggest {args.suggest} needs --budget: a number of {what}")
+    if args.suggest and args.layers:
+        raise UserError("--suggest needs the importance of every layer; leave out --layers")
     measures = choose(["loss", *args.measures.split(",")])
     # Differences between layers may be small: bf16 weights are computed in fp32.
     loaded = load(args.model, device=args.device, dtype=torch.float32)
     subject = dissection.lay_out(
-        loaded, args.text, tokens=number(args.tokens, "--tokens"), sequence=args.sequence, seed=args.seed
+        loaded,
+        args.text,
+        tokens=number(args.tokens, "--tokens"),
+        sequence=args.sequence,
+        seed=args.seed,
+        layers=None if args.layers is None else _layers(args.layers),
+        precision=args.precision,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
@@ -111,6 +128,13 @@ def run(args: argparse.Namespace) -> int:
     if written:
         print(f"report: {written}")
     return 0
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return [int(layer) for layer in text.split(",")]
+    except ValueError:
+        raise UserError(f"--layers is {text!r}; it must be numbers such as 0,8,11") from None
 
 
 def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -> tuple[str, Sequence[str]]:

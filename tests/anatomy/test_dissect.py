@@ -74,7 +74,7 @@ def test_done_measures_are_not_done_again(trained, tmp_path: Path) -> None:
 
 def test_a_folder_of_another_dissection_is_refused(trained, tmp_path: Path) -> None:
     dissect(trained, TEXTS, measures=["stream"], sequence=SEQUENCE, output=tmp_path / "a")
-    for other in ({"text": TEXTS[:20]}, {"seed": 1}, {"sequence": 32}):
+    for other in ({"text": TEXTS[:20]}, {"seed": 1}, {"sequence": 32}, {"layers": [1]}):
         options = {"text": TEXTS, "sequence": SEQUENCE, **other}
         with pytest.raises(UserError, match="name another folder"):
             dissect(trained, options.pop("text"), measures=["stream"], output=tmp_path / "a", **options)
@@ -94,6 +94,9 @@ def test_mistakes_are_named(trained, folder: Path, capsys: pytest.CaptureFixture
     for arguments, complaint in (
         (["--suggest", "profile"], "needs --budget"),
         (["--tokens", "1"], "at least 2"),
+        (["--layers", "1,x"], "must be numbers"),
+        (["--layers", "1,5"], "--layers has 5; the model's layers are 0 to 4"),
+        (["--layers", "1", "--suggest", "profile", "--budget", "1M"], "leave out --layers"),
         (
             ["--measures", "stream", "--suggest", "plan", "--budget", "1M"],
             "--importance skip: not among the measures",

@@ -32,6 +32,37 @@ def test_skipping_each_layer_equals_a_model_without_it(trained, lay_out) -> None
     np.testing.assert_allclose(found[-1], clean_nll(subject), rtol=1e-6)
 
 
+def test_chosen_layers_alone(trained, lay_out) -> None:
+    subject = lay_out(trained)
+    whole = sweep(subject, "skip", ablation.skip(subject))
+    subject.only, count = frozenset([1, 3]), Count(subject.model)
+    found = sweep(subject, "skip", ablation.skip(subject))
+    np.testing.assert_array_equal(found[[1, 3, -1]], whole[[1, 3, -1]])
+    assert np.isnan(found[[0, 2, 4]]).all()
+    L = subject.n_layers
+    assert count.blocks == len(list(subject.batches())) * (L + (L - 2) + (L - 4))
+
+
+def test_bf16_gives_nearly_the_same_differences(trained, lay_out) -> None:
+    one, other = lay_out(trained), lay_out(trained)
+    other.precision = "bf16"
+    a, b = (sweep(s, "skip", ablation.skip(s)).sum(1) / s.text.document_tokens.sum() for s in (one, other))
+    assert (a != b).any()
+    np.testing.assert_allclose(a[:-1] - a[-1], b[:-1] - b[-1], atol=0.02)
+
+
+def test_half_an_ffn_is_one_of_half_the_width(trained, lay_out) -> None:
+    subject = lay_out(trained)
+    found = sweep(subject, "half_ffn", ablation.half_ffn(subject))
+    ffn = subject.model.blocks[1].feedforward
+    half = ffn.up.out_features // 2
+    for linear in (ffn.gate, ffn.up):
+        linear.weight = torch.nn.Parameter(linear.weight[:half])
+    ffn.down.weight = torch.nn.Parameter(ffn.down.weight[:, :half])
+    np.testing.assert_allclose(found[1], clean_nll(subject), rtol=1e-5)
+    assert found[1].sum() > found[-1].sum()
+
+
 def test_all_layers_cost_half_of_all_forward_passes(lay_out) -> None:
     from dataclasses import replace
 

@@ -9,7 +9,7 @@ import torch
 from entasis.anatomy.replacements import replacement
 from entasis.anatomy.stream import Rotation, Span, climb
 from entasis.anatomy.subject import Subject
-from entasis.anatomy.substitutes import neighbour_average, skipped, with_weights, without
+from entasis.anatomy.substitutes import neighbour_average, skipped, weights_of, with_weights, without
 from entasis.anatomy.text import Batch
 
 Replace = Callable[[int, Batch], Span | None]
@@ -40,6 +40,22 @@ def _without(subject: Subject, part: str) -> Replace:
     return replace
 
 
+@replacement("half_ffn", kind="ablation", says="the second half of its FFN's hidden units is left out")
+def half_ffn(subject: Subject) -> Replace:
+    """FFN sensitivity: models trained with nested widths (MatFormer, 2310.07707) keep their loss, others need not."""
+
+    def replace(layer: int, batch: Batch) -> Span | None:
+        width = subject.shape.layers[layer].d_ff
+        if width < 2:
+            return None
+        weights = weights_of(subject.model, layer)
+        down = weights["feedforward.down.weight"].clone()
+        down[:, width // 2 :] = 0
+        return with_weights(subject.model, layer, {**weights, "feedforward.down.weight": down}), 1
+
+    return replace
+
+
 @replacement("neighbour_average", kind="ablation", says="the layer's weights are the mean of its neighbours'")
 def average(subject: Subject) -> Replace:
     """The paper's ablation (2603.19348); at either end the one neighbour. A single layer has none."""
@@ -57,7 +73,7 @@ def mean_output(subject: Subject) -> Replace:
     shape = subject.shape
     total_LD = torch.zeros(shape.n_layers, shape.d_model, dtype=torch.float64)
     for batch in subject.batches():
-        for layer, x_BTD, y_BTD in climb(subject.model, batch):
+        for layer, x_BTD, y_BTD in climb(subject, batch):
             total_LD[layer] += (y_BTD - x_BTD).double().sum((0, 1)).cpu()
     mean_LD = (total_LD / len(subject.text.owner)).to(subject.device)
 

@@ -40,9 +40,9 @@ def gradient(subject: Subject) -> Iterable[Row]:
                 counted = int((targets_1T != -100).sum())
                 if windows >= WINDOWS or not counted:
                     continue
-                with torch.enable_grad():
+                with torch.enable_grad(), subject.autocast():
                     loss = model.loss(tokens_1T, targets_1T) / counted
-                    grads = torch.autograd.grad(loss, [p for layer in layers for p in layer])
+                grads = torch.autograd.grad(loss, [p for layer in layers for p in layer])
                 squares = iter([float(g.double().square().sum()) for g in grads])
                 sums_L += [sum(next(squares) for _ in layer) for layer in layers]
                 windows += 1

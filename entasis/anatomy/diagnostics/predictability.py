@@ -9,6 +9,7 @@ R² is 1 − Σ(w − ŵ)² / Σ(w − mean w)² of the held-out half: below 0 i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -119,7 +120,7 @@ def replacement(subject: Subject) -> Iterable[Row]:
     count = 1
     while count <= len(ranked):
         changes = {i: {**weights_of(subject.model, i), **predicted[i][1]} for i in ranked[:count]}
-        nats = clean_nll(subject, changed_copy(subject.model, changes))
+        nats = clean_nll(dataclasses.replace(subject, model=changed_copy(subject.model, changes)))
         found = difference(nats[None], clean, subject.text.document_tokens, seed=subject.seed)
         low, high = float(found.low[0]), float(found.high[0])
         yield Row("replaced", None, float(found.value[0]), str(count), low, high)

@@ -17,7 +17,6 @@ from entasis.anatomy.measures import Row, measure
 from entasis.anatomy.stream import Rotation
 from entasis.anatomy.subject import Subject
 from entasis.errors import UserError
-from entasis.model.transformer import Transformer
 
 NOISE = 0.5
 RECOVERED = 0.9
@@ -59,14 +58,16 @@ def recovery(subject: Subject) -> Iterable[Row]:
             streams = [model.embed(tokens_BT) for tokens_BT, _ in (_pack(train), _pack(held))]
         rotation = model.rotation(0, subject.text.sequence, subject.device)
         for layer, block in enumerate(model.blocks):
-            found = []
-            for seed in range(SEEDS):
-                subject.progress(layer * SEEDS + seed, subject.n_layers * SEEDS)
-                found.append(_recover(subject, layer, seed, streams, (train, held), rotation))
-            steps, gaps = zip(*found, strict=True)
-            yield Row("recovery_steps", layer, sum(steps) / SEEDS, "", float(min(steps)), float(max(steps)))
-            yield Row("recovery_gap", layer, sum(gaps) / SEEDS, "", min(gaps), max(gaps))
-            with torch.no_grad():
+            if layer in subject.chosen:
+                found = []
+                for seed in range(SEEDS):
+                    subject.progress(subject.chosen.index(layer) * SEEDS + seed, len(subject.chosen) * SEEDS)
+                    found.append(_recover(subject, layer, seed, streams, (train, held), rotation))
+                steps, gaps = zip(*found, strict=True)
+                mean = sum(steps) / SEEDS
+                yield Row("recovery_steps", layer, mean, "", float(min(steps)), float(max(steps)))
+                yield Row("recovery_gap", layer, sum(gaps) / SEEDS, "", min(gaps), max(gaps))
+            with torch.no_grad(), subject.autocast():
                 streams = [block(x_BTD, rotation) for x_BTD in streams]
     finally:
         for p, learns in frozen:
@@ -102,12 +103,11 @@ def _recover(
     """(steps, gap in nats per token) of one layer under one seed; `streams` are those in front of it."""
     (train_BTD, held_BTD), (train, held) = streams, windows
     targets_BT, held_targets_BT = _pack(train)[1], _pack(held)[1]
-    model = subject.model
-    block = copy.deepcopy(model.blocks[layer])
+    block = copy.deepcopy(subject.model.blocks[layer])
 
     @torch.no_grad()
     def held_loss() -> float:
-        return float(_loss(model, block, layer, held_BTD, held_targets_BT, rotation))
+        return float(_loss(subject, block, layer, held_BTD, held_targets_BT, rotation))
 
     clean = held_loss()
     for name, p in block.named_parameters():
@@ -121,7 +121,7 @@ def _recover(
     generator = subject.generator("recovery order", layer, seed)
     for step in range(1, STEPS + 1):
         chosen = torch.randint(len(train), (min(WINDOWS, len(train)),), generator=generator)
-        _loss(model, block, layer, train_BTD[chosen], targets_BT[chosen], rotation).backward()
+        _loss(subject, block, layer, train_BTD[chosen], targets_BT[chosen], rotation).backward()
         nn.utils.clip_grad_norm_(block.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -133,7 +133,7 @@ def _recover(
 
 
 def _loss(
-    model: Transformer,
+    subject: Subject,
     block: nn.Module,
     layer: int,
     x_BTD: torch.Tensor,
@@ -141,7 +141,9 @@ def _loss(
     rotation: Rotation,
 ) -> torch.Tensor:
     """Nats per token with `block` in place of the layer; `x_BTD` is the stream in front of it."""
-    x_BTD = block(x_BTD, rotation)
-    for above in model.blocks[layer + 1 :]:
-        x_BTD = above(x_BTD, rotation)
-    return model.head_loss(model.norm(x_BTD), targets_BT) / (targets_BT != -100).sum()
+    model = subject.model
+    with subject.autocast():
+        x_BTD = block(x_BTD, rotation)
+        for above in model.blocks[layer + 1 :]:
+            x_BTD = above(x_BTD, rotation)
+        return model.head_loss(model.norm(x_BTD), targets_BT) / (targets_BT != -100).sum()

@@ -30,7 +30,7 @@ def similarity(subject: Subject) -> Iterable[Row]:
             continue
         chosen = torch.linspace(0, n - 1, min(TOKENS, n), device=subject.device).long()
         grams = []
-        for _, _, y_BTD in climb(subject.model, batch):
+        for _, _, y_BTD in climb(subject, batch):
             y_nD = y_BTD.flatten(0, 1)[chosen].double()
             grams.append((y_nD @ y_nD.T).cpu())
         total_LL += hsic(torch.stack(grams))

@@ -34,7 +34,7 @@ def stream(subject: Subject) -> Iterable[Row]:
     for batch in subject.batches():
         tokens += batch.tokens_BT.numel()
         windows += len(batch.tokens_BT)
-        for layer, x_BTD, y_BTD in climb(subject.model, batch):
+        for layer, x_BTD, y_BTD in climb(subject, batch):
             x, y = x_BTD.double(), y_BTD.double()
             cosine_BT = F.cosine_similarity(x, y, dim=-1).clamp(-1, 1)
             in_front_BT = x.norm(dim=-1)
@@ -60,8 +60,8 @@ def logit_lens(subject: Subject) -> Iterable[Row]:
     """The final norm and the head read the stream early; the last layer's value is the model's loss."""
     nats_LN = np.zeros((subject.n_layers, len(subject.text.names)))
     for batch in subject.batches():
-        for layer, _, y_BTD in climb(subject.model, batch):
-            nats_LN[layer] += document_nll(subject.model, y_BTD, batch, nats_LN.shape[1])
+        for layer, _, y_BTD in climb(subject, batch):
+            nats_LN[layer] += document_nll(subject, y_BTD, batch)
     found = difference(nats_LN, np.zeros(nats_LN.shape[1]), subject.text.document_tokens, seed=subject.seed)
     for layer in range(subject.n_layers):
         yield Row(
@@ -86,7 +86,7 @@ def attention_entropy(subject: Subject) -> Iterable[Row]:
     sums_L, counts_L = np.zeros(subject.n_layers), np.zeros(subject.n_layers)
     for batch in subject.batches():
         rotation = rotation_of(subject.model, batch)
-        for layer, x_BTD, _ in climb(subject.model, batch):
+        for layer, x_BTD, _ in climb(subject, batch):
             block = subject.model.blocks[layer]
             assert isinstance(block, Block)
             if block.attention is None or x_BTD.shape[1] < 2:
