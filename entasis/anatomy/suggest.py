@@ -59,25 +59,31 @@ def multipliers(values: np.ndarray, spread: float = SPREAD) -> np.ndarray:
 
 
 def profile(
-    shape: ModelShape, values: np.ndarray, *, budget: str | int, spread: float = SPREAD
+    shape: ModelShape, values: np.ndarray, *, budget: str | int, spread: float = SPREAD, scale: str = "ffn"
 ) -> tuple[dict[str, Any], Solution]:
-    """A recipe's `shape:` with the FFN of each layer scaled by its importance, solved to the budget; and its solution.
+    """A recipe's `shape:` with the `scale` ("ffn", "heads" or "both") of each layer by its importance, and its solution.
 
-    Heads stay as they are. Raises `UserError` where the budget cannot be met, or where the layers have different numbers
-    of both KV heads and query heads per KV head.
+    The rest stays as it is; the budget is met by widening or narrowing what was scaled, all layers alike. Heads are
+    rounded to whole KV groups. Raises `UserError` where the budget cannot be met, or where the layers have different
+    numbers of both KV heads and query heads per KV head.
     """
     factors = multipliers(values, spread)
-    widths = [layer.d_ff / shape.d_model * f for layer, f in zip(shape.layers, factors, strict=True)]
+    ones = np.ones(shape.n_layers)
+    for_ffn, for_heads = (factors if scale in (part, "both") else ones for part in ("ffn", "heads"))
+    widths = [layer.d_ff / shape.d_model * f for layer, f in zip(shape.layers, for_ffn, strict=True)]
+    heads = [
+        layer.n_heads * shape.head_dim / shape.d_model * f
+        for layer, f in zip(shape.layers, for_heads, strict=True)
+    ]
     fields = {k: v for k, v in shape.to_dict().items() if k != "layers" and v is not None}
     wanted = {
         "profile": "explicit",
         "layers": shape.n_layers,
         **fields,
         "ffn_multipliers": {"values": [round(float(w), 4) for w in widths]},
-        "head_multipliers": {
-            "values": [layer.n_heads * shape.head_dim / shape.d_model for layer in shape.layers]
-        },
+        "head_multipliers": {"values": [round(float(h), 4) for h in heads]},
         **_kv(shape),
+        "scale": scale,
         "budget": budget,
     }
     return wanted, specification.resolve(wanted)
@@ -87,10 +93,10 @@ def _kv(shape: ModelShape) -> dict[str, int]:
     attending = [layer for layer in shape.layers if layer.n_heads]
     heads = {layer.n_kv_heads for layer in attending}
     ratios = {layer.n_heads // layer.n_kv_heads for layer in attending}
-    if len(heads) == 1:
-        return {"n_kv_heads": heads.pop()}
     if len(ratios) <= 1:
         return {"q_per_kv": ratios.pop()} if ratios else {}
+    if len(heads) == 1:
+        return {"n_kv_heads": heads.pop()}
     raise UserError("--suggest profile: the layers differ in KV heads and in query heads per KV head")
 
 

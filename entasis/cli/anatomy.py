@@ -54,11 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suggest",
         choices=["profile", "plan"],
-        help="a shape whose FFN follows the layers' importance, or a recipe that trains the important layers first",
+        help="a shape whose widths follow the layers' importance, or a recipe that trains the important layers first",
     )
     parser.add_argument("--budget", help="of the suggestion: parameters of a profile, tokens of a plan")
     parser.add_argument("--importance", metavar="QUANTITY", help="what the suggestion follows (skip)")
-    parser.add_argument("--spread", type=float, default=0.3, help="FFN from 1 − SPREAD to 1 + SPREAD (0.3)")
+    parser.add_argument(
+        "--spread", type=float, default=0.3, help="widths from 1 − SPREAD to 1 + SPREAD (0.3)"
+    )
+    parser.add_argument(
+        "--scale", choices=["ffn", "heads", "both"], default="ffn", help="what a profile makes unequal (ffn)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="all values, as one JSON object")
 
@@ -148,10 +153,15 @@ def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -
     quantity, values = suggest.importance(frame, args.importance)
     notes = [f"follows {quantity}; a suggestion to be tried against equal layers in a study"]
     if args.suggest == "profile":
-        wanted, solution = suggest.profile(shape, values, budget=args.budget, spread=args.spread)
+        wanted, solution = suggest.profile(
+            shape, values, budget=args.budget, spread=args.spread, scale=args.scale
+        )
         text = yaml.safe_dump({"shape": wanted}, sort_keys=False, width=110)
-        widths = ", ".join(str(layer.d_ff) for layer in solution.shape.layers)
-        notes += [f"{solution.achieved:,} parameters; FFN widths {widths}", *solution.notes]
+        widths, heads = (
+            ", ".join(str(getattr(layer, name)) for layer in solution.shape.layers)
+            for name in ("d_ff", "n_heads")
+        )
+        notes += [f"{solution.achieved:,} parameters; FFN widths {widths}; heads {heads}", *solution.notes]
     else:
         train, validation = Path(args.text), None
         if train.name == "validation" and (train.parent / "train").is_dir():

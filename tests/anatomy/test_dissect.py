@@ -1,5 +1,6 @@
 """`entasis.anatomy.dissect` and the command: frames, folders, mistakes, the page, suggestions."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 import browser
-from small_models import SEQUENCE, sentences
+from small_models import SEQUENCE, sentences, untrained
 
 from entasis import cli
 from entasis.anatomy import dissect, suggest
@@ -19,7 +20,7 @@ from entasis.anatomy.dissection import COLUMNS
 from entasis.anatomy.measures import known
 from entasis.errors import UserError
 from entasis.model import weights
-from entasis.shape import cost, specification
+from entasis.shape import LayerShape, cost, specification
 from entasis.train import recipe as recipes
 from entasis.train.recipe import Data
 
@@ -137,6 +138,19 @@ def test_a_profile_follows_the_importance(trained) -> None:
     assert suggest.multipliers(np.ones(4)).tolist() == [1.0] * 4
     with pytest.raises(UserError, match="--spread is 1"):
         suggest.multipliers(values, 1)
+
+
+@pytest.mark.parametrize("scale", ["heads", "both"])
+def test_a_profile_of_heads(scale) -> None:
+    shape = dataclasses.replace(untrained().shape, d_model=128, layers=(LayerShape(8, 8, 256),) * 5)
+    values = np.array([5.0, 1.0, 2.0, 3.0, 4.0])
+    _, solution = suggest.profile(shape, values, budget=cost.parameters(shape), spread=0.5, scale=scale)
+    heads = [layer.n_heads for layer in solution.shape.layers]
+    assert (
+        np.argsort(heads, kind="stable").tolist() == np.argsort(values).tolist() and heads[0] >= 2 * heads[1]
+    )
+    assert len({layer.d_ff for layer in solution.shape.layers}) == (1 if scale == "heads" else 5)
+    assert cost.parameters(solution.shape) == pytest.approx(cost.parameters(shape), rel=0.02)
 
 
 def test_a_plan_trains_the_important_layers_first(trained, tmp_path: Path) -> None:
