@@ -7,11 +7,14 @@ support it. So the choices a recipe leaves to `auto` are made by short measureme
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy
@@ -20,6 +23,7 @@ import torch
 import entasis
 from entasis.errors import UserError
 from entasis.model.attention import Attention
+from entasis.report.page import write_text
 from entasis.shape.cost import flops_per_token
 from entasis.shape.shapes import ModelShape
 from entasis.train import parallel
@@ -75,11 +79,18 @@ def attention(
     """The faster way to compute the widest layer's attention, forward and backward; on CUDA always `sdpa`.
 
     Measured as it will run: the compiler gains more on plain products than on the fused kernel. That takes half a
-    minute of compilation; eager measurements take less than a second.
+    minute of compilation; eager measurements take less than a second. Either is made once on a machine and then read
+    from the user's cache folder.
     """
     layer = max(shape.layers, key=lambda layer: layer.n_heads)
     if device.type == "cuda" or not layer.n_heads:
         return "sdpa"
+    known = _cache(
+        processor(), torch.__version__, torch.get_num_threads(), precision, compiled, sequence,
+        shape.d_model, shape.head_dim, shape.qk_norm, layer,
+    )  # fmt: skip
+    if known.is_file():
+        return "plain" if known.read_text(encoding="utf-8") == "plain" else "sdpa"
     x_BTD = torch.zeros(max(1, 2048 // sequence), sequence, shape.d_model, device=device)
 
     def timed(implementation: str) -> float:
@@ -92,7 +103,16 @@ def attention(
 
         return seconds(step, device)
 
-    return "plain" if timed("plain") < 0.95 * timed("sdpa") else "sdpa"
+    choice: Literal["sdpa", "plain"] = "plain" if timed("plain") < 0.95 * timed("sdpa") else "sdpa"
+    with contextlib.suppress(OSError):  # a home that cannot be written to
+        write_text(known, choice)
+    return choice
+
+
+def _cache(*what: object) -> Path:
+    """The file that holds what was measured of `what`."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "entasis" / hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
 
 
 def compile_pays(device: torch.device, recipe: Recipe, shape: ModelShape) -> bool:
