@@ -4,13 +4,14 @@
 
 Ours runs forward and backward in a fresh process; measured is what it takes beyond inputs and gradients: on the CPU
 by the process's largest resident size, on CUDA by the allocator. Materialised logits are counted as one fp32 tensor
-[tokens, vocabulary], though a plain cross-entropy keeps that and its gradient; with --materialise it runs too. The
-reference for the values is fp32 throughout, a slice of the tokens at a time.
+[tokens, vocabulary], though a plain cross-entropy keeps that and its gradient; with --materialise it runs too,
+and on CUDA Liger Kernel's loss where that is installed (the extra `gpu`). The reference for the values is fp32 throughout, a slice of the tokens at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from entasis.model.loss import summed_nll
 
-WAYS = ("reference", "chunked", "materialised")
+WAYS = ("reference", "chunked", "materialised", "liger")
 SLICE = 2048
 
 
@@ -38,7 +39,10 @@ def main() -> None:
         return
     rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for way in WAYS[: 3 if args.materialise else 2]:
+        ways = WAYS[: 3 if args.materialise else 2]
+        if args.device == "cuda" and importlib.util.find_spec("liger_kernel"):
+            ways += ("liger",)
+        for way in ways:
             command = [sys.executable, *sys.argv, "--way", way, "--folder", folder]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows[way] = json.loads(done.stdout.splitlines()[-1])
@@ -93,6 +97,13 @@ def one(args: argparse.Namespace) -> None:
 def loss_of(way: str, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     if way == "chunked":
         return summed_nll(x_ND, weight_VD, None, targets_N)
+    if way == "liger":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        dtype = torch.bfloat16 if torch.is_autocast_enabled("cuda") else x_ND.dtype
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(
+            weight_VD.to(dtype), x_ND.to(dtype), targets_N
+        )
     return F.cross_entropy(F.linear(x_ND, weight_VD), targets_N, reduction="sum")
 
 
