@@ -11,13 +11,14 @@ whole checkpoint with the same losses, on the CPU to the bit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -48,6 +49,7 @@ from entasis.train.journal import Journal, records
 from entasis.train.recipe import Recipe
 from entasis.train.run_folder import Run
 
+T = TypeVar("T")
 Reporter = Callable[[dict[str, Any]], None]
 _WARMING = 5
 """Steps after a start that do not count as steady: compilation, allocation, caches."""
@@ -389,13 +391,17 @@ def compiled(
     torch._dynamo.reset()
     if parallel.world() > 1 or sharding.is_sharded(model):
         torch._dynamo.config.recompile_limit = max(8, 2 * model.shape.distinct_layers)
-        for block in model.blocks:
-            eager = type(block).forward.__get__(block)
-            block.forward = torch.compile(eager, fullgraph=True, dynamic=False, backend=backend)
-        head = Transformer.head_loss.__get__(model)
-        model.head_loss = torch.compile(head, fullgraph=True, dynamic=False, backend=backend)  # type: ignore[method-assign]
+        for part, name in (*((block, "forward") for block in model.blocks), (model, "head_loss")):
+            eager = getattr(type(part), name).__get__(part)
+            built = torch.compile(eager, fullgraph=True, dynamic=False, backend=backend)
+            setattr(part, name, functools.partial(_where_it_learns, built, eager))
         return model.loss
     return torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
+
+
+def _where_it_learns(built: Callable[..., T], eager: Callable[..., T], *args: Any, **options: Any) -> T:
+    """Validation has batches of other sizes, for which nothing shall be built."""
+    return (built if torch.is_grad_enabled() else eager)(*args, **options)
 
 
 def _due(every: int | str | None, step: int) -> bool:
