@@ -3,6 +3,7 @@
 examples:
   entasis anatomy runs/tiny --text corpora/stdlib/validation
   entasis anatomy imported/smollm2 --text books/ --tokens 100k --measures ablation,structure --output anatomy/smollm2
+  entasis anatomy imported/smollm2 --text books/ --layers 8,11,14 --measures recovery --sequence 128
   entasis anatomy runs/tiny --text book.txt --suggest profile --budget 180M
   entasis anatomy runs/tiny --text corpora/stdlib/validation --suggest plan --budget 5M
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["fp32", "bf16"],
         default="fp32",
-        help="bf16: several times as fast where the processor has units for it, differences exact to about a hundredth",
+        help="bf16: several times as fast where the processor has units for it, and less exact",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="DIR")
