@@ -5,7 +5,8 @@
 Ours runs forward and backward in a fresh process; measured is what it takes beyond inputs and gradients: on the CPU
 by the process's largest resident size, on CUDA by the allocator. Materialised logits are counted as one fp32 tensor
 [tokens, vocabulary], though a plain cross-entropy keeps that and its gradient; with --materialise it runs too,
-and on CUDA Liger Kernel's loss where that is installed (the extra `gpu`). The reference for the values is fp32 throughout, a slice of the tokens at a time.
+and on CUDA Liger Kernel's loss where that is installed (the extra `gpu`). The reference for the values is fp32
+throughout, a slice of the tokens at a time.
 """
 
 from __future__ import annotations

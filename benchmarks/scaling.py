@@ -5,9 +5,9 @@
 Prints the tables of docs/scaling.md as Markdown. Nothing here is measured but what is handed in: `--achieved`, the
 matmul TFLOP/s that one GPU makes of a step (`entasis bench` and benchmarks/gpu.py measure it: MFU times ceiling).
 What crosses between GPUs is what the code sends: `ddp` sums fp32 gradients while the last micro-batch's backward pass
-runs, each as soon as it is whole; `fsdp` and `hsdp` gather each block's bf16 parameters twice for a micro-batch, while the block before it computes, and scatter
-fp32 gradients; `hsdp` sums its shares between machines in the last backward pass. Embedding, final norm and head
-are gathered and scattered in fp32, and nothing hides them.
+runs, each as soon as it is whole; `fsdp` and `hsdp` gather each block's bf16 parameters twice for a micro-batch, while
+the block before it computes, and scatter fp32 gradients; `hsdp` sums its shares between machines in the last backward
+pass. Embedding, final norm and head are gathered and scattered in fp32, and nothing hides them.
 """
 
 from __future__ import annotations
@@ -67,15 +67,12 @@ def step(shape: ModelShape, kind: str, gpus: int, tokens: int, micro: int, achie
     sizes = [cost.layer_parameters(shape, i) for i in layers]
     times = [micro * cost.layer_flops_per_token(shape, i, SEQUENCE) / achieved / 3 for i in layers]
     tables = parameters - sum(sizes)
+    # What leaves early is hidden by the backward pass of the layers below: twice their forward pass.
+    behind = 2 * sum(times[:-1])
     if kind == "ddp":
-        exposed, behind = [], 2 * sum(times[:-1])
         # A tied table and the first layer are done last, an untied head first; the rest leaves behind the layers' work.
         late = sizes[0] + (tables if shape.tied_embeddings else tables / 2)
-        for last, all_of in zip(
-            reduce_all(4 * late, machines), reduce_all(4 * parameters, machines), strict=True
-        ):
-            exposed.append(last + max(0.0, all_of - last - behind))
-        inside, between = exposed
+        inside, between = uncovered(4 * late, 4 * (parameters - late), machines, behind)
         return Step(compute, optimizer, inside + between, bound(inside, between), 16 * parameters + kept)
     across = machines if kind == "fsdp" else 1
     gathers = [gather(2 * size, across) for size in sizes]
@@ -92,9 +89,7 @@ def step(shape: ModelShape, kind: str, gpus: int, tokens: int, micro: int, achie
     inside = rounds * (waits + ends)
     between = 0.0
     if kind == "hsdp":
-        late = reduce_all(4 * (tables + sizes[0]), machines)[1]
-        early = reduce_all(4 * sum(sizes[1:]), machines)[1]
-        between = late + max(0.0, early - 2 * sum(times[:-1]))
+        between = uncovered(4 * (tables + sizes[0]), 4 * sum(sizes[1:]), machines, behind)[1]
     memory = 16 * parameters / shards + 4 * max(sizes) + 4 * tables + kept
     link = "network" if kind == "fsdp" and machines > 1 else bound(inside, between)
     return Step(compute, optimizer, inside + between, link, memory)
@@ -113,6 +108,15 @@ def reduce_all(size: float, machines: int) -> tuple[float, float]:
     inside = 2 * (MACHINE - 1) / MACHINE * size / NVLINK
     between = 2 * (machines - 1) / machines * size / MACHINE / NETWORK
     return inside, between
+
+
+def uncovered(late: float, early: float, machines: int, behind: float) -> tuple[float, float]:
+    """`reduce_all` of `late` bytes that nothing hides and of `early` ones, hidden by `behind` seconds of work."""
+    exposed = [
+        last + max(0.0, first - behind)
+        for last, first in zip(reduce_all(late, machines), reduce_all(early, machines), strict=True)
+    ]
+    return exposed[0], exposed[1]
 
 
 def bound(inside: float, between: float) -> str:

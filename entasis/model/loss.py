@@ -89,9 +89,10 @@ def _by_chunks(
     """The loss and, where `wanted`, its gradients by x, weight and (if there is one) bias; products in `dtype`."""
     w_VD = weight_VD.to(dtype)
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-    dx_ND = torch.empty_like(x_ND)
-    dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-    db_V = torch.zeros(len(weight_VD), dtype=torch.float32, device=x_ND.device)
+    inputs = [x_ND, weight_VD] + ([] if bias_V is None else [bias_V])
+    # Of x every row is written once; the others are sums.
+    sums = [torch.zeros_like(p, dtype=torch.float32) for p in inputs[1:] if wanted]
+    gradients = [torch.empty_like(x_ND), *sums] if wanted else []
     for i in range(0, len(x_ND), rows):
         x_nD, targets_n = x_ND[i : i + rows].to(dtype), targets_N[i : i + rows]
         logits_nV = (x_nD @ w_VD.T).float()
@@ -108,9 +109,10 @@ def _by_chunks(
         total = total + ((log_z_n1 - logits_nV.gather(1, index_n1)) * counts_n1.float()).sum()
         if not wanted:
             continue
+        dx_ND, dw_VD, *db_V = gradients
         d_nV = p_nV.scatter_add_(1, index_n1, torch.full_like(index_n1, -1, dtype=p_nV.dtype))
-        if bias_V is not None:
-            db_V += (d_nV * counts_n1.float()).sum(0)
+        for db in db_V:
+            db += (d_nV * counts_n1.float()).sum(0)
         d_nV = d_nV.to(dtype)
         dx_ND[i : i + rows] = (d_nV @ w_VD) * counts_n1
         x_nD = x_nD * counts_n1
@@ -118,10 +120,10 @@ def _by_chunks(
             dw_VD.addmm_(d_nV.T, x_nD)
         else:
             dw_VD += d_nV.T @ x_nD
-    gradients = [dx_ND, dw_VD.to(weight_VD.dtype)] + ([] if bias_V is None else [db_V.to(bias_V.dtype)])
+    gradients = [d.to(p.dtype) for d, p in zip(gradients, inputs, strict=False)]
     if logit_scale != 1.0:
         gradients = [d * logit_scale for d in gradients]
-    return [total, *gradients] if wanted else [total]
+    return [total, *gradients]
 
 
 _opaque = torch.library.custom_op("entasis::chunked_nll", _by_chunks, mutates_args=())
