@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from entasis.errors import UserError
+from entasis.shape import layout
 from entasis.shape.shapes import ModelShape
 
 Sizes = dict[str, tuple[int, ...]]
@@ -59,59 +60,13 @@ class Piece:
         return tensor
 
 
-def parameter_sizes(shape: ModelShape) -> Sizes:
-    """Name → size of every parameter of `Transformer(shape)`, in order, without building it.
-
-    Building one, even without memory, takes milliseconds a layer; this lets a bad checkpoint be refused
-    at once.
-    """
-    d, sizes = shape.d_model, Sizes()
-
-    def norm(name: str, width: int) -> None:
-        sizes[f"{name}.weight"] = (width,)
-        if shape.norm_bias:
-            sizes[f"{name}.bias"] = (width,)
-
-    def linear(name: str, n_out: int, n_in: int, bias: bool) -> None:
-        sizes[f"{name}.weight"] = (n_out, n_in)
-        if bias:
-            sizes[f"{name}.bias"] = (n_out,)
-
-    linear("embedding.tokens", shape.vocabulary, d, False)
-    if shape.positions == "learned":
-        linear("embedding.positions", shape.context, d, False)
-    for i, layer in enumerate(shape.layers):
-        if layer.n_heads:
-            q, kv = layer.n_heads * shape.head_dim, layer.n_kv_heads * shape.head_dim
-            norm(f"blocks.{i}.attention_norm", d)
-            at = f"blocks.{i}.attention"
-            for part, width in (("query", q), ("key", kv), ("value", kv)):
-                linear(f"{at}.{part}", width, d, shape.qkv_bias)
-            linear(f"{at}.output", d, q, shape.attention_output_bias)
-            if shape.qk_norm != "none":
-                full = shape.qk_norm == "full"
-                sizes[f"{at}.query_norm.weight"] = (q if full else shape.head_dim,)
-                sizes[f"{at}.key_norm.weight"] = (kv if full else shape.head_dim,)
-        if layer.d_ff:
-            norm(f"blocks.{i}.feedforward_norm", d)
-            for part in ("gate", "up") if shape.ffn == "swiglu" else ("up",):
-                linear(f"blocks.{i}.feedforward.{part}", layer.d_ff, d, shape.ffn_bias)
-            linear(f"blocks.{i}.feedforward.down", d, layer.d_ff, shape.ffn_bias)
-    norm("norm", d)
-    if not shape.tied_embeddings:
-        linear("head", shape.vocabulary, d, shape.head_bias)
-    elif shape.head_bias:
-        sizes["head.bias"] = (shape.vocabulary,)
-    return sizes
-
-
 def pieces(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str) -> dict[str, Piece]:
     """One `Piece` for each parameter of `plan.shape`.
 
     `found` holds name → size of the checkpoint's tensors, `where` its name for messages. Raises
     `UserError` when a tensor is missing, has another size than the shape asks for, or belongs nowhere.
     """
-    wanted = parameter_sizes(plan.shape)
+    wanted = layout.sizes(plan.shape)
     of_source: dict[str, list[str]] = {}
     for name in _in_module_order(wanted, plan):
         of_source.setdefault(_their_name(name, plan), []).append(name)

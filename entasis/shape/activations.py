@@ -24,7 +24,7 @@ from collections.abc import Collection
 from typing import Literal
 
 from entasis.errors import UserError
-from entasis.shape.cost import ffn_matrices
+from entasis.shape import layout
 from entasis.shape.shapes import ModelShape
 
 
@@ -41,7 +41,8 @@ def layer_bytes_per_token(
     h, g = layer.n_heads, layer.n_kv_heads
     b = 4 if precision == "fp32" else 2
     # In fp32 what a norm returns is kept once. Autocast converts it anew for each matrix.
-    inputs = (1, 1) if precision == "fp32" else (3, ffn_matrices(shape) - 1)
+    ffn = layout.ffn_kind(shape, layer)
+    inputs = (1, 1) if precision == "fp32" else (3, ffn.reading)
     total = 0
     if h:
         total += _norm(d, shape.norm) + inputs[0] * d * b
@@ -54,7 +55,7 @@ def layer_bytes_per_token(
             total += b * 4 * h * k + sequence * h * (4 if precision == "fp32" else 6)
     if layer.d_ff:
         total += _norm(d, shape.norm) + inputs[1] * d * b
-        total += (4 if shape.ffn == "swiglu" else 2) * layer.d_ff * b
+        total += ffn.kept(layout.axis_sizes(shape, layer)) * b
     return total
 
 

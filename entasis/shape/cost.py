@@ -1,9 +1,8 @@
 """What a shape costs: parameters, FLOPs, KV cache, memory. Exact, layer by layer.
 
 FLOPs are those of the matrix products, a multiply and an add counted as two, as `torch.utils.flop_counter` does.
-Per token and layer, forward: `2·d·(2·h·k + 2·g·k + n·f) + 4·s·h·k` with d the model width, h query heads, g KV
-heads, k the head width, f the FFN width, n its number of matrices (3 for SwiGLU, 2 for GELU) and s the attended
-length; the head adds `2·d·V`. Training is three times forward: each product has two in the backward pass.
+Per token and layer, forward: two for every number in its matrices (`entasis.shape.layout`), and `4·s·h·k` for the
+scores and their sum with h query heads, k the head width and s the attended length; the head adds `2·d·V`. Training is three times forward: each product has two in the backward pass.
 
 The attended length is the whole sequence by default ("full": what a plain product or flop_counter computes);
 "causal" counts half of it, what a kernel that skips the masked half computes.
@@ -14,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from entasis.shape import layout
 from entasis.shape.shapes import LayerShape, ModelShape
 
 Attended = Literal["full", "causal"]
@@ -21,28 +21,13 @@ Attended = Literal["full", "causal"]
 
 def layer_parameters(shape: ModelShape, index: int) -> int:
     """Parameters of one layer: its matrices, biases and norms."""
-    layer, d, k = shape.layers[index], shape.d_model, shape.head_dim
-    q_width, kv_width = layer.n_heads * k, layer.n_kv_heads * k
-    norm = d * (2 if shape.norm_bias else 1)
-    total = 0
-    if layer.n_heads:
-        total += norm + 2 * d * q_width + 2 * d * kv_width
-        total += (q_width + 2 * kv_width) if shape.qkv_bias else 0
-        total += d if shape.attention_output_bias else 0
-        total += {"none": 0, "head": 2 * k, "full": q_width + kv_width}[shape.qk_norm]
-    if layer.d_ff:
-        total += norm + ffn_matrices(shape) * d * layer.d_ff
-        total += ((ffn_matrices(shape) - 1) * layer.d_ff + d) if shape.ffn_bias else 0
-    return total
+    return layout.count_layer(shape, shape.layers[index])[0]
 
 
 def parameters(shape: ModelShape) -> int:
     """All parameters, a tied embedding counted once."""
-    tables = shape.vocabulary * shape.d_model * (1 if shape.tied_embeddings else 2)
-    tables += shape.context * shape.d_model if shape.positions == "learned" else 0
-    tables += shape.vocabulary if shape.head_bias else 0
-    final_norm = shape.d_model * (2 if shape.norm_bias else 1)
-    return tables + final_norm + sum(layer_parameters(shape, i) for i in range(shape.n_layers))
+    outside = sum(p.count for p in layout.outer_parameters(shape) if p.shares is None)
+    return outside + sum(layer_parameters(shape, i) for i in range(shape.n_layers))
 
 
 def parameters_without_input_embedding(shape: ModelShape) -> int:
@@ -59,10 +44,10 @@ def layer_flops_per_token(
     attended: Attended = "full",
 ) -> float:
     """FLOPs per token of one layer at a sequence length."""
-    layer, d, k = shape.layers[index], shape.d_model, shape.head_dim
+    layer = shape.layers[index]
     length = sequence if attended == "full" else sequence / 2
-    weights = 2 * d * k * (layer.n_heads + layer.n_kv_heads) + ffn_matrices(shape) * d * layer.d_ff
-    return (3 if training else 1) * (2 * weights + 4 * length * layer.n_heads * k)
+    matrices = layout.count_layer(shape, layer)[1]
+    return (3 if training else 1) * (2 * matrices + 4 * length * layer.n_heads * shape.head_dim)
 
 
 def flops_per_token(
@@ -95,11 +80,6 @@ def training_memory(shape: ModelShape) -> Memory:
     """Memory of weights, gradients and optimizer; activations are not in it."""
     n = parameters(shape)
     return Memory(weights=4 * n, gradients=4 * n, optimizer=8 * n)
-
-
-def ffn_matrices(shape: ModelShape) -> int:
-    """Matrices in one FFN: SwiGLU has gate, up and down, GELU has up and down."""
-    return 3 if shape.ffn == "swiglu" else 2
 
 
 def mean_layer(shape: ModelShape) -> LayerShape:

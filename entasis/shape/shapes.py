@@ -12,12 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from entasis.errors import UserError
+from entasis.shape import ffn_kinds
 
 NormKind = Literal["rmsnorm", "layernorm"]
 NormPlacement = Literal["pre", "reordered"]
 QKNorm = Literal["none", "head", "full"]
-FFNKind = Literal["swiglu", "gelu", "gelu_tanh"]
 Positions = Literal["rope", "learned"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFFN:
+    """A kind of FFN that one layer has instead of the model's, with that kind's own numbers."""
+
+    kind: str
+    numbers: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,17 @@ class LayerShape:
     n_heads: int
     n_kv_heads: int
     d_ff: int
+    ffn: LayerFFN | None = None
+    """None is the model's kind. In files `{kind: NAME, NUMBER: …}`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a file holds of the layer: fields at their defaults are left out."""
+        result: dict[str, Any] = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "d_ff": self.d_ff}
+        return (
+            result
+            if self.ffn is None
+            else {**result, "ffn": {"kind": self.ffn.kind, **dict(self.ffn.numbers)}}
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +72,8 @@ class ModelShape:
     qk_norm: QKNorm = "none"
     """`head`: one weight of length head_dim for all heads (Qwen3, OpenELM). `full`: over the whole q or k
     width, before the heads are split (OLMo2)."""
-    ffn: FFNKind = "swiglu"
-    """`swiglu` has three matrices, `gelu` (erf) and `gelu_tanh` have two."""
+    ffn: str = "swiglu"
+    """A kind of `entasis.shape.ffn_kinds`: `swiglu` has three matrices, `gelu` (erf) and `gelu_tanh` have two."""
     tied_embeddings: bool = False
     qkv_bias: bool = False
     attention_output_bias: bool = False
@@ -87,6 +106,8 @@ class ModelShape:
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise UserError(f"shape: {name} is {getattr(self, name)!r}; choose one of {choices}")
+        if ffn_kinds.find(self.ffn, "shape: ffn").numbers:
+            raise UserError(f"shape: ffn is {self.ffn!r}, which has numbers of its own; name it in a layer")
         if self.positions == "rope" and self.head_dim % 2:
             raise UserError(f"shape: head_dim is {self.head_dim}; rotary positions need an even number")
         if self.norm_bias and self.norm == "rmsnorm":
@@ -113,7 +134,7 @@ class ModelShape:
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary that `from_dict` reads back; what `shape.json` holds."""
         result = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        result["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        result["layers"] = [layer.to_dict() for layer in self.layers]
         result["rope_scaling"] = dict(self.rope_scaling) if self.rope_scaling else None
         return result
 
@@ -135,7 +156,6 @@ _CHOICES: dict[str, Any] = {
     "norm": NormKind,
     "norm_placement": NormPlacement,
     "qk_norm": QKNorm,
-    "ffn": FFNKind,
     "positions": Positions,
 }
 
@@ -146,19 +166,29 @@ def _positive(name: str, value: object) -> None:
 
 
 def _read_layer(index: int, source: object) -> LayerShape:
-    names = [f.name for f in dataclasses.fields(LayerShape)]
     if isinstance(source, LayerShape):
         return source
-    if not isinstance(source, Mapping) or set(source) != set(names):
-        raise UserError(f"layer {index}: must have exactly {', '.join(names)}; it is {source!r}")
-    return LayerShape(**source)
+    names = [f.name for f in dataclasses.fields(LayerShape)]
+    required = {f.name for f in dataclasses.fields(LayerShape) if f.default is dataclasses.MISSING}
+    if not isinstance(source, Mapping) or not required <= set(source) <= set(names):
+        raise UserError(
+            f"layer {index}: must have {', '.join(sorted(required))} and may have "
+            f"{', '.join(n for n in names if n not in required)}; it is {source!r}"
+        )
+    ffn = source.get("ffn")
+    if ffn is None:
+        return LayerShape(**source)
+    if not isinstance(ffn, Mapping) or "kind" not in ffn:
+        raise UserError(f"layer {index}: ffn is {ffn!r}; write {{kind: NAME}} with the kind's numbers")
+    numbers = tuple(sorted((k, v) for k, v in ffn.items() if k != "kind"))
+    return LayerShape(**{**source, "ffn": LayerFFN(ffn["kind"], numbers)})
 
 
 def _check_layer(index: int, layer: LayerShape) -> None:
-    for f in dataclasses.fields(layer):
-        value = getattr(layer, f.name)
+    for name in ("n_heads", "n_kv_heads", "d_ff"):
+        value = getattr(layer, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise UserError(f"layer {index}: {f.name} is {value!r}; it must be a whole number of at least 0")
+            raise UserError(f"layer {index}: {name} is {value!r}; it must be a whole number of at least 0")
     if layer.n_heads == 0 and layer.d_ff == 0:
         raise UserError(f"layer {index}: n_heads and d_ff are both 0; a layer needs attention or an FFN")
     if (layer.n_heads == 0) != (layer.n_kv_heads == 0):
@@ -172,3 +202,12 @@ def _check_layer(index: int, layer: LayerShape) -> None:
             f"layer {index}: n_kv_heads is {layer.n_kv_heads}, which does not divide n_heads {layer.n_heads}; "
             f"valid are {valid}"
         )
+    if layer.ffn is not None:
+        kind, numbers = ffn_kinds.find(layer.ffn.kind, f"layer {index}: ffn.kind"), dict(layer.ffn.numbers)
+        if set(numbers) != set(kind.numbers):
+            wanted = ", ".join(kind.numbers) or "no numbers"
+            raise UserError(
+                f"layer {index}: ffn has {', '.join(numbers) or 'no numbers'}; {kind.name} takes {wanted}"
+            )
+        for name, value in numbers.items():
+            _positive(f"layer {index}: ffn.{name}", value)

@@ -9,8 +9,8 @@ import torch
 
 from entasis.errors import UserError
 from entasis.interop.importing import import_model
-from entasis.interop.plan import parameter_sizes
 from entasis.model import weights
+from entasis.shape import layout
 
 IDS = tiny.tokens()
 
@@ -18,7 +18,7 @@ IDS = tiny.tokens()
 @torch.no_grad()
 def our_logits(folder: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     model = weights.load(folder).eval()
-    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == parameter_sizes(model.shape)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == layout.sizes(model.shape)
     return model(ids)
 
 
@@ -99,7 +99,7 @@ def test_openelm_270m_has_the_published_heads_widths_and_count():
     settings = Settings(config, "config.json")
     shape = family_of(settings).read(settings, 200).shape
     assert (shape.layers[0].d_ff, shape.layers[-1].d_ff) == (768, 5120)
-    count = sum(torch.Size(size).numel() for size in parameter_sizes(shape).values())
+    count = sum(torch.Size(size).numel() for size in layout.sizes(shape).values())
     assert round(count / 1e6, 1) == 271.5
 
 
@@ -181,7 +181,7 @@ def test_memory_stays_at_the_largest_tensor(tmp_path):
 
     settings = Settings(config, "config.json")
     plan = family_of(settings).read(settings, 200)
-    sizes = parameter_sizes(plan.shape)
+    sizes = layout.sizes(plan.shape)
     theirs = dict.fromkeys(sizes, "")
     for name in sizes:
         module, _, kind = name.rpartition(".")
