@@ -5,5 +5,13 @@ class UserError(ValueError):
     """The user's input cannot be used. The command line prints its one line and exits with 2."""
 
 
+class Damaged(UserError):
+    """A file is not what was written: empty, cut short or changed. The line begins with `damaged:`."""
+
+
 class Failure(RuntimeError):
     """The work itself failed (disk full, non-finite loss, out of memory). Printed in one line; exits with 1."""
+
+
+class DiskFull(Failure, OSError):
+    """Something could not be written for want of space; what was there before is intact."""

@@ -18,7 +18,7 @@ from entasis.anatomy.measures import Measure, choose
 from entasis.anatomy.subject import Subject
 from entasis.errors import UserError
 from entasis.evaluate.loading import Loaded, load
-from entasis.report.page import write_text
+from entasis.files import write_text
 
 DEFAULT = ("structure", "skip")
 TOKENS = 20_000

@@ -13,8 +13,9 @@ import pandas as pd
 from entasis.anatomy import drawings, summary
 from entasis.anatomy.dissection import records
 from entasis.anatomy.measures import Measure
+from entasis.files import write_text
 from entasis.report import silhouettes
-from entasis.report.page import Page, write_text
+from entasis.report.page import Page
 from entasis.report.tables import Column, Table
 from entasis.shape.shapes import ModelShape
 

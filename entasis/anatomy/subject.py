@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from entasis.anatomy.text import Batch, Text
+from entasis.files import write_bytes
 from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
-from entasis.report.page import write_bytes
 from entasis.shape.shapes import ModelShape
 
 TOKENS_AT_ONCE = 2048

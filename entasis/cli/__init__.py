@@ -11,8 +11,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from entasis import __version__
+from entasis import __version__, files
 from entasis.errors import Failure, UserError
 
 VERBS = {
@@ -57,12 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"entasis.cli.{args.verb}").run(args) or 0
     except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _complain(error, 2)
-    except (Failure, OSError, MemoryError) as error:
+    except Failure as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
         return _complain("stopped by Ctrl-C", 1)
     except BrokenPipeError:
         return 1
+    except Exception as error:
+        if files.is_disk_full(error):
+            return _complain(files.no_space(Path(getattr(error, "filename", None) or "."), error), 1)
+        if isinstance(error, OSError | MemoryError):
+            return _complain(error, 1)
+        raise
 
 
 def _complain(error: BaseException | str, code: int) -> int:

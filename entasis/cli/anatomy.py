@@ -148,7 +148,7 @@ def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -
     import yaml
 
     from entasis.anatomy import suggest
-    from entasis.report.page import write_text
+    from entasis.files import write_text
     from entasis.train.recipe import Data
 
     quantity, values = suggest.importance(frame, args.importance)

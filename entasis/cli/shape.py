@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from entasis.errors import UserError
+from entasis.files import write_text
 from entasis.shape import cost, presets, profiles, rounding, specification
 from entasis.shape.solve import MEASURES, Solution, isotropic_of_equal_cost
 
@@ -271,6 +272,4 @@ def _load(text: str) -> Any:
 def _write_new(path: Path, text: str) -> None:
     if path.exists():
         raise UserError(f"{path} exists; name another file")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from entasis.data.shards import Shard, open_shard
 from entasis.errors import UserError
+from entasis.files import read_json
 
 INDEX, TOKENIZER = "corpus.json", "tokenizer.json"
 
@@ -24,7 +24,7 @@ class Corpus:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+            index = read_json(self.path / INDEX)
             names = list(index["shards"])
             self.end_of_text: int | None = index["end_of_text"]
             self.vocabulary: int = index["vocabulary"]
@@ -39,7 +39,7 @@ class Corpus:
                 else "make one with `entasis data prepare`"
             )
             raise UserError(f"{self.path}: no corpus here; {advice}") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise UserError(f"{self.path / INDEX}: not a corpus index ({error})") from error
         self.shards: list[Shard] = [open_shard(self.path / name) for name in names]
         for shard, content in zip(self.shards, index["shards"].values(), strict=True):

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from entasis.data.corpus import INDEX, TOKENIZER, Corpus
-from entasis.data.prepare import totals, write_json
+from entasis.data.prepare import totals
 from entasis.data.shards import write_shard
 from entasis.errors import UserError
+from entasis.files import write_json
 
 PREFIX = "dangerous:"
 Damage = Callable[[np.ndarray], np.ndarray]

@@ -17,9 +17,10 @@ import numpy as np
 from entasis.data import doctor
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, TOKENIZER
-from entasis.data.prepare import SHARD_TOKENS, Progress, totals, write_json
-from entasis.data.shards import sync_and_rename, write_shard
+from entasis.data.prepare import SHARD_TOKENS, Progress, totals
+from entasis.data.shards import write_shard
 from entasis.errors import UserError
+from entasis.files import write_json
 
 Importer = Callable[[Path, str | None], np.ndarray]
 IMPORTERS: dict[str, Importer] = {}
@@ -83,8 +84,7 @@ def import_tokens(
         )
         if progress:
             progress("tokens", end * ids.dtype.itemsize, len(ids) * ids.dtype.itemsize)
-    chosen.save(output / f"{TOKENIZER}.partial")
-    sync_and_rename(output / f"{TOKENIZER}.partial", output / TOKENIZER)
+    chosen.save(output / TOKENIZER)
     index = {
         "shards": shards,
         "vocabulary": chosen.vocabulary,

@@ -9,7 +9,6 @@ text and one shard of tokens. What a killed run finished is not done again.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections import deque
@@ -24,9 +23,10 @@ import numpy as np
 from entasis.data import split
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, TOKENIZER, Corpus
-from entasis.data.shards import sync_and_rename, write_shard
+from entasis.data.shards import write_shard
 from entasis.data.sources import Document, documents
 from entasis.errors import UserError
+from entasis.files import aside, read_json, write_json
 
 SHARD_TOKENS = 1 << 25
 _BATCH_BYTES = 1 << 20
@@ -75,7 +75,7 @@ def prepare(
     _claim(output, arguments)
     done = output / "prepared.json"
     if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))
+        return read_json(done)
     started = time.perf_counter()
     work = output / ".work"
     work.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ def prepare(
         "seconds": time.perf_counter() - started,
         **{name: totals(output / name) for name in SIDES if (output / name / INDEX).is_file()},
     }
-    write_json(done, result)
+    result = write_json(done, result)
     shutil.rmtree(work, ignore_errors=True)
     return result
 
@@ -102,7 +102,7 @@ def _claim(output: Path, arguments: dict[str, Any]) -> None:
     """Makes the folder this preparation's own, or finds that it is. Raises `UserError` if it is another's."""
     file = output / "arguments.json"
     if file.is_file():
-        earlier = json.loads(file.read_text(encoding="utf-8"))
+        earlier = read_json(file)
         for name, value in arguments.items():
             if earlier.get(name) != value:
                 raise UserError(
@@ -156,10 +156,8 @@ def _survey(
                 "add text, or give --validation 0"
             )
         sides[kept[out]] = _VALIDATION
-    partial = work / "survey.npy.partial"
-    with partial.open("wb") as file:
+    with aside(saved) as partial, partial.open("wb") as file:
         np.save(file, np.stack([sides, sizes]), allow_pickle=False)
-    sync_and_rename(partial, saved)
     return sides, sizes
 
 
@@ -178,8 +176,7 @@ def _tokenizer(
     if not saved.is_file():
         assert train is not None
         trained = tokenizers.train(_sample(sources, column, sides, report), train)
-        trained.save(work / "tokenizer.json.partial")
-        sync_and_rename(work / "tokenizer.json.partial", saved)
+        trained.save(saved)
     return tokenizers.load(saved)
 
 
@@ -210,7 +207,7 @@ class _Side:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = self.folder / "progress.json"
         if state.is_file():
-            earlier = json.loads(state.read_text(encoding="utf-8"))
+            earlier = read_json(state)
             self.shards, self.finished = earlier["shards"], earlier["finished"]
         for path in self.folder.glob("shard-*"):
             if path.name not in self.shards:
@@ -240,8 +237,7 @@ class _Side:
         write_json(self.folder / "progress.json", {"shards": self.shards, "finished": finished})
 
     def close(self) -> None:
-        self.chosen.save(self.folder / f"{TOKENIZER}.partial")
-        sync_and_rename(self.folder / f"{TOKENIZER}.partial", self.folder / TOKENIZER)
+        self.chosen.save(self.folder / TOKENIZER)
         index = {
             "shards": self.shards,
             "vocabulary": self.chosen.vocabulary,
@@ -336,10 +332,3 @@ def totals(folder: Path) -> dict[str, Any]:
         "shards": len(corpus.shards),
         "fingerprint": corpus.fingerprint,
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes aside, syncs, renames."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sync_and_rename(partial, path)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from entasis.errors import UserError
+from entasis.files import aside
 
 FORMAT = "entasis-tokens-1"
 DTYPES: dict[str, np.dtype] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
@@ -79,17 +79,11 @@ def write_shard(
         "bytes": str(int(document_bytes.sum())),
         "content": content,
     }
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
-    sync_and_rename(partial, path)
+    need = sum(array.nbytes for array in tensors.values())
+    # One preparation has the folder; the name is fixed so that what it left when killed can be found.
+    with aside(path, need=need, locked=True) as partial:
+        save_file(tensors, partial, metadata=metadata)
     return content
-
-
-def sync_and_rename(partial: Path, path: Path) -> None:
-    """Makes a file written aside the real one, surviving a power cut."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def content_hash(*arrays: np.ndarray) -> str:

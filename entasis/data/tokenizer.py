@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE
 
 from entasis.errors import UserError
+from entasis.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
 _ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
@@ -43,7 +44,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes `tokenizer.json`."""
-        Path(path).write_text(self.library.to_str(), encoding="utf-8")
+        write_text(Path(path), self.library.to_str())
 
 
 def load(source: str | Path) -> Tokenizer:

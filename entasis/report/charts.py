@@ -167,7 +167,7 @@ def save(chart: altair.TopLevelMixin, stem: Path) -> None:
     import altair
     import vl_convert
 
-    from entasis.report.page import write_bytes, write_text
+    from entasis.files import write_bytes, write_text
 
     spec = chart.to_dict()
     spec["width"] = 640

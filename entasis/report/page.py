@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from entasis import files
 
 if TYPE_CHECKING:
     import altair
@@ -116,7 +116,7 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Writes the page aside and renames it, replacing an earlier one."""
-        write_text(path, self.render())
+        files.write_text(path, self.render())
 
     def _place(self, chart: altair.TopLevelMixin, *, hidden: bool) -> Html:
         spec = chart.to_dict()
@@ -129,27 +129,6 @@ class Page:
             f'<div class="chart" id="chart-{number}" data-chart="{number}" data-uses="{" ".join(own)}"'
             f"{' hidden' if hidden else ''}></div>"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file aside, syncs and renames it, so that nobody ever reads half of it."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """`write_text` for bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _json(value: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from entasis.errors import Failure, UserError
-from entasis.report.page import write_text
+from entasis.files import write_text
 from entasis.study import downstream, execute, judgement, live, remote, results
 from entasis.study.definition import Study, changed, read
 from entasis.study.judgement import Verdict

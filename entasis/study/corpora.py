@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from entasis.data import dangerous
-from entasis.data.prepare import Progress, prepare, write_json
+from entasis.data.prepare import Progress, prepare
+from entasis.files import write_json
 from entasis.study.definition import Study
 
 

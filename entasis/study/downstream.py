@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from entasis.report.page import write_text
+from entasis.files import write_text
 from entasis.report.tables import Column, Table
 from entasis.study import results, statistics
 from entasis.study.definition import Downstream

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from entasis.errors import Failure, UserError
-from entasis.report.page import write_text
+from entasis.files import write_text
 from entasis.study.plan import PlannedRun
 from entasis.study.worker import Place, serve
 

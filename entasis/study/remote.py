@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from entasis.errors import Failure, UserError
-from entasis.report.page import write_text
+from entasis.files import write_text
 from entasis.study.execute import State, Watcher, failure_note, finished
 from entasis.study.plan import PlannedRun
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from entasis.files import write_bytes, write_text
 from entasis.report import charts, silhouettes
-from entasis.report.page import Page, write_bytes, write_text
+from entasis.report.page import Page
 from entasis.report.tables import Column, Table
 from entasis.study import downstream, judgement, results
 from entasis.study.definition import Study

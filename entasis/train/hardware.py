@@ -22,8 +22,8 @@ import torch
 
 import entasis
 from entasis.errors import UserError
+from entasis.files import write_text
 from entasis.model.attention import Attention
-from entasis.report.page import write_text
 from entasis.shape.cost import flops_per_token
 from entasis.shape.shapes import ModelShape
 from entasis.train import parallel

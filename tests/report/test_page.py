@@ -9,8 +9,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import browser
 
+from entasis.files import write_text
 from entasis.report import charts
-from entasis.report.page import Page, write_text
+from entasis.report.page import Page
 from entasis.report.tables import Column, Table
 
 ARMS = ["plain", "crown"]
