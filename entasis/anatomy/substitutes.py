@@ -16,8 +16,8 @@ from torch.func import functional_call
 
 from entasis.anatomy.stream import Replacement, Rotation
 from entasis.errors import UserError
+from entasis.grow import importance, resize
 from entasis.model.transformer import Transformer
-from entasis.shape.shapes import LayerShape, ModelShape
 
 Weights = dict[str, torch.Tensor]
 """A block's parameters by their name within the block."""
@@ -73,95 +73,21 @@ def fitted(model: Transformer, source: int, layer: int) -> Weights:
     there, here, weights = shape.layers[source], shape.layers[layer], weights_of(model, source)
     if there == here:
         return weights
-    result = {name: w for name, w in weights.items() if "_norm" in name}
-    if here.n_heads:
-        result |= _resize(_heads(weights, shape, there), _heads_taken(weights, shape, there, here))
-    if here.d_ff:
-        result |= _resize(_units(weights, there), _units_taken(weights, there, here))
-    own = weights_of(model, layer)
-    # A half that the neighbour lacks is zero; its full-width query and key norms cannot be resized without a meaning.
-    missing = [n for n in own if n not in result and "_norm" not in n]
-    return {
-        **{n: torch.zeros_like(own[n]) for n in missing},
-        **{n: w for n, w in result.items() if n in own and w.shape == own[n].shape},
-    }
-
-
-Axes = list[tuple[str, torch.Tensor, int | None]]
-"""Name, tensor, and the axis along which it has heads' features or hidden units (None: neither)."""
-
-
-def _heads(weights: Weights, shape: ModelShape, layer: LayerShape) -> Axes:
-    if not layer.n_heads:
-        return []
-    axes = {"query": 0, "key": 0, "value": 0, "output": 1}
-    return [
-        (n, w, None if n == "attention.output.bias" else min(axes[n.split(".")[1]], w.ndim - 1))
-        for n, w in weights.items()
-        if n.startswith("attention.") and "_norm" not in n
-    ]
-
-
-def _units(weights: Weights, layer: LayerShape) -> Axes:
-    axes = {"gate": 0, "up": 0, "down": 1}
-    return [
-        (n, w, None if n == "feedforward.down.bias" else min(axes[n.split(".")[1]], w.ndim - 1))
-        for n, w in weights.items()
-        if n.startswith("feedforward.")
-    ]
-
-
-Taken = dict[str, tuple[torch.Tensor, int]]
-"""For a projection: the features taken, in order, and how many the target has (zeros fill up)."""
-
-
-def _heads_taken(weights: Weights, shape: ModelShape, there: LayerShape, here: LayerShape) -> Taken:
-    if not there.n_heads:
-        return {}
-    group = here.n_heads // here.n_kv_heads
-    if there.n_heads // there.n_kv_heads != group:
+    if there.n_heads and here.n_heads and there.n_heads * here.n_kv_heads != here.n_heads * there.n_kv_heads:
         raise UserError(
             f"neighbour_average: {there.n_heads} heads on {there.n_kv_heads} KV heads cannot stand in for "
             f"{here.n_heads} on {here.n_kv_heads}: the groups differ in size; leave this measure out"
         )
-    k = shape.head_dim
-    value = weights["attention.value.weight"].view(there.n_kv_heads, k, -1).flatten(1).norm(dim=1)
-    output = weights["attention.output.weight"].T.reshape(there.n_kv_heads, -1).norm(dim=1)
-    best = (value * output).argsort(descending=True)[: here.n_kv_heads]
-    step = torch.arange(k, device=best.device)
-    kv = (best[:, None] * k + step).flatten()
-    wide = torch.arange(k * group, device=best.device)
-    q = (best[:, None] * (k * group) + wide).flatten()
-    sizes = {"q": here.n_heads * k, "kv": here.n_kv_heads * k}
-    return {
-        "query": (q, sizes["q"]),
-        "output": (q, sizes["q"]),
-        "key": (kv, sizes["kv"]),
-        "value": (kv, sizes["kv"]),
-    }
-
-
-def _units_taken(weights: Weights, there: LayerShape, here: LayerShape) -> Taken:
-    if not there.d_ff:
-        return {}
-    reading = weights["feedforward.up.weight"].norm(dim=1)
-    if "feedforward.gate.weight" in weights:
-        reading = reading * weights["feedforward.gate.weight"].norm(dim=1)
-    best = (reading * weights["feedforward.down.weight"].norm(dim=0)).argsort(descending=True)[: here.d_ff]
-    return dict.fromkeys(("gate", "up", "down"), (best, here.d_ff))
-
-
-def _resize(axes: Axes, taken: Taken) -> Weights:
+    order = importance.order_by_norm(weights, shape, there)
+    plan = resize.plan(shape, [here], sources=[source], orders={source: order})
+    of_block = {name.removeprefix("blocks.0."): entry for name, entry in plan.parameters.items()}
     result = {}
-    for name, tensor, axis in axes:
-        if axis is None:
-            result[name] = tensor
-            continue
-        chosen, size = taken[name.split(".")[1]]
-        kept = tensor.index_select(axis, chosen)
-        padding = list(kept.shape)
-        padding[axis] = size - len(chosen)
-        result[name] = torch.cat([kept, kept.new_zeros(padding)], dim=axis)
+    for name, own in weights_of(model, layer).items():
+        entry = of_block[name]
+        # A half that the neighbour lacks is zero; its norms then have no value of their own.
+        if entry.source is not None or "_norm" not in name:
+            old = None if entry.source is None else weights[entry.source.removeprefix(f"blocks.{source}.")]
+            result[name] = entry.make(old, own)
     return result
 
 

@@ -1,0 +1,29 @@
+"""Which heads and FFN units of a layer matter most, by its weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from entasis.grow.resize import Order
+from entasis.shape.shapes import LayerShape, ModelShape
+
+
+def order_by_norm(weights: Mapping[str, torch.Tensor], shape: ModelShape, layer: LayerShape) -> Order:
+    """KV groups and FFN units by the product of the norms of what writes and what reads them, largest first.
+
+    `weights` are the layer's parameters by their names within the block.
+    """
+    groups = units = None
+    if layer.n_heads:
+        value = weights["attention.value.weight"].view(layer.n_kv_heads, shape.head_dim, -1).flatten(1)
+        output = weights["attention.output.weight"].T.reshape(layer.n_kv_heads, -1)
+        groups = (value.norm(dim=1) * output.norm(dim=1)).argsort(descending=True).tolist()
+    if layer.d_ff:
+        written = [w for n, w in weights.items() if n in ("feedforward.gate.weight", "feedforward.up.weight")]
+        score = weights["feedforward.down.weight"].norm(dim=0)
+        for w in written:
+            score = score * w.norm(dim=1)
+        units = score.argsort(descending=True).tolist()
+    return Order(groups, units)

@@ -1,0 +1,238 @@
+"""From one list of layers to another: heads and FFN units added, copied or cut, whole layers dropped and repeated.
+
+    plan = resize.plan(shape, layers, new_units="copies")
+    tensors = dict(resize.apply(plan, tensors))
+
+A plan says of every parameter of the new model which one of the old it comes from, and along each axis which places,
+times which factors. It is made from shapes alone; the same plan serves weights, optimizer moments and provenance, and is
+carried out one parameter at a time. The axes come from `entasis.shape.layout`.
+
+| change                       | what the model computes afterwards                                                  |
+|------------------------------|-------------------------------------------------------------------------------------|
+| widened, `new_units: zeros`  | the same; new heads and units are zero                                              |
+| widened, `new_units: copies` | the same (Net2Net, 1511.05641): what reads a unit is divided among its copies        |
+| cut                          | what the kept heads and units compute: the first of the order given                 |
+| dropped, repeated            | another function                                                                    |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from entasis.errors import UserError
+from entasis.shape import layout
+from entasis.shape.shapes import LayerShape, ModelShape
+
+NewUnits = Literal["zeros", "copies"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order a layer's KV groups and FFN units are taken; None is as they stand. Cutting keeps the first."""
+
+    groups: Sequence[int] | None = None
+    units: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """Where the places along one axis come from."""
+
+    source: torch.Tensor
+    """[n] place in the old axis; -1 is new, and zero."""
+    factor: torch.Tensor
+    """[n] what the old number is multiplied by."""
+
+
+@dataclass(frozen=True)
+class ParameterMap:
+    """Where one parameter comes from."""
+
+    source: str | None
+    """Name in the old model; None: the old layer has no such half."""
+    size: tuple[int, ...]
+    axes: tuple[AxisMap | None, ...] = ()
+    """None: as it was."""
+    fill: float = 0.0
+    """The value of a parameter that comes from nowhere."""
+
+    def make(self, old: torch.Tensor | None, like: torch.Tensor, *, factors: bool = True) -> torch.Tensor:
+        """The new parameter from the old, in `like`'s dtype and device; moments are taken without the `factors`."""
+        if old is None:
+            return like.new_full(self.size, self.fill)
+        for dim, axis in enumerate(self.axes):
+            if axis is None:
+                continue
+            wide = old.index_select(dim, axis.source.clamp(min=0).to(old.device))
+            scale = (axis.source >= 0).double() * (axis.factor if factors else 1.0)
+            if bool((scale != 1.0).any()):
+                wide = wide * scale.to(wide).view(-1, *(1,) * (wide.ndim - dim - 1))
+            old = wide
+        return old
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model of another list of layers is made."""
+
+    shape: ModelShape
+    """The new model's."""
+    layers: tuple[int, ...]
+    """For each new layer, the old one that it comes from."""
+    parameters: dict[str, ParameterMap] = field(repr=False)
+
+
+def plan(
+    shape: ModelShape,
+    layers: Sequence[LayerShape],
+    *,
+    sources: Sequence[int] | None = None,
+    new_units: NewUnits = "zeros",
+    orders: Mapping[int, Order] | None = None,
+) -> Plan:
+    """How a model of `shape` becomes one of `layers`.
+
+    `sources` names for each new layer the old one that it is made from; without it they correspond one to one, and
+    fewer or more of them are refused. `orders` holds the orders of the old layers in which their KV groups and units
+    are taken. Raises `UserError` naming the layer for what cannot be resized.
+    """
+    layers = tuple(layers)
+    sources = tuple(range(shape.n_layers) if sources is None else sources)
+    if len(sources) != len(layers):
+        raise UserError(
+            f"resize: {len(sources)} layers cannot become {len(layers)} without saying from which each is made"
+        )
+    if wrong := [i for i in sources if not 0 <= i < shape.n_layers]:
+        raise UserError(f"resize: there is no layer {wrong[0]}; the model's are 0 to {shape.n_layers - 1}")
+    new = replace(shape, layers=layers)
+    parameters: dict[str, ParameterMap] = {}
+    for i, source in enumerate(sources):
+        order = (orders or {}).get(source, Order())
+        parameters |= _plan_layer(shape, source, new, i, order, new_units)
+    outside = {p.name: ParameterMap(p.name, p.size) for p in layout.outer_parameters(new) if p.shares is None}
+    return Plan(new, sources, {name: (outside | parameters)[name] for name in layout.sizes(new)})
+
+
+def apply(
+    plan: Plan, tensors: Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the new model, one at a time, in the model's order.
+
+    `tensors` are the old model's, or a function that reads one of them. What does not change is passed on, not copied.
+    """
+    read = tensors.__getitem__ if isinstance(tensors, Mapping) else tensors
+    like = read("norm.weight")
+    for name, entry in plan.parameters.items():
+        yield name, entry.make(None if entry.source is None else read(entry.source), like)
+
+
+def _plan_layer(
+    old_shape: ModelShape, source: int, new_shape: ModelShape, index: int, order: Order, new_units: NewUnits
+) -> dict[str, ParameterMap]:
+    old, new = old_shape.layers[source], new_shape.layers[index]
+    where = f"resize: layer {source}"
+    numbered = layout.ffn_kind(old_shape, old).numbers and old.d_ff != new.d_ff
+    if old.d_ff and new.d_ff and (old.ffn != new.ffn or numbered):
+        raise UserError(f"{where}: an FFN of another kind, or one with numbers of its own, cannot be resized")
+    axes = {
+        **_head_axes(old_shape, old, new, order, new_units, where),
+        **_unit_axes(old, new, order, new_units, where),
+    }
+    there = {p.name.removeprefix(f"blocks.{source}.") for p in layout.layer_parameters(old_shape, source)}
+    result = {}
+    for p in layout.layer_parameters(new_shape, index):
+        name = p.name.removeprefix(f"blocks.{index}.")
+        if name not in there:
+            result[p.name] = ParameterMap(
+                None, p.size, fill=1.0 if "norm" in p.role and not p.is_bias else 0.0
+            )
+            continue
+        maps = tuple(
+            axes.get(f"{p.role}:{axis}") or axes.get(f"{'reads' if dim else 'writes'}:{axis}")
+            for dim, axis in enumerate(p.axes)
+        )
+        result[p.name] = ParameterMap(f"blocks.{source}.{name}", p.size, maps if any(maps) else ())
+    return result
+
+
+def _unit_axes(
+    old: LayerShape, new: LayerShape, order: Order, new_units: NewUnits, where: str
+) -> dict[str, AxisMap]:
+    if not (old.d_ff and new.d_ff) or (old.d_ff == new.d_ff and order.units is None):
+        return {}
+    units = _extended(_ordered(order.units, old.d_ff, f"{where}: units"), new.d_ff, new_units)
+    return {"writes:ffn": _written(units), "reads:ffn": _read(units)}
+
+
+def _head_axes(
+    shape: ModelShape, old: LayerShape, new: LayerShape, order: Order, new_units: NewUnits, where: str
+) -> dict[str, AxisMap]:
+    if not (old.n_heads and new.n_heads):
+        return {}
+    if (old.n_heads, old.n_kv_heads) == (new.n_heads, new.n_kv_heads) and order.groups is None:
+        return {}
+    old_ratio, new_ratio = old.n_heads // old.n_kv_heads, new.n_heads // new.n_kv_heads
+    groups = _extended(_ordered(order.groups, old.n_kv_heads, f"{where}: groups"), new.n_kv_heads, new_units)
+    within = _extended(torch.arange(old_ratio), new_ratio, new_units)
+    heads_GR = groups[:, None] * old_ratio + within[None]
+    heads_GR[(groups < 0)[:, None] | (within < 0)[None]] = -1
+    query, kv = (_features(units, shape.head_dim) for units in (heads_GR.flatten(), groups))
+    result = {
+        "writes:query": _written(query),
+        "reads:query": _read(query),
+        "writes:kv": _written(kv),
+    }
+    if shape.qk_norm == "full":
+        # The norm's mean square is now taken over other numbers. Over zeros it shrinks: stretching what the norm reads
+        # and shrinking its weight restores the result exactly, epsilon included. Over copies it stays, if all are copied
+        # alike.
+        for role, features in (("query", query), ("key", kv)):
+            kept = features[features >= 0]
+            counts = torch.bincount(kept)
+            if len(set(counts[counts > 0].tolist())) > 1:
+                raise UserError(
+                    f"{where}: its full-width QK-norm would weigh heads that are copied unequally often; choose "
+                    "multiples of its heads, or new_units: zeros"
+                )
+            stretch = math.sqrt(len(features) / len(kept))
+            axis = "query" if role == "query" else "kv"
+            result[f"{role}:{axis}"] = _written(features, stretch)
+            result[f"{role}_norm:{axis}"] = _written(features, 1 / stretch)
+    return result
+
+
+def _ordered(order: Sequence[int] | None, count: int, where: str) -> torch.Tensor:
+    if order is None:
+        return torch.arange(count)
+    if sorted(order) != list(range(count)):
+        raise UserError(f"{where} are not an order of 0 to {count - 1}")
+    return torch.tensor(list(order))
+
+
+def _extended(units: torch.Tensor, size: int, new_units: NewUnits) -> torch.Tensor:
+    """The first `size` units; beyond them -1, or the units once more from the start."""
+    if new_units == "copies":
+        return units[torch.arange(size) % len(units)]
+    return torch.cat([units[:size], units.new_full((max(0, size - len(units)),), -1)])
+
+
+def _features(units: torch.Tensor, width: int) -> torch.Tensor:
+    """Places of the numbers of each unit, `width` of them; -1 stays."""
+    features = units[:, None] * width + torch.arange(width)
+    features[units < 0] = -1
+    return features.flatten()
+
+
+def _written(source: torch.Tensor, factor: float = 1.0) -> AxisMap:
+    return AxisMap(source, torch.full(source.shape, factor, dtype=torch.float64))
+
+
+def _read(source: torch.Tensor) -> AxisMap:
+    """What reads a unit is divided among its copies."""
+    counts = torch.bincount(source.clamp(min=0), weights=(source >= 0).double())
+    return AxisMap(source, 1 / counts[source.clamp(min=0)].clamp(min=1))
