@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from entasis import __version__, files
 from entasis.errors import Failure, UserError
@@ -30,10 +31,17 @@ VERBS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help says more)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Exit codes: 0 done, 1 the work failed, 2 the input cannot be used."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="entasis",
         description="Design, train, dissect and serve language models whose layers differ.",
         epilog="example: entasis shape crown-paper/crown-18     (more: entasis VERB --help)",
@@ -53,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(verb)
         else:
             verbs.add_parser(name, help=summary, add_help=False)
-    args = parser.parse_args(argv)
     try:
+        if any("\0" in argument for argument in argv):
+            raise UserError("an argument holds a NUL character")
+        args = parser.parse_args(argv)
         return importlib.import_module(f"entasis.cli.{args.verb}").run(args) or 0
     except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _complain(error, 2)
@@ -64,12 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("stopped by Ctrl-C", 1)
     except BrokenPipeError:
         return 1
+    except RecursionError:
+        return _complain("the input refers to itself, or is nested too deeply", 2)
     except Exception as error:
         if files.is_disk_full(error):
             return _complain(files.no_space(Path(getattr(error, "filename", None) or "."), error), 1)
-        if isinstance(error, OSError | MemoryError):
+        if _is_out_of_memory(error):
+            return _complain("out of memory: this machine or device has less than the work needs", 1)
+        if isinstance(error, ValueError) and "embedded null" in str(error):  # Python's words on such a path
+            return _complain("a path holds a NUL character", 2)
+        if isinstance(error, OSError):
             return _complain(error, 1)
         raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's error, or one of torch's, which is not imported for that."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _complain(error: BaseException | str, code: int) -> int:

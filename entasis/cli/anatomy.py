@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from entasis.cli.numbers import amount, real, seed, whole
 from entasis.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,8 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="structure,skip",
         help="names of measures, or loss, structure, ablation, manipulation, predictability, recovery, all",
     )
-    parser.add_argument("--tokens", default="20k", help="about how much of the text to read (20k)")
-    parser.add_argument("--sequence", type=int, help="tokens read at once (the model's context, at most 512)")
+    parser.add_argument(
+        "--tokens", type=amount(2), default="20k", help="about how much of the text to read (20k)"
+    )
+    parser.add_argument(
+        "--sequence", type=whole(1), help="tokens read at once (the model's context, at most 512)"
+    )
     parser.add_argument(
         "--layers", metavar="L,L", help="the layers to ablate, manipulate and train, such as 0,8,11 (all)"
     )
@@ -50,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="bf16: several times as fast where the processor has units for it, and less exact",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--output", metavar="DIR")
     parser.add_argument(
         "--suggest",
@@ -60,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", help="of the suggestion: parameters of a profile, tokens of a plan")
     parser.add_argument("--importance", metavar="QUANTITY", help="what the suggestion follows (skip)")
     parser.add_argument(
-        "--spread", type=float, default=0.3, help="widths from 1 − SPREAD to 1 + SPREAD (0.3)"
+        "--spread", type=real(0, 1), default=0.3, help="widths from 1 − SPREAD to 1 + SPREAD (0.3)"
     )
     parser.add_argument(
         "--scale", choices=["ffn", "heads", "both"], default="ffn", help="what a profile makes unequal (ffn)"
@@ -77,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
     from entasis.anatomy import dissection, report, summary
     from entasis.anatomy.measures import choose
     from entasis.evaluate.loading import load
-    from entasis.shape.specification import number
 
     if args.suggest and not args.budget:
         what = "parameters, such as 180M" if args.suggest == "profile" else "tokens, such as 5M"
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     subject = dissection.lay_out(
         loaded,
         args.text,
-        tokens=number(args.tokens, "--tokens"),
+        tokens=args.tokens,
         sequence=args.sequence,
         seed=args.seed,
         layers=None if args.layers is None else _layers(args.layers),

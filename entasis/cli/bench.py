@@ -16,11 +16,14 @@ import sys
 from typing import Any
 
 from entasis.cli import overrides
+from entasis.cli.numbers import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML file; docs/training.md lists its keys")
-    parser.add_argument("--steps", type=int, default=20, help="steps to time, after five to warm up (20)")
+    parser.add_argument(
+        "--steps", type=whole(1, 100_000), default=20, help="steps to time, after five to warm up (20)"
+    )
     parser.add_argument("--json", action="store_true")
     overrides.accept(parser)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from entasis.cli.numbers import seed, whole
 from entasis.errors import UserError
 
 
@@ -38,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="PATH", help="tokenizer.json, folder with GPT-2's files, or `bytes`"
     )
     prepare.add_argument(
-        "--train-tokenizer", type=int, metavar="VOCABULARY", help="train a byte-level BPE here"
+        "--train-tokenizer", type=whole(1), metavar="VOCABULARY", help="train a byte-level BPE here"
     )
     prepare.add_argument("--validation", default="5%", help="share of bytes held out, by document (5%%)")
-    prepare.add_argument("--seed", type=int, default=0, help="which documents are held out (0)")
+    prepare.add_argument("--seed", type=seed, default=0, help="which documents are held out (0)")
     prepare.add_argument(
         "--limit", metavar="SIZE", help="at most so much text, whole documents, such as 12MB"
     )
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     doctor = verbs.add_parser("doctor", help="examine token data: exit code 0 sound, 1 diseased")
     doctor.add_argument("path", metavar="FILE|DIR")
     doctor.add_argument("--dtype", help="type of a raw file's ids")
-    doctor.add_argument("--vocabulary", type=int, help="number of ids that the tokenizer has")
+    doctor.add_argument("--vocabulary", type=whole(1), help="number of ids that the tokenizer has")
     doctor.add_argument("--tokenizer", metavar="PATH", help="the tokenizer that should have made the ids")
     doctor.set_defaults(act=_doctor)
     for verb in (prepare, bring, inspect, doctor):

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entasis.cli.numbers import amount, whole
 from entasis.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,13 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--text", metavar="PATH", help="a corpus, a text file or a folder of them")
     parser.add_argument(
-        "--sequence", type=int, help="tokens read at once (the model's context, at most 1024)"
+        "--sequence", type=whole(1), help="tokens read at once (the model's context, at most 1024)"
     )
-    parser.add_argument("--tokens", help="whole documents up to so many tokens, such as 100k")
+    parser.add_argument(
+        "--tokens",
+        type=amount(1),
+        help="whole documents up to so many tokens, such as 100k; a single one is cut there",
+    )
     parser.add_argument("--tasks", help="lm-eval tasks, separated by commas")
     parser.add_argument("--include-path", metavar="DIR", help="folder with lm-eval tasks of your own")
-    parser.add_argument("--limit", type=int, help="examples per task")
-    parser.add_argument("--fewshot", type=int, help="examples shown before each question")
+    parser.add_argument("--limit", type=whole(1), help="examples per task")
+    parser.add_argument("--fewshot", type=whole(0), help="examples shown before each question")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
 
@@ -64,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(answer, default=str))
         return 0
     if score := answer.get("text"):
-        low, high = score["interval"] or ("?", "?")
-        interval = (
-            f"[{low:.4f}, {high:.4f}] over documents" if score["interval"] else "one document, no interval"
-        )
-        print(f"{score['bits_per_byte']:.4f} bits per byte  95 % {interval}")
+        print(f"{score['bits_per_byte']:.4f} bits per byte  {_interval(score)}")
         print(
             f"perplexity {score['perplexity']:.3f} per token, {score['tokens']:,} tokens, {score['bytes']:,} bytes"
         )
@@ -77,6 +78,13 @@ def run(args: argparse.Namespace) -> int:
 
         print(make_table(answer["lm_eval"]))
     return 0
+
+
+def _interval(score: dict[str, Any]) -> str:
+    if score["interval"] is None:
+        return "one document, too short for an interval"
+    low, high = score["interval"]
+    return f"95 % [{low:.4f}, {high:.4f}] over {score['interval_over']}"
 
 
 def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
@@ -104,22 +112,32 @@ def _score(loaded: Loaded, corpus: Corpus, args: argparse.Namespace) -> dict[str
     from rich.progress import Progress
 
     from entasis.evaluate.bits_per_byte import evaluate, interval
-    from entasis.shape.specification import number
 
+    sequence = args.sequence or min(1024, loaded.shape.context)
+    if loaded.shape.positions == "learned" and sequence > loaded.shape.context:
+        raise UserError(f"--sequence is {sequence}; the model has positions for {loaded.shape.context}")
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task("tokens", total=None)
         score = evaluate(
             loaded.model,
             corpus,
-            sequence=args.sequence or min(1024, loaded.shape.context),
+            sequence=sequence,
             batch=4,
             device=loaded.device,
-            max_tokens=number(args.tokens, "--tokens") if args.tokens else None,
+            max_tokens=args.tokens,
+            tokenizer=loaded.tokenizer,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    sampled, over = score, "documents"
+    if score.blocks:
+        # What holds for the rest of this text; another document may differ by more.
+        sampled, size = score.blocks, int(score.blocks.document_tokens[0])
+        over = f"{len(sampled.document_nll)} blocks of {size:,} tokens of one document"
+    found = interval(sampled)
     return {
         "bits_per_byte": score.bits_per_byte,
-        "interval": interval(score),
+        "interval": found,
+        "interval_over": over if found else None,
         "perplexity": score.perplexity,
         "nll": score.nll_sum,
         "tokens": score.tokens,

@@ -14,6 +14,9 @@ import json
 import sys
 import time
 
+from entasis.cli.numbers import real, seed, whole
+from entasis.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -26,34 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="a prompt is a message: use the chat template")
     parser.add_argument("--system", metavar="TEXT", help="the system message before it (with --chat)")
-    parser.add_argument("--tokens", type=int, default=128, help="at most so many new tokens (128)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=whole(1), default=128, help="at most so many new tokens (128)")
+    parser.add_argument("--temperature", type=real(0), default=0.8, help="0 takes the likeliest token (0.8)")
+    parser.add_argument("--top-k", type=whole(1))
+    parser.add_argument("--top-p", type=real(0, 1, open=True))
+    parser.add_argument("--min-p", type=real(0, 1, open=True))
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print prompts, texts and speed as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    from entasis.errors import UserError
     from entasis.evaluate.generation import Sampling, generate
     from entasis.evaluate.loading import load
 
-    if args.tokens < 1:
-        raise UserError(f"--tokens is {args.tokens}; it must be at least 1")
     if args.system is not None and not args.chat:
         raise UserError("--system goes with --chat")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    loaded = load(args.model, device=device)
+    loaded = load(args.model, device=args.device)
     chosen = loaded.tokenizer
     if chosen is None:
         raise UserError(f"{args.model}: has no tokenizer.json; import it again with --tokenizer FILE")
-    texts = args.prompt or [sys.stdin.read()]
+    texts = _prompts(args.prompt)
     if args.chat:
         if loaded.chat is None:
             raise UserError(f"{args.model}: has no chat template; leave --chat out to continue the text")
@@ -66,10 +63,11 @@ def run(args: argparse.Namespace) -> int:
     stream = len(prompts) == 1 and not args.json
     before = [] if args.chat else prompts[0]  # an answer is shown alone, a continuation with its beginning
     shown = chosen.decode(before)
+    steps = generate(loaded.model, prompts, tokens=args.tokens, sampling=sampling, stop=loaded.stop)
     if stream:
         print(shown, end="", flush=True)
     begun = time.perf_counter()
-    for step in generate(loaded.model, prompts, tokens=args.tokens, sampling=sampling, stop=loaded.stop):
+    for step in steps:
         for answer, token in zip(answers, step, strict=True):
             if token is not None:
                 answer.append(token)
@@ -92,3 +90,16 @@ def run(args: argparse.Namespace) -> int:
         for text, answer in zip(texts, answers, strict=True):
             print(f"{'' if args.chat else text}{chosen.decode(answer)}\n---")
     return 0
+
+
+def _prompts(given: list[str] | None) -> list[str]:
+    """The prompts of the command line, or standard input. Raises `UserError` for bytes that are not UTF-8."""
+    texts = given
+    try:
+        if texts is None:
+            texts = [sys.stdin.read()]
+        for text in texts:
+            text.encode()  # an argument's bytes that are not UTF-8 are surrogates by now
+    except UnicodeError as error:
+        raise UserError("a prompt is not UTF-8 text") from error
+    return texts

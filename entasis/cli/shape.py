@@ -20,6 +20,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from entasis.cli.numbers import whole
 from entasis.errors import UserError
 from entasis.files import write_text
 from entasis.shape import cost, presets, profiles, rounding, specification
@@ -58,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(MEASURES),
         help="beside each shape, the one of equal layers that costs the same",
     )
-    parser.add_argument("--sequence", type=int, default=1024, help="length at which FLOPs are counted (1024)")
+    parser.add_argument(
+        "--sequence", type=whole(1), default=1024, help="length at which FLOPs are counted (1024)"
+    )
     parser.add_argument(
         "--attended",
         choices=["full", "causal"],

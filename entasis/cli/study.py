@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entasis.cli.numbers import real
 from entasis.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "run":
             _add_launcher(action)
         if name == "plan":
-            action.add_argument("--noise", type=float, metavar="SD",
+            action.add_argument("--noise", type=real(0, open=True), metavar="SD",
                                 help="sd of a paired difference in bits per byte, if known")  # fmt: skip
     for name, help_text in (
         ("resume", "go on with the study in a folder"),

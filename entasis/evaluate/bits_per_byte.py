@@ -19,9 +19,17 @@ import torch
 import torch.nn.functional as F
 
 from entasis.data.corpus import Corpus
+from entasis.data.tokenizer import Tokenizer
 from entasis.model.transformer import Transformer
 
 _LOGITS_AT_ONCE = 1 << 24
+_DRAWN_AT_ONCE = 1 << 20
+"""Documents of all resamples that the bootstrap holds together: some 30 MB."""
+BLOCKS = 50
+"""A lone document is cut into so many blocks, of at most a window and at least `SHORTEST_BLOCK` tokens."""
+SHORTEST_BLOCK = 64
+FEWEST_BLOCKS = 10
+"""Below this the bootstrap's interval is too narrow to be shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,8 @@ class Score:
     """int64 [documents], UTF-8."""
     document_tokens: np.ndarray
     """int64 [documents], end-of-text included."""
+    blocks: Score | None = None
+    """A lone document's consecutive blocks, as if they were documents; None where there are too few."""
 
     @property
     def nll_sum(self) -> float:
@@ -80,16 +90,23 @@ def evaluate(
     document_masking: bool = False,
     rank: int = 0,
     world: int = 1,
+    tokenizer: Tokenizer | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Scores whole documents of `corpus`, `batch` windows of `sequence` tokens at a time.
 
+    With the corpus's `tokenizer` a lone document longer than `max_tokens` is cut there, and is scored by blocks too.
     Under several ranks each scores every world-th batch; the sum of their `document_nll` is the whole.
     `progress(done, total)` is called with numbers of tokens.
     """
     offsets = corpus.document_offsets()
     chosen = choose_documents(corpus, max_tokens)
     sizes = np.diff(offsets)[chosen]
+    lone = tokenizer is not None and len(chosen) == 1
+    if lone and max_tokens is not None:
+        sizes = np.minimum(sizes, max_tokens)
+    block = max(SHORTEST_BLOCK, min(sequence, int(sizes[0]) // BLOCKS))
+    block_nll = np.zeros(-(-int(sizes[0]) // block) if lone else 0)
     ends = np.cumsum(sizes)
     total = int(ends[-1])
     nll = np.zeros(len(chosen))
@@ -115,10 +132,33 @@ def evaluate(
                 ids_BT = torch.from_numpy(read_in.reshape(tokens_BT.shape)).to(device)
             token_nll = _token_nll(model, tokens_BT.to(device), targets_BT.to(device), ids_BT, autocast)
             nll += np.bincount(owner[a:b], weights=token_nll, minlength=len(chosen))
+            if lone:
+                number = np.arange(start + a, start + b) // block
+                block_nll += np.bincount(number, weights=token_nll, minlength=len(block_nll))
         if progress:
             progress(stop, total)
     model.train(was_training)
-    return Score(nll, corpus.document_bytes()[chosen], sizes)
+    sized = corpus.document_bytes()[chosen]
+    if tokenizer is None or not lone:
+        return Score(nll, sized, sizes)
+    whole = int(offsets[chosen[0] + 1] - offsets[chosen[0]]) == total
+    block_bytes = _bytes_of_blocks(read(0, total), block, tokenizer, corpus.end_of_text)
+    if not whole:
+        sized = block_bytes.sum(keepdims=True)
+    if len(block_nll) < FEWEST_BLOCKS:
+        return Score(nll, sized, sizes)
+    ends_of_blocks = np.minimum(np.arange(1, len(block_nll) + 1) * block, total)
+    return Score(nll, sized, sizes, Score(block_nll, block_bytes, np.diff(ends_of_blocks, prepend=0)))
+
+
+def _bytes_of_blocks(
+    ids: np.ndarray, block: int, tokenizer: Tokenizer, end_of_text: int | None
+) -> np.ndarray:
+    """int64 [blocks]: UTF-8 bytes of the text of each block, up to the character that its edges cut through."""
+    texts = (ids[a : a + block] for a in range(0, len(ids), block))
+    return np.array(
+        [len(tokenizer.decode(t[t != end_of_text] if end_of_text is not None else t).encode()) for t in texts]
+    )
 
 
 def _stream(corpus: Corpus, offsets: np.ndarray, chosen: np.ndarray) -> Callable[[int, int], np.ndarray]:
@@ -170,7 +210,11 @@ def interval(
     n = len(score.document_nll)
     if n < 2:
         return None
-    chosen = np.random.default_rng(seed).integers(0, n, (draws, n))
-    values = score.document_nll[chosen].sum(1) / (score.document_bytes[chosen].sum(1) * math.log(2))
+    random, values = np.random.default_rng(seed), np.empty(draws)
+    rows = max(1, _DRAWN_AT_ONCE // n)
+    for start in range(0, draws, rows):
+        chosen = random.integers(0, n, (min(rows, draws - start), n))
+        size = score.document_bytes[chosen].sum(1) * math.log(2)
+        values[start : start + rows] = score.document_nll[chosen].sum(1) / size
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -1,18 +1,26 @@
 """The chat template of a model: messages → the text that it was trained to answer.
 
-A template is a Jinja program written by whoever made the model, so it runs in Jinja's immutable sandbox, as it
-does in transformers.
+A template is a Jinja program written by whoever made the model. It runs in Jinja's immutable sandbox, as it does in
+transformers, and in a process of its own that may take some seconds and some memory and no more (`rendering.py`): a
+sandbox keeps a program from doing harm, not from never ending.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from entasis.errors import UserError
+from entasis.errors import Failure, UserError
+from entasis.evaluate.rendering import REFUSED, SECONDS
+
+_PATIENCE = 60
+"""Seconds by the clock after which a template is given up, where its process cannot be held to `SECONDS` of work."""
+_ENDLESS = f"the chat template fails: it takes more than {SECONDS} seconds"
 
 
 @dataclass(frozen=True)
@@ -27,24 +35,26 @@ class Chat:
 
         Raises `UserError` for a template that cannot be run or refuses the messages.
         """
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> str:
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
-        environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
-        )
+        work = {"template": self.template, "messages": list(messages), "special": dict(self.special)}
         try:
-            template = environment.from_string(self.template)
-            return template.render(messages=list(messages), add_generation_prompt=True, **self.special)
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"the chat template fails: {' '.join(str(error).split())}") from error
+            done = subprocess.run(
+                # -P: nothing is imported from the folder that the program lies or is called in.
+                [sys.executable, "-P", str(Path(__file__).with_name("rendering.py"))],
+                input=json.dumps(work).encode(),
+                capture_output=True,
+                timeout=_PATIENCE,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(_ENDLESS) from error
+        if done.returncode == 0:
+            return json.loads(done.stdout)
+        if done.returncode == REFUSED:
+            raise UserError(f"the chat template fails: {json.loads(done.stdout)}")
+        if done.returncode < 0:  # killed at its limit
+            raise UserError(_ENDLESS)
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise Failure(f"the chat template could not be run: {''.join(last)}")
 
 
 def load(folder: Path) -> Chat | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from entasis.errors import UserError
 from entasis.model.cache import KVCache
 from entasis.model.transformer import Transformer
+from entasis.shape.cost import kv_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; it must be at least 0")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; it must be a number from 0 on")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to {2**63 - 1}")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top-k is {self.top_k}; it must be at least 1")
         for name in ("top_p", "min_p"):
@@ -33,7 +38,6 @@ class Sampling:
                 raise UserError(f"{name.replace('_', '-')} is {value}; it must be above 0 and at most 1")
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -42,11 +46,12 @@ def generate(
     sampling: Sampling | None = None,
     stop: Collection[int] = (),
 ) -> Iterator[list[int | None]]:
-    """Yields, step by step, the next id of each prompt; None for one that has met an id of `stop`.
+    """Step by step, the next id of each prompt; None for one that has met an id of `stop`.
 
     Prompts of unequal length are read side by side up to the shortest, and the longer ones then go on reading
     while the shorter ones already write. A prompt's continuation does not depend on its neighbours when choosing
-    greedily. Raises `UserError` for an empty prompt or one that leaves no room in a learned position table.
+    greedily. Raises `UserError` for an empty prompt or one that leaves no room in a learned position table,
+    and for more keys and values than there is memory for.
     """
     sampling = sampling or Sampling()
     if not prompts or any(not p for p in prompts):
@@ -58,7 +63,28 @@ def generate(
         )
     weight = model.embedding.tokens.weight
     device, dtype = weight.device, weight.dtype
-    cache = KVCache(model.shape, len(prompts), longest, dtype=dtype, device=device)
+    needed = len(prompts) * longest * kv_bytes_per_token(model.shape, dtype.itemsize)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"prompt and continuation are {longest:,} tokens; their keys and values take {needed / 2**30:,.1f} GiB, "
+            f"{free / 2**30:,.1f} GiB are free"
+        )
+    return _continue(model, prompts, longest, tokens, sampling, stop)
+
+
+@torch.inference_mode()
+def _continue(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    longest: int,
+    tokens: int,
+    sampling: Sampling,
+    stop: Collection[int],
+) -> Iterator[list[int | None]]:
+    weight = model.embedding.tokens.weight
+    device = weight.device
+    cache = KVCache(model.shape, len(prompts), longest, dtype=weight.dtype, device=device)
     generator = torch.Generator(device).manual_seed(sampling.seed)
     shortest = min(map(len, prompts))
     ids_BT = torch.tensor([list(p[:shortest]) for p in prompts], device=device)
@@ -88,7 +114,9 @@ def choose(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generat
     """The next ids [B] from fp32 logits [B, V]."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV / sampling.temperature
+    # The largest is 0, so that no temperature, however small, divides to an infinity with a sign.
+    coldest = torch.finfo(logits_BV.dtype).tiny
+    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(sampling.temperature, coldest)
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         lowest_B1 = logits_BV.topk(sampling.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, float("-inf"))

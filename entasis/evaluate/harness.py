@@ -1,7 +1,8 @@
 """lm-eval's own harness over our models (the extra `eval`).
 
 A context that several continuations share is read once and its keys and values are used for all of them; contexts
-of equal length are read together.
+of equal length are read together. What does not fit into the model's context is cut from the left, as lm-eval's own
+models do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from entasis.model.cache import KVCache
 
 _ROWS = 16
 """Contexts read together."""
+_MOST_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""lm-eval's names for the same number, the first that is given counts."""
+_CHOICE = ("do_sample", "temperature", "top_k", "top_p", "min_p")
 
 
 class Harness(TemplateLM):
@@ -49,11 +53,18 @@ class Harness(TemplateLM):
         disable_tqdm: bool = False,
         **options: Any,
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy) of each continuation after its context."""
+        """(log-likelihood, whether greedy) of each continuation after its context.
+
+        Raises `UserError` for a continuation that the model's context cannot hold.
+        """
         shared: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
             room = self.max_length + 1 - len(continuation)
-            shared[tuple(context[-room:] if room > 0 else context[-1:])].append((number, continuation))
+            if room < 1:
+                raise UserError(
+                    f"lm-eval: a continuation has {len(continuation)} tokens; the model's context is {self.max_length}"
+                )
+            shared[tuple(context[-room:])].append((number, continuation))
         by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
         for kept in shared:
             by_length[len(kept)].append(kept)
@@ -105,24 +116,19 @@ class Harness(TemplateLM):
         return result
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy or sampled continuations, cut at the first of the stop strings."""
+        """Greedy or sampled continuations, cut at the first of the stop strings.
+
+        Raises `UserError` for a setting of the task that is not known here.
+        """
         result = []
-        for request in requests:
+        for number, request in enumerate(requests):
             text, settings = request.args
-            stops = (
-                [settings["until"]] if isinstance(settings.get("until"), str) else settings.get("until", [])
-            )
-            most = settings.get("max_gen_toks", 256)
-            temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
-            prompt = self.tok_encode(text)[-(self.max_length - most) :] or [self.eot_token_id]
+            stops, most, sampling = _read_settings(settings, seed=number)
+            prompt, most = self._fit(self.tok_encode(text), most)
             ids: list[int] = []
             answer = ""
             for step in generate(
-                self.loaded.model,
-                [prompt],
-                tokens=most,
-                sampling=Sampling(temperature),
-                stop=self.loaded.stop,
+                self.loaded.model, [prompt], tokens=most, sampling=sampling, stop=self.loaded.stop
             ):
                 ids += [x for x in step if x is not None]
                 answer = self.tokenizer_ours.decode(ids)
@@ -131,7 +137,51 @@ class Harness(TemplateLM):
             for stop in stops:
                 answer = answer.split(stop)[0]
             result.append(answer)
+            self.cache_hook.add_partial("generate_until", (text, settings), answer)
         return result
+
+    def _fit(self, prompt: list[int], most: int) -> tuple[list[int], int]:
+        """The end of a prompt that leaves room for `most` new tokens, and how many of those there is room for.
+
+        Where they alone would fill the context (lm-eval's own model refuses that), the prompt stays and what is left
+        is written: at least one token.
+        """
+        kept = self.max_length - most if most < self.max_length else self.max_length - 1
+        prompt = prompt[-kept:] or [self.eot_token_id]
+        return prompt, min(most, self.max_length - len(prompt))
+
+
+def _read_settings(settings: dict[str, Any], *, seed: int) -> tuple[list[str], int, Sampling]:
+    """Stop strings, most new tokens and how to choose them, from a task's `generation_kwargs`.
+
+    As in transformers a given temperature samples unless `do_sample` is false, and sampling without one is at 1. Each
+    request has a seed of its own, so that repeats of one prompt differ. Raises `UserError` for an unknown setting.
+    """
+    if unknown := [
+        name
+        for name, value in settings.items()
+        if name not in ("until", *_MOST_TOKENS, *_CHOICE) and not (name == "num_beams" and value == 1)
+    ]:
+        raise UserError(
+            f"lm-eval: generation_kwargs has {unknown[0]}, which cannot be followed here; "
+            f"known are until, {', '.join((*_MOST_TOKENS, *_CHOICE))}"
+        )
+    until = settings.get("until") or []
+    stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+    most = next((settings[name] for name in _MOST_TOKENS if settings.get(name) is not None), 256)
+    temperature = settings.get("temperature")
+    do_sample = settings.get("do_sample")
+    if do_sample is None:
+        do_sample = bool(temperature)
+    if not do_sample:
+        return stops, int(most), Sampling(0.0)
+    # transformers reads 0 as "no such filter".
+    filters = {name: settings.get(name) or None for name in ("top_k", "top_p", "min_p")}
+    return (
+        stops,
+        int(most),
+        Sampling(1.0 if temperature is None else float(temperature), **filters, seed=seed),
+    )
 
 
 def run(

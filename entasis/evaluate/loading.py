@@ -79,12 +79,43 @@ class Loaded:
         return ids
 
 
+def choose_device(name: str) -> str:
+    """`name` as torch calls it; `auto` is CUDA where there is one. Raises `UserError` for what is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+    except RuntimeError:
+        chosen = torch.device("meta")
+    known = ("cpu", "cuda", "mps") if torch.backends.mps.is_available() else ("cpu", "cuda")
+    if chosen.type not in known:
+        raise UserError(f"--device is {name!r}; it must be auto, cpu, cuda or cuda:0")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        here = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise UserError(f"--device is {name}; this machine, or this torch, has {here}")
+    return name
+
+
+def _only_gguf(path: Path) -> Path:
+    """The GGUF file of a folder that holds one model as GGUF; any other path as it is. Raises `UserError`."""
+    if not path.is_dir() or any((path / name).is_file() for name in ("shape.json", "config.json")):
+        return path
+    # Of a model in parts the first part stands for all.
+    found = sorted(p for p in path.glob("*.gguf") if "-of-" not in p.stem or "-00001-of-" in p.stem)
+    if len(found) > 1:
+        raise UserError(
+            f"{path}: holds {len(found)} GGUF files; name one: {', '.join(p.name for p in found)}"
+        )
+    return found[0] if found else path
+
+
 def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
     """Opens a model. Hugging Face folders and GGUF files are imported into a temporary folder first.
 
-    Raises `UserError` for what is no model, or one that cannot be imported.
+    `device` is cpu, cuda, cuda:N, or auto for the first of CUDA and the CPU that is there. Raises `UserError` for what
+    is no model, one that cannot be imported, and a device that is not here.
     """
-    path = Path(path)
+    path, device = _only_gguf(Path(path)), choose_device(device)
     if (path / "shape.json").is_file():
         model = weights.load(path, device=device, dtype=dtype)
         named = path / "tokenizer.json"

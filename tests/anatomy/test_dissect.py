@@ -171,3 +171,22 @@ def test_a_change_in_loss_counts_by_its_logarithm(trained) -> None:
     name, values = suggest.importance(frame)
     skip = frame[frame["quantity"] == "skip"]["value"].to_numpy()
     assert name == "skip" and values == pytest.approx(np.log(np.maximum(skip, 1e-4)))
+
+
+def test_what_an_untrained_layer_shows_by_chance_does_not_depend_on_how_much_text_is_read(tmp_path, capsys):
+    """The control reads the first 2,048 tokens of the text, however much follows them."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    loaded = untrained()
+    weights.save(loaded.model, folder)
+    loaded.tokenizer.save(folder / "tokenizer.json")
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(sentences(200, 3)):
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    found = {}
+    for tokens in ("3k", "9k"):
+        command = ["anatomy", str(folder), "--text", str(tmp_path / "text"), "--sequence", "64"]
+        assert cli.main([*command, "--tokens", tokens, "--measures", "mean_output", "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)["values"]
+        (found[tokens],) = (r["value"] for r in rows if r["quantity"] == "mean_output_chance")
+    assert found["3k"] == pytest.approx(found["9k"], rel=1e-6)

@@ -119,3 +119,14 @@ def test_layers_without_a_half(lay_out) -> None:
     assert present["zero_attention"] == [0, 2, 3] and present["zero_ffn"] == [1, 2, 3]
     assert present["skip"] == [0, 1, 2, 3] and present["attention_entropy"] == [0, 2, 3]
     assert "weight_r2" not in present  # no two neighbours of one shape
+
+
+def test_the_control_of_neighbours_is_never_drawn_from_them(trained, lay_out):
+    """Layers 0 and 1 are one layer: only a neighbour can say anything of either."""
+    trained.model.blocks[1].load_state_dict(trained.model.blocks[0].state_dict())
+    for seed in range(5):
+        frame = examine(replace(lay_out(trained), seed=seed), choose(["predictability"]))
+        control = frame[frame["quantity"] == "weight_r2_permuted"]
+        assert control["value"].max() < 0.9
+        # The layers between have fewer others left than neighbours, so they have no control.
+        assert sorted(set(control["layer"])) == [0, 4]

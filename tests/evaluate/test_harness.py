@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import entasis
+from entasis.cli import main
 from entasis.data import tokenizer
 from entasis.errors import UserError
 from entasis.evaluate.bits_per_byte import Score, interval
@@ -155,3 +156,94 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         covered += low < 2.0 < high
     assert 0.90 < covered / 300 < 0.98
     assert interval(Score(np.ones(1), np.ones(1), np.ones(1))) is None
+
+
+def ask(judge, text, **settings):
+    """lm-eval's own request for a continuation."""
+    from lm_eval.api.instance import Instance
+
+    requests = [Instance("generate_until", {}, (text, settings), i) for i in range(settings.pop("times", 1))]
+    return judge.generate_until(requests)
+
+
+@pytest.mark.parametrize("most", [256, 1000])
+def test_a_prompt_outlives_a_request_for_more_tokens_than_the_context_has(model, tmp_path, capsys, most):
+    """Through the command: the task's answer is the greedy continuation of the whole prompt."""
+    text = "import argparse\n\nclass Parser:"
+    loaded = entasis.load(model / "ours")
+    room = loaded.shape.context - len(loaded.encode(text))
+    expected = loaded.generate(text, tokens=room, temperature=0)
+    assert expected != loaded.generate("<|endoftext|>", tokens=room, temperature=0)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": text, "answer": expected}) + "\n")
+    task = (UNTIL % (tmp_path / "data.jsonl")).replace('"x"', '"{{answer}}"')
+    task = task.replace('["\\n"], max_gen_toks: 12', f'["<never>"], max_gen_toks: {most}')
+    (tmp_path / "until.yaml").write_text(task)
+    arguments = [
+        "evaluate",
+        str(model / "ours"),
+        "--tasks",
+        "go_on",
+        "--include-path",
+        str(tmp_path),
+        "--json",
+    ]
+    assert main(arguments) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["lm_eval"]["results"]["go_on"]["exact_match,none"] == 1
+
+
+def test_a_long_prompt_loses_its_beginning_as_in_lm_evals_own_model(model):
+    from entasis.evaluate.harness import Harness
+
+    loaded = entasis.load(model / "ours")
+    judge = Harness(loaded)
+    text = (STDLIB / "ast.py").read_text()[:3000]
+    ids = loaded.encode(text)
+    assert len(ids) > 256
+    (short,) = ask(judge, text, max_gen_toks=16)
+    kept = loaded.generate(ids[-(256 - 16) :], tokens=16, temperature=0)
+    assert short == loaded.tokenizer.decode(kept)
+    (one,) = ask(judge, text, max_gen_toks=256)
+    assert one == loaded.tokenizer.decode(loaded.generate(ids[-255:], tokens=1, temperature=0))
+
+
+def test_the_settings_of_a_task_are_followed_or_refused(model):
+    from entasis.evaluate.harness import Harness
+
+    judge = Harness(entasis.load(model / "ours"))
+    greedy = ask(judge, "import", max_gen_toks=12)[0]
+    assert ask(judge, "import", max_gen_toks=12, temperature=1.0, do_sample=False) == [greedy]
+    sampled = ask(judge, "import", max_gen_toks=12, do_sample=True, times=4)
+    assert greedy not in sampled and len(set(sampled)) == 4
+    assert ask(judge, "import", max_gen_toks=12, temperature=1.0, times=4) == sampled
+    assert set(ask(judge, "import", max_new_tokens=12, do_sample=True, top_k=1, times=4)) == {greedy}
+    assert set(ask(judge, "import", max_gen_toks=12, do_sample=True, top_p=1e-9, times=4)) == {greedy}
+    assert ask(judge, "import", max_gen_toks=12, until=[""]) == [greedy]
+    with pytest.raises(UserError, match="generation_kwargs has num_beams"):
+        ask(judge, "import", num_beams=4)
+
+
+def test_a_continuation_longer_than_the_context_is_refused(model):
+    from entasis.evaluate.harness import Harness
+
+    judge = Harness(entasis.load(model / "ours"))
+    request = [(("", ""), [5, 6], [7] * 257)]
+    with pytest.raises(UserError, match="a continuation has 257 tokens; the model's context is 256"):
+        judge._loglikelihood_tokens(request)
+
+
+def test_an_interval_over_many_documents_is_resampled_in_little_memory():
+    import tracemalloc
+
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(500, 1500, 8000)
+    score = Score(sizes * rng.normal(1.4, 0.3, 8000), sizes, sizes)
+    tracemalloc.start()
+    low, high = interval(score)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
+    # The same documents are drawn as at once.
+    chosen = np.random.default_rng(0).integers(0, 8000, (2000, 8000))
+    whole = score.document_nll[chosen].sum(1) / (sizes[chosen].sum(1) * np.log(2))
+    assert (low, high) == pytest.approx(np.quantile(whole, [0.025, 0.975]).tolist(), rel=1e-12)

@@ -72,10 +72,12 @@ def mean_output(subject: Subject) -> Replace:
     """What is lost beyond a constant: the mean is over all tokens of the same text."""
     shape = subject.shape
     total_LD = torch.zeros(shape.n_layers, shape.d_model, dtype=torch.float64)
-    for batch in subject.batches():
+    tokens = 0
+    for batch in subject.batches():  # of the control the first only
+        tokens += batch.tokens_BT.numel()
         for layer, x_BTD, y_BTD in climb(subject, batch):
             total_LD[layer] += (y_BTD - x_BTD).double().sum((0, 1)).cpu()
-    mean_LD = (total_LD / len(subject.text.owner)).to(subject.device)
+    mean_LD = (total_LD / tokens).to(subject.device)
 
     def replace(layer: int, batch: Batch) -> Span:
         return lambda x_BTD, rotation: x_BTD + mean_LD[layer].to(x_BTD.dtype), 1

@@ -38,7 +38,8 @@ PERMUTATIONS = 200
     gives={
         "weight_r2": "held-out R² of a matrix from its neighbours in depth",
         "weight_r2_mean": "control: R² of the plain mean of all other layers of this shape",
-        "weight_r2_permuted": "control: the same ridge from layers drawn at random instead of neighbours",
+        "weight_r2_permuted": "control: the same ridge from as many other layers, drawn at random from those that are no "
+        "neighbours; none where fewer are left",
         "weight_r2_untrained": "control: the same ridge in a model at its initial values",
     },
 )
@@ -49,8 +50,9 @@ def predictability(subject: Subject) -> Iterable[Row]:
         near, alike = _near(subject, layer), _alike(subject, layer)
         if not near:
             continue
-        order = torch.randperm(len(alike), generator=subject.generator("permuted", layer))
-        anywhere = [alike[int(i)] for i in order[: len(near)]]
+        far = [i for i in alike if i not in near]
+        order = torch.randperm(len(far), generator=subject.generator("permuted", layer))
+        anywhere = [far[int(i)] for i in order[: len(near)]]
         for name in matrices(weights_of(subject.model, layer)):
             target, halves = name.split(".")[1], _halves(subject, layer, name)
             for quantity, model, sources in (
@@ -58,6 +60,8 @@ def predictability(subject: Subject) -> Iterable[Row]:
                 ("weight_r2_permuted", models[0], anywhere),
                 ("weight_r2_untrained", models[1], near),
             ):
+                if len(sources) < len(near):  # with fewer features a control would say too little
+                    continue
                 x, y = _features(model, sources, name), _entries(model, layer, name)
                 fit, held = halves
                 slope_F, intercept = ridge(x[fit], y[fit])
