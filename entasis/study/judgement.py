@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,29 @@ from entasis.study.results import Outcome
 
 Verdict = dict[str, Any]
 """What `verdict.json` holds: plain values, NaN as null."""
+Pairs = list[tuple[Outcome, Outcome]]
+"""(Baseline's run, arm's run) of every seed that both have finished."""
 
 
 def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
     """Compares every arm with the baseline under each protocol, over the seeds that both have finished."""
     done = results.outcomes(folder, plan.runs)
     failed = results.failures(folder, plan.runs)
-    protocols = {p: _under(study, plan, p, done, failed) for p in study.protocols}
+    pairs = {p: _pairs(study, plan, p, done) for p in study.protocols}
+    compared = plan.comparisons(study.baseline)
+    found = _compared(study, plan, pairs)
+    protocols = {
+        p: _under(
+            study,
+            plan,
+            p,
+            done,
+            failed,
+            pairs[p],
+            {arm: found[name] for (q, arm), name in compared.items() if q == p and name in found},
+        )
+        for p in study.protocols
+    }
     return {
         "study": study.name,
         "title": study.title,
@@ -31,6 +48,7 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
         "baseline": study.baseline,
         "margin": study.margin,
         "seeds": study.seeds,
+        "comparisons": len(set(compared.values())),
         "sentence": " ".join(part["sentence"] for part in protocols.values()),
         "complete": len(done) == len(plan.runs),
         "runs": len(plan.runs),
@@ -40,28 +58,55 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
     }
 
 
+def _pairs(study: Study, plan: Plan, protocol: Protocol, done: dict[str, Outcome]) -> dict[str, Pairs]:
+    runs = plan.grid[protocol]
+    return {a: results.paired(runs, done, a, study.baseline) for a in study.arms if a != study.baseline}
+
+
+def _compared(
+    study: Study, plan: Plan, pairs: dict[Protocol, dict[str, Pairs]]
+) -> dict[str, statistics.Difference]:
+    """Everything that the study compares, by its name: one family over all protocols, with one pooled noise."""
+    planned = plan.comparisons(study.baseline)
+    judged = {name: pairs[p][arm] for (p, arm), name in planned.items() if pairs[p][arm]}
+    # Two arms that round to one shape repeat each other's noise, and count once in it.
+    distinct: dict[str, str] = {}
+    for name, p in judged.items():
+        distinct.setdefault(json.dumps([arm.run.recipe for _, arm in p], sort_keys=True), name)
+    measured = statistics.compare(
+        {name: [arm.bits_per_byte - base.bits_per_byte for base, arm in p] for name, p in judged.items()},
+        margin=study.margin,
+        evaluation_errors={name: _evaluation_error(p) for name, p in judged.items()},
+        noise_from=distinct.values(),
+    )
+    return statistics.adjust(measured, len(set(planned.values())))
+
+
 def _under(
-    study: Study, plan: Plan, protocol: Protocol, done: dict[str, Outcome], failed: dict[str, str]
+    study: Study,
+    plan: Plan,
+    protocol: Protocol,
+    done: dict[str, Outcome],
+    failed: dict[str, str],
+    pairs: dict[str, Pairs],
+    differences: dict[str, statistics.Difference],
 ) -> dict[str, Any]:
     runs = plan.grid[protocol]
-    pairs = {a: results.paired(runs, done, a, study.baseline) for a in study.arms if a != study.baseline}
-    judged = {arm: p for arm, p in pairs.items() if p}
-    values = {arm: np.array([x.bits_per_byte - b.bits_per_byte for b, x in p]) for arm, p in judged.items()}
-    differences = statistics.compare(
-        values,
-        margin=study.margin,
-        evaluation_errors={arm: _evaluation_error(p) for arm, p in judged.items()},
-        comparisons=len(pairs),
-    )
+    twins = plan.twins(protocol, study.baseline)
     lost = len({run.folder for r in runs.values() for run in r} & set(failed))
     sentence = wording.verdict(
-        differences, baseline=study.baseline, protocol=protocol, margin=study.margin, failed=lost
+        differences,
+        baseline=study.baseline,
+        protocol=protocol,
+        margin=study.margin,
+        failed=lost,
+        twins=twins,
     )
     scores = [done[r.folder].bits_per_byte for r in runs[study.baseline] if r.folder in done]
     return {
         "sentence": sentence,
         "baseline_sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-        "paired_sd": _plain(statistics.pooled_sd(list(values.values()))),
+        "paired_sd": _plain(next((d.noise for d in differences.values()), math.nan)),
         "arms": {
             arm: _arm(
                 study,
@@ -69,6 +114,7 @@ def _under(
                 arm,
                 [done[r.folder] for r in runs[arm] if r.folder in done],
                 differences.get(arm),
+                arm in twins,
             )
             | {"planned_tokens": runs[arm][0].tokens}
             | {"differences": {x.run.seed: x.bits_per_byte - b.bits_per_byte for b, x in pairs.get(arm, [])}}
@@ -78,9 +124,17 @@ def _under(
 
 
 def _arm(
-    study: Study, plan: Plan, name: str, done: list[Outcome], d: statistics.Difference | None
+    study: Study, plan: Plan, name: str, done: list[Outcome], d: statistics.Difference | None, is_twin: bool
 ) -> dict[str, Any]:
     arm = plan.arms[name]
+    if name == study.baseline:
+        judgement = says = "baseline"
+    elif is_twin:
+        judgement, says = "itself", f"{study.baseline} itself: the same shape and recipe"
+    elif d:
+        judgement, says = str(wording.judge(d)), wording.says(d, study.margin)
+    else:
+        judgement, says = "missing", "no finished pair"
     scores = [o.bits_per_byte for o in done]
 
     def middle(key: str) -> float | None:
@@ -100,13 +154,13 @@ def _arm(
         "scores": {o.run.seed: o.bits_per_byte for o in done},
         "bits_per_byte": float(np.mean(scores)) if scores else None,
         "sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-        "judgement": "baseline" if name == study.baseline else wording.judge(d) if d else "missing",
-        "says": "baseline" if name == study.baseline else wording.says(d, study.margin) if d else "no finished pair",
+        "judgement": judgement,
+        "says": says,
         "difference": {k: _plain(v) for k, v in dataclasses.asdict(d).items()} if d else None,
     }  # fmt: skip
 
 
-def _evaluation_error(pairs: list[tuple[Outcome, Outcome]]) -> float:
+def _evaluation_error(pairs: Pairs) -> float:
     """From the choice of documents: NLL differences of each document, averaged over seeds, bootstrapped."""
     nll = np.mean([arm.documents[0] - base.documents[0] for base, arm in pairs], axis=0)
     return statistics.evaluation_error(nll, pairs[0][0].documents[1])
@@ -162,6 +216,7 @@ def statistics_table(verdict: Verdict, protocol: str) -> Table:
             Column("difference_p_holm", "p", ".3g", "Holm"),
             Column("difference_p_pooled_holm", "p", ".3g", "Holm, pooled noise"),
             Column("difference_p_equivalent_holm", "p", ".3g", f"within ±{verdict['margin']:g}"),
+            Column("difference_p_equivalent_pooled_holm", "p", ".3g", "the same, pooled noise"),
             Column("difference_sd", "sd", ".4f", "over seeds"),
             Column("difference_evaluation_error", "error", ".4f", "documents"),
             Column("difference_total_low", "both: from", "+.4f"),

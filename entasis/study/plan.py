@@ -69,12 +69,26 @@ class Plan:
         unique = {run.folder: run for arms in self.grid.values() for runs in arms.values() for run in runs}
         return sorted(unique.values(), key=lambda run: run.seed)
 
+    def twins(self, protocol: Protocol, baseline: str) -> list[str]:
+        """Arms whose runs repeat the baseline's: shapes that round to one."""
+        runs = {arm: [run.recipe for run in runs] for arm, runs in self.grid[protocol].items()}
+        return [arm for arm in runs if arm != baseline and runs[arm] == runs[baseline]]
+
+    def comparisons(self, baseline: str) -> dict[tuple[Protocol, str], str]:
+        """What is compared with the baseline under each protocol; what two protocols share has one name in both."""
+        return {
+            (protocol, arm): f"{runs[0].folder} - {arms[baseline][0].folder}"
+            for protocol, arms in self.grid.items()
+            for arm, runs in arms.items()
+            if arm != baseline and arm not in self.twins(protocol, baseline)
+        }
+
 
 def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
     """Each arm's shape and price. `vocabulary` serves shapes that name none.
 
-    Raises `UserError` for arms that cannot exist, and under the protocol `params` for arms whose parameters are
-    further from the baseline's than the tolerance.
+    Raises `UserError` for arms that cannot exist, for arms with a length of their own, and under the protocol
+    `params` for arms whose parameters are further from the baseline's than the tolerance.
     """
     arms: dict[str, Arm] = {}
     # The baseline first: under muP its width is where the others' learning rates are scaled from.
@@ -86,6 +100,8 @@ def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
             raise UserError(f"study {study.name}: arm {name}: {error}") from error
     arms = {name: _told_apart(arms[name], arms[study.baseline]) for name in study.arms}
     base = arms[study.baseline]
+    for arm in arms.values():
+        _check_length(study, arm, base)
     if "params" in study.protocols:
         for arm in arms.values():
             off = arm.parameters / base.parameters - 1
@@ -200,6 +216,30 @@ def _arm(
         flops_per_token=cost.flops_per_token(shape, sequence),
         notes=list(solution.notes),
     )
+
+
+def _check_length(study: Study, arm: Arm, base: Arm) -> None:
+    """Under `params` all arms see the same tokens; under the others the protocol says how many. Raises `UserError`."""
+    where = f"study {study.name}: arm {arm.name}"
+    for protocol in study.protocols:
+        if protocol == "params":
+            own, others = (tokens_of(study, {base.name: base}, a, protocol, Findings()) for a in (arm, base))
+            if own != others:
+                raise UserError(
+                    f"{where} trains on {own:,} tokens in batches of {_batch(arm.recipe):,}, {base.name} on {others:,} "
+                    f"in batches of {_batch(base.recipe):,}; params compares at equal parameters and tokens: give "
+                    "both the same"
+                )
+            continue
+        if arm.name != base.name and "tokens" in study.arms[arm.name]:
+            raise UserError(
+                f"{where} sets tokens, but under {protocol} its length follows from {base.name}'s; leave it out"
+            )
+        if any(stage.get("tokens") for stage in arm.recipe.get("stages") or []):
+            raise UserError(
+                f"{where} sets the tokens of its stages, but under {protocol} the length follows from "
+                f"{base.name}'s; use params"
+            )
 
 
 def _told_apart(arm: Arm, baseline: Arm) -> Arm:

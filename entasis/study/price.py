@@ -53,7 +53,7 @@ def estimate(study: Study, folder: Path, *, noise: float | None = None) -> dict[
         for name, runs in by_arm.items()
     ]
     total = sum(r.flops for r in plan.runs) + sum(r.flops for r in prepared)
-    comparisons = len(arms) - 1
+    comparisons = len(set(plan.comparisons(study.baseline).values()))
     factor = statistics.detectable_effect(1.0, len(study.seeds), max(1, comparisons))
     sd, sd_source = _noise(study, folder, noise)
     return {

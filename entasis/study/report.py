@@ -116,7 +116,10 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
             ),
         ]
     main = judgement.main_table(verdict, protocol)
-    blocks += [page.table(_save(main, folder, f"results-{protocol}")), *_noise(page, study, part)]
+    blocks += [
+        page.table(_save(main, folder, f"results-{protocol}")),
+        *_noise(page, study, part, verdict["comparisons"]),
+    ]
     points = [
         {"arm": name, "seed": f"seed {seed}", "score": score, "place": i}
         for i, (name, arm) in enumerate(part["arms"].items())
@@ -135,16 +138,16 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
     return [*blocks, page.folded("All statistics, and every run's score", *tables)]
 
 
-def _noise(page: Page, study: Study, part: dict[str, Any]) -> list[str]:
-    if part["paired_sd"] is None:
+def _noise(page: Page, study: Study, part: dict[str, Any], comparisons: int) -> list[str]:
+    if part["paired_sd"] is None or part["baseline_sd"] is None:
         return [page.note("With one seed there is no interval; give the study two seeds or more.")]
     seen = max(
         (a["difference"]["detectable"] or 0 for a in part["arms"].values() if a["difference"]), default=0
     )
     text = (
         f"Noise: sd of {study.baseline} over seeds {part['baseline_sd']:.4f}, of a paired difference "
-        f"{part['paired_sd']:.4f} (pooled over arms). With {len(study.seeds)} seeds and {len(study.arms) - 1} "
-        f"comparisons (Holm), a true difference of {seen:.4f} would be found with probability 0.8."
+        f"{part['paired_sd']:.4f} (pooled over arms). With {len(study.seeds)} seeds and {comparisons} "
+        f"{'comparison' if comparisons == 1 else 'comparisons'} (Holm), a true difference of {seen:.4f} would be found with probability 0.8."
     )
     return [page.note(text)]
 

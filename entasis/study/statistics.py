@@ -7,9 +7,12 @@ differences within a seed are compared.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,13 +21,16 @@ CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
 POWER = 0.8
 
+K = TypeVar("K", bound=Hashable)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """One arm minus the baseline, in the unit of the score; negative is better.
 
-    `p`, `p_equivalent` are raw, `p_holm`, `p_equivalent_holm` adjusted over the arms of the study.
-    Values that a single pair of seeds cannot give are NaN.
+    Those p whose names end in `_holm` are adjusted over all comparisons of the study, the others raw. Those with
+    `pooled` take the noise of all arms instead of this arm's own. Values that a single pair of seeds cannot give are
+    NaN.
     """
 
     n: int
@@ -39,14 +45,16 @@ class Difference:
     total_high: float
     """The interval with both variances: seeds and evaluation documents."""
     p: float
-    p_holm: float
-    p_pooled_holm: float
-    """As `p_holm`, with the noise of all arms pooled instead of this arm's own."""
+    p_pooled: float
     p_equivalent: float
-    p_equivalent_holm: float
+    p_equivalent_pooled: float
+    p_holm: float = math.nan
+    p_pooled_holm: float = math.nan
+    p_equivalent_holm: float = math.nan
+    p_equivalent_pooled_holm: float = math.nan
     noise: float
     """The pooled standard deviation of a paired difference."""
-    detectable: float
+    detectable: float = math.nan
     """The smallest true difference the study would show with power 0.8, after Holm's first step."""
 
 
@@ -81,15 +89,21 @@ def equivalence_p(differences: ArrayLike, margin: float) -> float:
     return float(DescrStatsW(d).ttost_mean(-margin, margin)[0])
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values; NaNs stay NaN and count in no family."""
+def holm(p: Sequence[float], comparisons: int | None = None) -> list[float]:
+    """Holm's adjusted p values in a family of so many `comparisons`, by default all of `p`; NaNs stay NaN.
+
+    Comparisons that were planned and have no p (an arm without finished runs, a NaN) count as 1: which ones are lost
+    must not decide how strictly the others are judged.
+    """
     from statsmodels.stats.multitest import multipletests
 
     values = np.asarray(p, dtype=np.float64)
     known = ~np.isnan(values)
     result = np.full(values.shape, np.nan)
     if known.any():
-        result[known] = multipletests(values[known], method="holm")[1]
+        lost = max(comparisons or 0, len(values)) - int(known.sum())
+        adjusted = multipletests(np.append(values[known], np.ones(lost)), method="holm")[1]
+        result[known] = adjusted[: int(known.sum())]
     return [float(x) for x in result]
 
 
@@ -99,10 +113,13 @@ def detectable_effect(sd: float, n: int, comparisons: int = 1) -> float:
     Two-sided 5 %, split over the comparisons as Holm's first step does, so that the number belongs to the
     test that is made: with one comparison 3.26 sd for 3 seeds, 1.68 sd for 5.
     """
+    return math.nan if n < 2 or math.isnan(sd) else _detectable_in_sd(n, comparisons) * sd
+
+
+@functools.cache
+def _detectable_in_sd(n: int, comparisons: int) -> float:
     from scipy import optimize, stats
 
-    if n < 2 or math.isnan(sd):
-        return math.nan
     # Not statsmodels' TTestPower.solve_power: for few seeds and small levels it converges to wrong values without
     # a word (n 3, level 0.0125: 5.00 or 4.11 for the 6.55 that simulation and the noncentral t give). The tail on
     # the wrong side is below 1e-6 at power 0.8 and left out.
@@ -110,7 +127,7 @@ def detectable_effect(sd: float, n: int, comparisons: int = 1) -> float:
     effect = optimize.brentq(
         lambda e: stats.nct.sf(critical, n - 1, e * math.sqrt(n)) - POWER, 1e-3, 10 * critical / math.sqrt(n)
     )
-    return float(effect) * sd
+    return float(effect)
 
 
 def evaluation_error(
@@ -149,45 +166,61 @@ def compare(
     *,
     margin: float,
     evaluation_errors: Mapping[str, float] | None = None,
-    comparisons: int | None = None,
+    noise_from: Iterable[str] | None = None,
 ) -> dict[str, Difference]:
-    """Judges every arm's paired differences to the baseline, [pairs of seeds] each; arms may have lost some.
+    """Measures every arm's paired differences to the baseline, [pairs of seeds] each; arms may have lost some.
 
-    `comparisons` is how many arms the study set out to compare, if not all are here. The noise behind
-    `detectable` is pooled over the arms, as three seeds tell little about one arm's own sd.
+    The noise is pooled over the arms `noise_from` (by default all), as three seeds tell little about one arm's own
+    sd. What depends on how many comparisons there are is left NaN; `adjust` fills it in.
     """
     d = {name: np.asarray(x, dtype=np.float64) for name, x in differences.items()}
-    sd = {name: float(x.std(ddof=1)) if x.size > 1 else math.nan for name, x in d.items()}
-    interval = {name: paired_interval(x) for name, x in d.items()}
-    same = {name: equivalence_p(x, margin) for name, x in d.items()}
-    p_holm = dict(zip(d, holm([interval[name][3] for name in d]), strict=True))
-    same_holm = dict(zip(d, holm(list(same.values())), strict=True))
-    pooled = pooled_sd(list(d.values()))
-    degrees = sum(max(0, x.size - 1) for x in d.values())
-    p_pooled = dict(zip(d, holm([pooled_p(x, pooled, degrees) for x in d.values()]), strict=True))
+    measured = [d[name] for name in (d if noise_from is None else noise_from) if name in d]
+    pooled, degrees = pooled_sd(measured), sum(max(0, x.size - 1) for x in measured)
     result = {}
     for name, x in d.items():
-        mean, low, high, p = interval[name]
+        mean, low, high, p = paired_interval(x)
+        sd = float(x.std(ddof=1)) if x.size > 1 else math.nan
         error = (evaluation_errors or {}).get(name, math.nan)
-        half = _total_half_width(sd[name], x.size, error)
+        half = _total_half_width(sd, x.size, error)
         result[name] = Difference(
             n=int(x.size),
             mean=mean,
             low=low,
             high=high,
-            sd=sd[name],
+            sd=sd,
             evaluation_error=error,
             total_low=mean - half,
             total_high=mean + half,
             p=p,
-            p_holm=p_holm[name],
-            p_pooled_holm=p_pooled[name],
-            p_equivalent=same[name],
-            p_equivalent_holm=same_holm[name],
+            p_pooled=pooled_p(x, pooled, degrees),
+            p_equivalent=equivalence_p(x, margin),
+            p_equivalent_pooled=pooled_equivalence_p(x, margin, pooled, degrees),
             noise=pooled,
-            detectable=detectable_effect(pooled, int(x.size), comparisons or len(d)),
         )
     return result
+
+
+def adjust(found: Mapping[K, Difference], comparisons: int | None = None) -> dict[K, Difference]:
+    """Holm over everything that was compared, one protocol's arms beside another's, each kind of p by itself.
+
+    `comparisons` is how many the study planned: those that are not here count too.
+    """
+    family = max(comparisons or 0, len(found))
+    adjusted = {
+        name: dict(zip(found, holm([getattr(d, name) for d in found.values()], family), strict=True))
+        for name in ("p", "p_pooled", "p_equivalent", "p_equivalent_pooled")
+    }
+    return {
+        key: dataclasses.replace(
+            d,
+            p_holm=adjusted["p"][key],
+            p_pooled_holm=adjusted["p_pooled"][key],
+            p_equivalent_holm=adjusted["p_equivalent"][key],
+            p_equivalent_pooled_holm=adjusted["p_equivalent_pooled"][key],
+            detectable=detectable_effect(d.noise, d.n, family),
+        )
+        for key, d in found.items()
+    }
 
 
 def pooled_sd(differences: Sequence[NDArray[np.float64]]) -> float:
@@ -212,6 +245,19 @@ def pooled_p(differences: ArrayLike, noise: float, degrees: int) -> float:
     if noise == 0:
         return float(d.mean() == 0)
     return 2 * float(stats.t.sf(abs(d.mean()) / (noise / math.sqrt(d.size)), degrees))
+
+
+def pooled_equivalence_p(differences: ArrayLike, margin: float, noise: float, degrees: int) -> float:
+    """As `equivalence_p`, the noise known from `degrees` degrees of freedom over all arms."""
+    from scipy import stats
+
+    d = np.asarray(differences, dtype=np.float64)
+    if d.size < 2 or math.isnan(noise):
+        return math.nan
+    inside = margin - abs(float(d.mean()))
+    if noise == 0:
+        return float(inside <= 0)
+    return float(stats.t.sf(inside / (noise / math.sqrt(d.size)), degrees))
 
 
 def _total_half_width(sd: float, n: int, evaluation: float) -> float:

@@ -9,7 +9,7 @@ from typing import Literal
 from entasis.study.definition import Protocol
 from entasis.study.statistics import ALPHA, Difference
 
-Judgement = Literal["better", "worse", "same", "undecided", "unjudged"]
+Judgement = Literal["better", "worse", "same", "undecided", "unjudged", "itself"]
 UNIT = "bits per byte"
 SHORT: dict[str, str] = {
     "baseline": "baseline",
@@ -18,6 +18,7 @@ SHORT: dict[str, str] = {
     "same": "no different",
     "undecided": "none detected",
     "unjudged": "one seed",
+    "itself": "the baseline itself",
     "missing": "no finished run",
 }
 """A judgement in a table's cell."""
@@ -29,9 +30,10 @@ EQUAL = {
 
 
 def judge(d: Difference) -> Judgement:
-    """What one comparison supports, after Holm over the arms.
+    """What one comparison supports, after Holm over all comparisons of the study.
 
-    A difference is claimed when the arm's own noise and the noise pooled over all arms both support it.
+    A difference, and sameness too, is claimed when the arm's own noise and the noise pooled over all arms both
+    support it.
 
     `same` is a demonstrated equivalence (TOST within the margin), `undecided` no difference detected, `unjudged`
     too few seeds for any statement.
@@ -40,7 +42,7 @@ def judge(d: Difference) -> Judgement:
         return "unjudged"
     if d.p_holm < ALPHA and not lucky(d):
         return "better" if d.mean < 0 else "worse"
-    return "same" if d.p_equivalent_holm < ALPHA else "undecided"
+    return "same" if _within(d) else "undecided"
 
 
 def says(d: Difference, margin: float) -> str:
@@ -49,20 +51,20 @@ def says(d: Difference, margin: float) -> str:
     if judgement == "unjudged":
         return "one seed: no interval, no judgement" if d.n == 1 else "no pair of runs to compare"
     if judgement in ("better", "worse"):
-        small = "; less than the margin" if abs(d.mean) < margin and d.p_equivalent_holm < ALPHA else ""
+        small = "; less than the margin" if _within(d) else ""
         single = (
             " on these evaluation documents; their choice alone could explain it"
             if _documents_explain(d)
             else ""
         )
         return f"{judgement} by {amount(d.mean)} {UNIT}{small}{single}"
+    if judgement == "same":
+        return f"no different within ±{amount(margin)} {UNIT}"
     if lucky(d):
         return (
             f"not established: its {d.n} seeds agree on {signed(d.mean)} (sd {amount(d.sd)}) more closely than the "
             f"noise of all arms (sd {amount(d.noise)}) lets one rely on; add seeds"
         )
-    if judgement == "same":
-        return f"no different within ±{amount(margin)} {UNIT}"
     hint = " (single interval excludes zero, not after Holm's correction)" if d.p < ALPHA else ""
     return f"no difference detected{hint}; this study could have seen {amount(d.detectable)} {UNIT}"
 
@@ -74,8 +76,9 @@ def verdict(
     protocol: Protocol,
     margin: float,
     failed: int = 0,
+    twins: Sequence[str] = (),
 ) -> str:
-    """The study's answer under one protocol, in a sentence or two."""
+    """The study's answer under one protocol, in a sentence or two; `twins` are arms that are the baseline itself."""
     groups: dict[Judgement, list[str]] = {}
     for name, d in differences.items():
         groups.setdefault(judge(d), []).append(name)
@@ -109,6 +112,8 @@ def verdict(
             )
     if unjudged := groups.get("unjudged"):
         parts.append(f"{listed(unjudged)} cannot be judged: an interval needs two seeds or more")
+    if twins:
+        parts.append(f"{listed(twins)} {_is(twins)} {baseline} itself, of the same shape and recipe")
     if not parts:
         return f"{EQUAL[protocol]}: nothing to compare yet."
     text = f"{EQUAL[protocol]}: {'; '.join(parts)}."
@@ -120,6 +125,10 @@ def verdict(
 def lucky(d: Difference) -> bool:
     """Significant by the arm's own few seeds, yet not by the noise that all arms show together."""
     return d.p_holm < ALPHA <= d.p_pooled_holm
+
+
+def _within(d: Difference) -> bool:
+    return d.p_equivalent_holm < ALPHA and d.p_equivalent_pooled_holm < ALPHA
 
 
 def amount(x: float) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,11 @@ from entasis.study import statistics, wording
 
 
 def difference(values: list[float], margin: float = 0.01, error: float = 0.0) -> statistics.Difference:
-    return statistics.compare({"a": values}, margin=margin, evaluation_errors={"a": error})["a"]
+    return compared({"a": values}, margin=margin, evaluation_errors={"a": error})["a"]
+
+
+def compared(values: Any, **options: Any) -> dict[str, statistics.Difference]:
+    return statistics.adjust(statistics.compare(values, **options))
 
 
 def test_no_difference_names_what_could_have_been_seen() -> None:
@@ -41,11 +46,26 @@ def test_one_seed_is_not_judged() -> None:
 
 def test_seeds_that_agree_by_luck_are_not_relied_on() -> None:
     noisy = {f"a{k}": np.array([0.015, -0.02, 0.01]) * (1 - 2 * (k % 2)) for k in range(3)}
-    d = statistics.compare({**noisy, "lucky": [-0.0206, -0.0204, -0.0199]}, margin=0.01)
+    d = compared({**noisy, "lucky": [-0.0206, -0.0204, -0.0199]}, margin=0.01)
     assert d["lucky"].p_holm < 0.05 < d["lucky"].p_pooled_holm
     assert wording.judge(d["lucky"]) == "undecided" and "add seeds" in wording.says(d["lucky"], 0.01)
     sentence = wording.verdict(d, baseline="b", protocol="params", margin=0.01)
     assert "the seeds of lucky agree on −0.0203" in sentence and "better" not in sentence
+
+
+def test_sameness_by_luck_is_not_relied_on_either() -> None:
+    noisy = {f"a{k}": np.array([0.015, -0.02, 0.01]) * (1 - 2 * (k % 2)) for k in range(3)}
+    d = compared({**noisy, "lucky": [0.0001, 0.0, -0.0001]}, margin=0.01)["lucky"]
+    assert d.p_equivalent_holm < 0.05 < d.p_equivalent_pooled_holm
+    assert wording.judge(d) == "undecided" and "no difference detected" in wording.says(d, 0.01)
+
+
+def test_the_line_and_the_judgement_of_an_arm_agree() -> None:
+    """Tiny but steady: significant by its own noise alone, and within the margin by both."""
+    noisy = {f"a{k}": np.array([0.0015, -0.002, 0.001]) * (1 - 2 * (k % 2)) for k in range(3)}
+    d = compared({**noisy, "tiny": [-0.00206, -0.00204, -0.00199]}, margin=0.02)["tiny"]
+    assert wording.lucky(d) and wording.judge(d) == "same"
+    assert wording.says(d, 0.02) == "no different within ±0.0200 bits per byte"
 
 
 def test_holm_can_take_back_what_one_interval_shows() -> None:
@@ -62,12 +82,12 @@ def test_a_difference_that_the_choice_of_documents_could_explain_says_so() -> No
 
 def test_verdict_names_every_arm_once() -> None:
     rng = np.random.default_rng(0)
-    d = statistics.compare(
+    d = compared(
         {
             "good": -0.1 + rng.normal(0, 0.001, 5),
             "bad": 0.1 + rng.normal(0, 0.001, 5),
             "close": rng.normal(0, 0.0005, 5),
-            "open": rng.normal(0, 0.05, 5),
+            "open": [0.012, 0.001, 0.009, 0.002, 0.006],
         },
         margin=0.01,
     )

@@ -1,0 +1,159 @@
+"""Studies through the command: what is refused before anything runs, and what a finished folder is judged by."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from entasis.cli import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
+
+Command = Callable[..., tuple[int, str, str]]
+MODULES = ("argparse", "ast", "difflib", "inspect", "tarfile", "typing", "zipfile", "shutil", "calendar", "cgitb",
+           "cmd", "codecs", "copy", "csv", "dis", "enum", "glob", "gzip")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some modules of the standard library, prepared."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text").mkdir()
+    for name in MODULES:
+        if Path(os.__file__).with_name(f"{name}.py").is_file():
+            shutil.copy(Path(os.__file__).with_name(f"{name}.py"), folder / "text")
+    command = ["data", "prepare", str(folder / "text"), "--train-tokenizer", "512", "--validation", "0.4"]
+    assert main([*command, "--output", str(folder / "code")]) == 0
+    return folder
+
+
+@pytest.fixture
+def entasis(capfd: pytest.CaptureFixture[str]) -> Command:
+    """`entasis …` in this process: (exit code, output, errors)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main([str(a) for a in arguments])
+        out, errors = capfd.readouterr()
+        return code, out, errors
+
+    return call
+
+
+def write(folder: Path, corpus: Path, **changes: Any) -> Path:
+    """A study file over the corpus; `base` is merged, other keys replaced."""
+    base = {
+        "shape": {"profile": "isotropic", "budget": "90k", "layers": 4, "d_model": 32, "head_dim": 8,
+                  "vocabulary": 512, "tied_embeddings": True, "context": 32},
+        "data": {"train": str(corpus / "code/train"), "validation": str(corpus / "code/validation"), "sequence": 32},
+        "tokens": 2048,
+        "batch": {"tokens": 256},
+        "optimizer": {"lr": 5e-3},
+        "evaluation": {"tokens": "6k"},
+        "logging": {"tensorboard": False},
+        "precision": "fp32",
+    }  # fmt: skip
+    source = {
+        "arms": {"plain": {}, "slope": {"shape.profile": "vanilla"}},
+        "seeds": 2,
+        "threads": 1,
+    } | changes
+    source["base"] = base | changes.get("base", {})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.yaml").write_text(yaml.safe_dump(source, sort_keys=False))
+    return folder / "study.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arms", "protocols", "words"),
+    [
+        ({"longer": {"tokens": 4096}}, ["params"], "longer trains on 4,096 tokens in batches of 256, plain on 2,048"),
+        ({"odd": {"batch.tokens": 288}}, ["params"], "odd trains on 2,016 tokens in batches of 288"),
+        ({"longer": {"tokens": 4096}}, ["flops"], "longer sets tokens, but under flops its length follows from plain"),
+        ({"longer": {"tokens": 2048}}, ["time"], "longer sets tokens, but under time its length"),
+        ({"staged": {"stages": [{"tokens": 2048}]}}, ["flops"], "staged sets the tokens of its stages"),
+    ],
+)  # fmt: skip
+def test_an_arm_of_another_length_is_refused(
+    entasis: Command, corpus: Path, tmp_path: Path, arms: dict[str, Any], protocols: list[str], words: str
+) -> None:
+    file = write(tmp_path, corpus, arms={"plain": {}, **arms}, protocols=protocols)
+    code, _, errors = entasis("study", "plan", file, "--output", tmp_path / "s")
+    assert code == 2 and words in errors and errors.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study under two protocols: two arms, and one that is the baseline by another name."""
+    folder = tmp_path_factory.mktemp("finished")
+    arms = {"plain": {}, "twin": {"shape.profile": "isotropic"}, "slope": {"shape.profile": "vanilla"},
+            "deep": {"shape.layers": 8}}  # fmt: skip
+    file = write(
+        folder, corpus, arms=arms, seeds=3, protocols=["params", "flops"], tolerance="9%", margin=0.02
+    )
+    assert main(["study", "run", str(file), "--output", str(folder / "s"), "--json"]) == 0
+    return folder / "s"
+
+
+def set_score(run: Path, bits_per_byte: float) -> None:
+    """Gives a finished run another score: the documents' losses and what follows from them."""
+    arrays = load_file(run / "validation.safetensors")
+    result = json.loads((run / "result.json").read_text())
+    told = result["validation"]
+    arrays["document_nll"] *= bits_per_byte / told["bits_per_byte"]
+    told["nll"] = float(arrays["document_nll"].sum())
+    told["bits_per_byte"] = told["nll"] / (told["bytes"] * math.log(2))
+    told["perplexity"] = math.exp(told["nll"] / told["tokens"])
+    save_file(arrays, run / "validation.safetensors")
+    (run / "result.json").write_text(json.dumps(result))
+
+
+def reported(
+    entasis: Command, finished: Path, folder: Path, scores: dict[str, list[float]]
+) -> dict[str, Any]:
+    """The verdict of the finished study with these differences to the baseline, seed by seed."""
+    shutil.copytree(finished, folder)
+    for seed, base in enumerate((2.0, 2.1, 2.05)):
+        for name in ("plain", "twin"):
+            set_score(folder / f"runs/{name}/seed-{seed}", base)
+        for name, values in scores.items():
+            set_score(folder / f"runs/{name}/seed-{seed}", base + values[seed])
+    code, out, errors = entasis("study", "report", folder, "--json")
+    assert code == 0, errors
+    return json.loads(out)
+
+
+def test_the_family_is_all_that_was_planned_and_an_arm_that_is_the_baseline_is_no_part_of_it(
+    entasis: Command, finished: Path, tmp_path: Path
+) -> None:
+    differences = {"slope": [-0.030, -0.031, -0.029], "deep": [0.01, -0.011, 0.004]}
+    verdict = reported(entasis, finished, tmp_path / "s", {**differences, "deep@flops": [0.0, 0.012, -0.013]})
+    # slope costs as much as plain under both protocols, so the two share its runs; twin is plain.
+    shared = not (finished / "runs/slope@flops").exists()
+    assert verdict["comparisons"] == (3 if shared else 4)
+    arms = verdict["protocols"]["params"]["arms"]
+    assert arms["twin"]["judgement"] == "itself" and arms["twin"]["difference"] is None
+    assert "twin is plain itself, of the same shape and recipe" in verdict["sentence"]
+    slope = arms["slope"]["difference"]
+    assert slope["p_holm"] == pytest.approx(verdict["comparisons"] * slope["p"])
+    noise = [np.std(x, ddof=1) for x in (*differences.values(), [0.0, 0.012, -0.013])]
+    assert slope["noise"] == pytest.approx(np.sqrt(np.mean(np.square(noise))), rel=1e-3)
+    assert "3 comparisons (Holm)" in (tmp_path / "s/report.html").read_text()
+
+
+def test_seeds_that_agree_by_luck_do_not_make_an_arm_the_same(
+    entasis: Command, finished: Path, tmp_path: Path
+) -> None:
+    noisy = {"deep": [0.05, -0.06, 0.02], "deep@flops": [0.04, -0.05, 0.03]}
+    verdict = reported(entasis, finished, tmp_path / "s", {"slope": [0.0001, 0.0, -0.0001], **noisy})
+    arm = verdict["protocols"]["params"]["arms"]["slope"]
+    assert arm["difference"]["p_equivalent_holm"] < 0.05
+    assert arm["judgement"] == "undecided" and arm["says"].startswith("no difference detected")
