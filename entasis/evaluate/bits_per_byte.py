@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ class Score:
     """int64 [documents], end-of-text included."""
     blocks: Score | None = None
     """A lone document's consecutive blocks, as if they were documents; None where there are too few."""
+
+    ARRAYS: ClassVar = ("document_nll", "document_bytes", "document_tokens")
 
     @property
     def nll_sum(self) -> float:

@@ -323,7 +323,7 @@ class _Loop:
             return parallel.agree({})
         weights.save(model, self.folder)
         if score is not None:
-            arrays = {name: torch.from_numpy(getattr(score, name).copy()) for name in Score.__slots__}
+            arrays = {name: torch.from_numpy(getattr(score, name).copy()) for name in Score.ARRAYS}
             save_file(arrays, self.folder / "validation.safetensors.partial")
             (self.folder / "validation.safetensors.partial").replace(self.folder / "validation.safetensors")
         result = self.result(score)
