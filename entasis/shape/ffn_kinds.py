@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from entasis.errors import UserError
+from entasis.registry import Registry
 
 Sizes = Mapping[str, int]
 """Axis → its size: `residual`, `ffn` and the numbers of the kind."""
@@ -36,20 +36,12 @@ class FFNKind:
         return sum(axes[-1] == "residual" for _, axes in self.matrices)
 
 
-KINDS: dict[str, FFNKind] = {}
+KINDS: Registry[FFNKind] = Registry("ffn kind")
 
 
 def register(kind: FFNKind) -> FFNKind:
     """Makes a kind known by its name."""
-    KINDS[kind.name] = kind
-    return kind
-
-
-def find(name: str, where: str) -> FFNKind:
-    """The kind called `name`. Raises `UserError`, which begins with `where`."""
-    if name not in KINDS:
-        raise UserError(f"{where} is {name!r}; choose one of {', '.join(KINDS)}")
-    return KINDS[name]
+    return KINDS.register(kind.name)(kind)
 
 
 register(

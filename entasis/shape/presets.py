@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
-from entasis.errors import UserError
+from entasis.registry import Registry
 from entasis.shape.shapes import LayerShape, ModelShape
 
-PRESETS: dict[str, Callable[[], ModelShape]] = {}
+PRESETS: Registry[Callable[[], ModelShape]] = Registry("shape: preset")
 
 
 def preset(name: str) -> ModelShape:
     """The shape of a published model. Raises `UserError` for an unknown name, with the nearest."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PRESETS)}"
-        raise UserError(f"shape: preset {name!r} is not known; {advice}")
-    return PRESETS[name]()
+    return PRESETS.find(name)()
 
 
 def names() -> list[str]:

@@ -7,7 +7,6 @@ function `rule(n, **numbers) -> list of n multipliers`; the numbers it takes are
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import random
@@ -15,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from entasis.errors import UserError
+from entasis.registry import Registry
 
 Rule = Callable[..., list[float]]
-PROFILES: dict[str, Rule] = {}
+PROFILES: Registry[Rule] = Registry("shape: profile")
 DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 """Numbers of a profile for FFN and for heads where the user gives none."""
 
@@ -26,8 +26,8 @@ def register(name: str, *, ffn: dict[str, Any], heads: dict[str, Any]) -> Callab
     """Makes a profile known by `name`, with its default numbers."""
 
     def add(rule: Rule) -> Rule:
-        PROFILES[name], DEFAULTS[name] = rule, (ffn, heads)
-        return rule
+        DEFAULTS[name] = (ffn, heads)
+        return PROFILES.register(name)(rule)
 
     return add
 
@@ -150,11 +150,7 @@ def multipliers(name: str, n: int, part: str, numbers: Mapping[str, Any]) -> lis
     seed and n alone, so FFN and heads of a layer move together). Raises `UserError`.
     """
     rule_name, _, control = name.partition("/")
-    if rule_name not in PROFILES:
-        near = difflib.get_close_matches(rule_name, PROFILES, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PROFILES)}"
-        raise UserError(f"shape: profile {rule_name!r} is not known; {advice}")
-    rule = PROFILES[rule_name]
+    rule = PROFILES.find(rule_name)
     known = [p for p in inspect.signature(rule).parameters if p != "n"]
     for key in numbers:
         if key not in known:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from entasis.errors import UserError
+from entasis.registry import Registry
 
-POLICIES: dict[str, Callable[..., Rounding]] = {}
+POLICIES: Registry[Callable[..., Rounding]] = Registry("shape: rounding")
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,12 @@ class Rounding:
     """Whether the multipliers are first rounded to two decimals."""
 
 
-def register(name: str) -> Callable[[Callable[..., Rounding]], Callable[..., Rounding]]:
-    """Makes a policy known by `name`."""
-
-    def add(policy: Callable[..., Rounding]) -> Callable[..., Rounding]:
-        POLICIES[name] = policy
-        return policy
-
-    return add
-
-
 def policy(name: str, *, head_dim: int, group: int, ffn_multiple: int | None, device: str) -> Rounding:
     """The policy called `name`. `group` is the step in query heads that grouped-query attention demands.
 
     Raises `UserError` for an unknown name or device.
     """
-    if name not in POLICIES:
-        raise UserError(f"shape: rounding {name!r} is not known; choose one of {', '.join(POLICIES)}")
-    return POLICIES[name](head_dim=head_dim, group=group, ffn_multiple=ffn_multiple, device=device)
+    return POLICIES.find(name)(head_dim=head_dim, group=group, ffn_multiple=ffn_multiple, device=device)
 
 
 def make_divisible(value: float, divisor: int, *, strict: bool) -> int:
@@ -72,19 +61,19 @@ def _divisible(name: str, strict: bool, head_dim: int, group: int, ffn_multiple:
     )
 
 
-@register("corenet")
+@POLICIES.register("corenet")
 def corenet(*, head_dim: int, group: int, ffn_multiple: int | None, device: str) -> Rounding:
     """OpenELM's: FFN in 256s, heads in KV groups; multipliers of two decimals."""
     return _divisible("corenet", True, head_dim, group, ffn_multiple)
 
 
-@register("crown-paper")
+@POLICIES.register("crown-paper")
 def crown_paper(*, head_dim: int, group: int, ffn_multiple: int | None, device: str) -> Rounding:
     """2509.06518's: as corenet, but exactly nine tenths already rounds up."""
     return _divisible("crown-paper", False, head_dim, group, ffn_multiple)
 
 
-@register("tensor-core")
+@POLICIES.register("tensor-core")
 def tensor_core(*, head_dim: int, group: int, ffn_multiple: int | None, device: str) -> Rounding:
     """FFN and query widths in whole tiles: 128 elements on Hopper GPUs, 64 elsewhere."""
     tiles = {"hopper": 128, "other": 64}
@@ -94,7 +83,7 @@ def tensor_core(*, head_dim: int, group: int, ffn_multiple: int | None, device: 
     return _nearest("tensor-core", math.lcm(group, tile // math.gcd(tile, head_dim)), ffn_multiple or tile)
 
 
-@register("exact")
+@POLICIES.register("exact")
 def exact(*, head_dim: int, group: int, ffn_multiple: int | None, device: str) -> Rounding:
     """The nearest whole number of heads (in KV groups) and of FFN units."""
     return _nearest("exact", group, ffn_multiple or 1)

@@ -106,7 +106,7 @@ class ModelShape:
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise UserError(f"shape: {name} is {getattr(self, name)!r}; choose one of {choices}")
-        if ffn_kinds.find(self.ffn, "shape: ffn").numbers:
+        if _ffn_kind("shape: ffn", self.ffn).numbers:
             raise UserError(f"shape: ffn is {self.ffn!r}, which has numbers of its own; name it in a layer")
         if self.positions == "rope" and self.head_dim % 2:
             raise UserError(f"shape: head_dim is {self.head_dim}; rotary positions need an even number")
@@ -160,6 +160,12 @@ _CHOICES: dict[str, Any] = {
 }
 
 
+def _ffn_kind(where: str, name: object) -> ffn_kinds.FFNKind:
+    if not isinstance(name, str) or name not in ffn_kinds.KINDS:
+        raise UserError(f"{where} is {name!r}; choose one of {', '.join(ffn_kinds.KINDS)}")
+    return ffn_kinds.KINDS[name]
+
+
 def _positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"shape: {name} is {value!r}; it must be a whole number of at least 1")
@@ -203,7 +209,8 @@ def _check_layer(index: int, layer: LayerShape) -> None:
             f"valid are {valid}"
         )
     if layer.ffn is not None:
-        kind, numbers = ffn_kinds.find(layer.ffn.kind, f"layer {index}: ffn.kind"), dict(layer.ffn.numbers)
+        kind = _ffn_kind(f"layer {index}: ffn.kind", layer.ffn.kind)
+        numbers = dict(layer.ffn.numbers)
         if set(numbers) != set(kind.numbers):
             wanted = ", ".join(kind.numbers) or "no numbers"
             raise UserError(

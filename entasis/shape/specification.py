@@ -10,13 +10,13 @@ A specification is a mapping, as under `shape:` in a recipe or as options of `en
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from entasis.errors import UserError
+from entasis.registry import advise
 from entasis.shape import profiles, rounding
 from entasis.shape.shapes import LayerShape, ModelShape
 from entasis.shape.solve import MEASURES, Budget, Silhouette, Solution, solve
@@ -46,9 +46,7 @@ def resolve(source: Mapping[str, Any]) -> Solution:
     known = ["preset", *FIELDS, *DESIGN]
     for key in source:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise UserError(f"shape: unknown key {key!r}; {advice}")
+            raise UserError(f"shape: unknown key {key!r}; {advise(key, known)}")
     if "preset" in source:
         from entasis.shape.presets import preset
 
