@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from entasis.model import feedforward
 from entasis.model.attention import Attention, Mask
 from entasis.model.cache import KVCache
-from entasis.model.feedforward import FeedForward
 from entasis.model.normalisation import Norm
 from entasis.shape.shapes import ModelShape
 
@@ -38,7 +38,7 @@ class Block(nn.Module):
         self.attention = Attention(shape, layer, implementation) if layer.n_heads else None
         if layer.d_ff:
             self.feedforward_norm = Norm(shape.d_model, shape, bias=shape.norm_bias)
-        self.feedforward = FeedForward(shape, layer) if layer.d_ff else None
+        self.feedforward = feedforward.build(shape, layer) if layer.d_ff else None
 
     def forward(
         self,
