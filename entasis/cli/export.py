@@ -32,5 +32,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(answer))
     else:
         what = answer.get("class") or f"arch {answer['architecture']}, {answer['file']}"
-        print(f"{args.output}: {what}, {answer['dtype']}, {answer['parameters']:,} parameters")
+        held, own = answer["parameters"], answer["model_parameters"]
+        zeros = "" if held == own else f" ({own:,} of the model and {held - own:,} zeros)"
+        print(f"{args.output}: {what}, {answer['dtype']}, {held:,} parameters{zeros}")
+        if kept := answer.get("kept_in_f16"):
+            print(f"  f16 instead of {answer['dtype']}, as rows are no whole blocks of 32: {', '.join(kept)}")
     return 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from entasis.errors import UserError
+from entasis.shape import fields
 from entasis.shape.shapes import LayerShape, ModelShape
 
 Tensors = dict[str, torch.Tensor]
@@ -60,6 +61,7 @@ def padded(drawing: Drawing, layers: list[LayerShape]) -> Drawing:
     A missing half becomes one of zeros. Raises `UserError` for a layer that would have to shrink.
     """
     shape, tensors = drawing.shape, dict(drawing.tensors)
+    fields.require([*shape.layers, *layers], "padding")
     for i, (old, new) in enumerate(zip(shape.layers, layers, strict=True)):
         if old == new:
             continue
@@ -78,18 +80,23 @@ def padded(drawing: Drawing, layers: list[LayerShape]) -> Drawing:
 def widest(shape: ModelShape, valid: Callable[[int], bool] = lambda heads: True) -> LayerShape:
     """The smallest equal layer that holds every layer of `shape` and whose number of heads is `valid`.
 
-    Raises `UserError` when no number up to four times the widest layer's is valid.
+    Both the number of KV heads and the query heads of each may grow. Raises `UserError` when no number of heads up to
+    d_model (or four times the widest layer's, whichever is more) is valid.
     """
-    groups = max(1, *(x.n_kv_heads for x in shape.layers))
-    ratio = (
-        max(1, *(x.n_heads // x.n_kv_heads for x in shape.layers if x.n_heads))
-        if any(x.n_heads for x in shape.layers)
-        else 1
-    )
-    for g in range(groups, 4 * groups + 1):
-        if valid(g * ratio):
-            return LayerShape(g * ratio, g, max(1, *(x.d_ff for x in shape.layers)))
-    raise UserError(f"no number of heads from {groups * ratio} upwards divides d_model {shape.d_model}")
+    attending = [x for x in shape.layers if x.n_heads]
+    groups = max((x.n_kv_heads for x in attending), default=1)
+    ratio = max((x.n_heads // x.n_kv_heads for x in attending), default=1)
+    least = groups * ratio
+    best: tuple[int, int] | None = None
+    for heads in range(least, max(4 * least, shape.d_model) + 1):
+        if best and heads + groups >= sum(best):
+            break
+        if valid(heads):
+            fitting = [(heads, g) for g in range(groups, heads // ratio + 1) if heads % g == 0]
+            best = min([*fitting[:1], *([best] if best else [])], key=sum, default=None)
+    if best is None:
+        raise UserError(f"no number of heads from {least} upwards divides d_model {shape.d_model}")
+    return LayerShape(*best, max(1, *(x.d_ff for x in shape.layers)))
 
 
 def _pad_attention(tensors: Tensors, i: int, shape: ModelShape, old: LayerShape, new: LayerShape) -> None:

@@ -8,7 +8,6 @@ A format takes a `Source` and writes into a folder that is renamed into place wh
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ import torch
 
 from entasis.errors import UserError
 from entasis.interop import model_card
+from entasis.interop.aside import new_folder
 from entasis.interop.equivalent import Drawing, folded
 from entasis.model import weights
-from entasis.shape import cost
+from entasis.shape import cost, fields
 
 Writer = Callable[["Source", Path], dict[str, Any]]
 FORMATS: dict[str, Writer] = {}
@@ -53,6 +53,9 @@ def register(name: str) -> Callable[[Writer], Writer]:
 def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32") -> dict[str, Any]:
     """Writes the model in `source` (a finished run or an imported model) to the new folder `output`.
 
+    Returns what was written: `parameters` counts the numbers in the folder, `model_parameters` those of the model, which
+    are fewer where zeros were added.
+
     `dtype` is f32, f16 or bf16, for GGUF also q8_0. Raises `UserError` when `output` exists, or when the format
     cannot hold the model: the message says why and which format can.
     """
@@ -66,23 +69,15 @@ def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32
     if output.exists():
         raise UserError(f"{output} exists; name another folder")
     model = weights.load(source, dtype=torch.float32)
+    fields.require(model.shape.layers, f"export --to {to}")
     drawing = folded(Drawing(model.shape, {n: p.detach() for n, p in model.named_parameters()}))
     chosen = Source(source, drawing, dtype)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        written = FORMATS[to](chosen, partial)
-        answer = {"format": to, "dtype": dtype, "parameters": cost.parameters(model.shape), **written}
-        (partial / "README.md").write_text(model_card.write(source, model.shape, answer), encoding="utf-8")
-        (partial / "entasis.json").write_text(
+    own = cost.parameters(model.shape)
+    with new_folder(output, own * DTYPES.get(dtype, torch.int8).itemsize) as aside:
+        written = FORMATS[to](chosen, aside)
+        answer = {"format": to, "dtype": dtype, "model_parameters": own, **written}
+        (aside / "README.md").write_text(model_card.write(source, model.shape, answer), encoding="utf-8")
+        (aside / "entasis.json").write_text(
             json.dumps({"shape": model.shape.to_dict(), **answer}, indent=1) + "\n", encoding="utf-8"
         )
-        for file in partial.rglob("*"):
-            if file.is_file():
-                weights.sync(file)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return {"output": str(output), **answer}

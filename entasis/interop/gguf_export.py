@@ -21,6 +21,7 @@ from entasis.errors import UserError
 from entasis.interop.equivalent import Drawing, padded
 from entasis.interop.exporting import Source, register
 from entasis.interop.gguf_families import GGUF_MODULES
+from entasis.interop.hf_export import NO_FORMAT, class_of
 from entasis.model import rotary
 from entasis.shape.shapes import LayerShape, ModelShape
 
@@ -62,37 +63,44 @@ def export(source: Source, folder: Path) -> dict[str, Any]:
         writer.write_tensors_to_file()
     finally:
         writer.close()
-    return {"architecture": arch, "file": path.name, "kept_in_f16": kept}
+    held = sum(tensor.numel() for tensor in drawing.tensors.values())
+    return {"architecture": arch, "file": path.name, "kept_in_f16": kept, "parameters": held}
 
 
 def _architecture(shape: ModelShape) -> str:
-    """llama.cpp's name for the shape. Raises `UserError` with the format that can hold it."""
+    """llama.cpp's name for the shape. Raises `UserError` with the format that can hold it, where one does."""
     kind = (shape.norm_placement, shape.qk_norm)
     uniform = shape.uniform and shape.layers[0].n_heads and shape.layers[0].d_ff
     # llama.cpp's llama and olmo2 have query matrices as wide as the model.
     square = uniform and shape.layers[0].n_heads * shape.head_dim == shape.d_model
     biased = shape.qkv_bias or shape.attention_output_bias or shape.ffn_bias or shape.head_bias
     if shape.norm != "rmsnorm" or shape.ffn != "swiglu" or shape.positions != "rope":
-        raise UserError(
-            "export: these GGUF architectures have RMSNorm, SwiGLU and rotary positions; no format here fits"
-        )
+        raise _refusal(shape, "these GGUF architectures have RMSNorm, SwiGLU and rotary positions")
     if biased:
-        raise UserError("export: biases are not written to GGUF; --to hf holds them")
+        raise _refusal(shape, "biases are not written to GGUF")
     if kind == ("pre", "none"):
         return "llama" if square else "deci"
     if kind == ("pre", "head"):
         if uniform:
             return "qwen3"
         if not shape.tied_embeddings:
-            raise UserError(
-                "export: llama.cpp's openelm, its only one with QK-norm and unequal layers, ties its embeddings; --to padded or hf holds untied ones"
+            raise _refusal(
+                shape,
+                "llama.cpp's openelm, its only one with QK-norm and unequal layers, ties its embeddings",
             )
         return "openelm"
     if kind == ("reordered", "full") and square:
         return "olmo2"
-    raise UserError(
-        f"export: no GGUF architecture has {kind[0]} norm and QK-norm {kind[1]} with such layers; --to hf holds it"
-    )
+    raise _refusal(shape, f"no GGUF architecture has {kind[0]} norm and QK-norm {kind[1]} with such layers")
+
+
+def _refusal(shape: ModelShape, reason: str) -> UserError:
+    """The error that gives the reason, and the formats that hold the shape where they do."""
+    try:
+        class_of(shape)
+    except UserError:
+        return UserError(f"export: {reason}, and {NO_FORMAT}")
+    return UserError(f"export: {reason}; --to hf and --to padded hold it")
 
 
 def _metadata(writer: gguf.GGUFWriter, source: Source, shape: ModelShape, arch: str) -> None:
@@ -118,7 +126,7 @@ def _metadata(writer: gguf.GGUFWriter, source: Source, shape: ModelShape, arch: 
         writer.add_rope_scaling_factor(float(scaling["factor"]))
     elif scaling.get("rope_type") == "llama3":
         if arch != "llama":
-            raise UserError(f"export: llama3 rope scaling is not written for {arch}; --to hf holds it")
+            raise _refusal(shape, f"llama3 rope scaling is not written for {arch}")
         plain = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
         writer.add_tensor("rope_freqs.weight", (plain / rotary.frequencies(shape)).numpy())
 
@@ -165,14 +173,13 @@ def _name(name: str, arch: str) -> str:
 
 
 def _tokenizer(writer: gguf.GGUFWriter, source: Source, vocabulary: int) -> None:
+    shape = source.drawing.shape
     if not source.tokenizer.is_file():
-        raise UserError(
-            f"{source.folder}: no tokenizer.json, without which llama.cpp opens no file; --to hf needs none"
-        )
+        raise _refusal(shape, f"{source.folder} has no tokenizer.json, without which llama.cpp opens no file")
     content = json.loads(source.tokenizer.read_text(encoding="utf-8"))
     model = content["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise UserError("export: only byte-level BPE tokenizers are written to GGUF; --to hf holds any")
+        raise _refusal(shape, "only byte-level BPE tokenizers are written to GGUF")
     tokens = [f"[unused{i}]" for i in range(vocabulary)]
     types = [int(gguf.TokenType.UNUSED)] * vocabulary
     for token, i in model["vocab"].items():
@@ -182,7 +189,7 @@ def _tokenizer(writer: gguf.GGUFWriter, source: Source, vocabulary: int) -> None
         tokens[added["id"]], types[added["id"]] = added["content"], int(kind)
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(content))
+    writer.add_tokenizer_pre(_pre_tokenizer(content, shape))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     # llama.cpp wants the list; one merge of two tokens that never stand together is none.
@@ -200,7 +207,7 @@ def _tokenizer(writer: gguf.GGUFWriter, source: Source, vocabulary: int) -> None
             writer.add_chat_template(template)
 
 
-def _pre_tokenizer(content: dict[str, Any]) -> str:
+def _pre_tokenizer(content: dict[str, Any], shape: ModelShape) -> str:
     """llama.cpp's name for how text is split before BPE. Raises `UserError` for one it has no name for."""
     parts = content.get("pre_tokenizer") or {}
     steps = parts.get("pretokenizers", [parts])
@@ -212,6 +219,6 @@ def _pre_tokenizer(content: dict[str, Any]) -> str:
         return "smollm"
     if kinds == ["Split", "ByteLevel"]:
         return "llama-bpe" if "{1,3}" in patterns else "qwen2"
-    raise UserError(
-        f"export: llama.cpp has no name for the tokenizer's splitting ({', '.join(map(str, kinds))}); --to hf holds it"
+    raise _refusal(
+        shape, f"llama.cpp has no name for the tokenizer's splitting ({', '.join(map(str, kinds))})"
     )

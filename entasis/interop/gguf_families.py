@@ -6,13 +6,11 @@ here, unless they are zero, are refused: they would change what is computed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from entasis.errors import UserError
+from entasis.interop import rope
 from entasis.interop.gguf_reader import GGUFFile
 from entasis.interop.hf_families import context, layer_count, left_out
 from entasis.interop.plan import Plan
@@ -104,13 +102,13 @@ def _shape(
     def has(tensor: str) -> bool:
         return any(name.endswith(f".{tensor}") for name in names)
 
-    rotary = _rope(file, settings, head_dim) if kinds.get("positions", "rope") == "rope" else {}
+    rotary = rope.of_gguf(file, settings, head_dim) if kinds.get("positions", "rope") == "rope" else {}
     return ModelShape(
         d_model=d_model,
         head_dim=head_dim,
         vocabulary=names["token_embd.weight"].size[0],
         layers=tuple(layers),
-        norm_eps=settings.number(kinds.pop("eps_key", "attention.layer_norm_rms_epsilon")),
+        norm_eps=settings.number(kinds.pop("eps_key", "attention.layer_norm_rms_epsilon"), least=0, most=1),
         tied_embeddings="output.weight" not in names,
         qkv_bias=has("attn_q.bias") or has("attn_qkv.bias"),
         attention_output_bias=has("attn_output.bias"),
@@ -119,43 +117,6 @@ def _shape(
         **rotary,
         **kinds,
     )
-
-
-def _rope(file: GGUFFile, settings: Settings, head_dim: int) -> dict[str, Any]:
-    theta = settings.number("rope.freq_base", 10_000.0)
-    kind = settings.text("rope.scaling.type", "none")
-    if kind == "linear":
-        factor = settings.number("rope.scaling.factor")
-        return {"rope_theta": theta, "rope_scaling": {"rope_type": "linear", "factor": factor}}
-    if kind not in ("none", ""):
-        raise settings.refuse("rope.scaling.type", "none, linear and llama3's factors are supported")
-    if "rope_freqs.weight" not in file.tensors:
-        return {"rope_theta": theta}
-    if file.tensors["rope_freqs.weight"].size != (head_dim // 2,):
-        raise UserError(f"{file.path.name}: tensor rope_freqs.weight is not {head_dim // 2} numbers")
-    return {"rope_theta": theta, "rope_scaling": _llama3(file, theta)}
-
-
-def _llama3(file: GGUFFile, theta: float) -> dict[str, Any]:
-    """The llama3 scaling whose divisors of the frequencies `rope_freqs.weight` holds.
-
-    The file keeps only the divisors: 1 for short waves, `factor` for long ones, a blend between. With
-    Llama 3's own low and high factors (1 and 4) the blended ones tell the original context.
-    """
-    divisors = file.read("rope_freqs.weight").double()
-    factor, low, high = float(divisors.max()), 1.0, 4.0
-    exponents = torch.arange(len(divisors), dtype=torch.float64) / len(divisors)
-    waves = 2 * math.pi * theta**exponents
-    blended = (divisors > 1.001) & (divisors < factor * 0.999)
-    original = 8192.0
-    if factor > 1 and blended.any():
-        share = (1 / divisors[blended] - 1 / factor) / (1 - 1 / factor)
-        original = float((waves[blended] * (low + share * (high - low))).median())
-    share = ((original / waves - low) / (high - low)).clamp(0, 1)
-    if not torch.allclose(1 / ((1 - share) / factor + share), divisors, rtol=1e-3):
-        raise UserError(f"{file.path.name}: rope_freqs.weight is not llama3's scaling; no other is supported")
-    numbers = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
-    return {"rope_type": "llama3", **numbers, "original_max_position_embeddings": round(original)}
 
 
 @architecture("llama")

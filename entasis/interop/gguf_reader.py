@@ -25,6 +25,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from entasis.errors import UserError
+from entasis.interop.settings import shown
 
 MOST_ENTRIES = 16_384
 """Keys, and tensors, that a file may have. Real ones have some hundreds; bounds what a hostile header
@@ -132,10 +133,10 @@ class GGUFFile:
         for _ in range(n_keys):
             key = self._string("a key")
             if not key.isprintable() or not key:
-                raise UserError(f"{self.path.name}: key {_shown(key)} has no printable name")
+                raise UserError(f"{self.path.name}: key {_quoted(key)} has no printable name")
             if key in self.metadata:
-                raise UserError(f"{self.path.name}: key {_shown(key)} is there twice")
-            self.metadata[key] = self._value(self._number("I", "a type"), _shown(key))
+                raise UserError(f"{self.path.name}: key {_quoted(key)} is there twice")
+            self.metadata[key] = self._value(self._number("I", "a type"), _quoted(key))
         self._read_tensors(n_tensors)
 
     def _read_tensors(self, count: int) -> None:
@@ -145,7 +146,7 @@ class GGUFFile:
             n_sizes = self._number("I", name)
             if not 1 <= n_sizes <= 4:
                 raise UserError(
-                    f"{self.path.name}: tensor {_shown(name)} has {n_sizes} dimensions, not 1 to 4"
+                    f"{self.path.name}: tensor {_quoted(name)} has {n_sizes} dimensions, not 1 to 4"
                 )
             size = tuple(self._number("Q", name) for _ in range(n_sizes))[::-1]
             described.append((name, size, self._number("I", name), self._number("Q", name)))
@@ -156,14 +157,14 @@ class GGUFFile:
         self.tensors: Mapping[str, Stored] = {}
         for name, size, kind, offset in described:
             if not name.isprintable() or not name:
-                raise UserError(f"{self.path.name}: tensor {_shown(name)} has no printable name")
+                raise UserError(f"{self.path.name}: tensor {_quoted(name)} has no printable name")
             if name in self.tensors:
-                raise UserError(f"{self.path.name}: tensor {_shown(name)} is there twice")
-            self.tensors[name] = self._stored(_shown(name), size, kind, data, offset, alignment)
+                raise UserError(f"{self.path.name}: tensor {_quoted(name)} is there twice")
+            self.tensors[name] = self._stored(_quoted(name), size, kind, data, offset, alignment)
         end, last = 0, ""
         for name, stored in sorted(self.tensors.items(), key=lambda item: item[1].start):
             if stored.start < end:
-                raise UserError(f"{self.path.name}: tensors {_shown(last)} and {_shown(name)} overlap")
+                raise UserError(f"{self.path.name}: tensors {_quoted(last)} and {_quoted(name)} overlap")
             end, last = stored.start + stored.n_bytes, name
 
     def _stored(
@@ -208,7 +209,7 @@ class GGUFFile:
             other = GGUFFile(path, part=i)
             other.close()
             if twice := tensors.keys() & other.tensors.keys():
-                raise UserError(f"{path.name}: tensor {_shown(min(twice))} is in another part too")
+                raise UserError(f"{path.name}: tensor {_quoted(min(twice))} is in another part too")
             tensors.update(other.tensors)
         if self.metadata.get("split.tensors.count", len(tensors)) != len(tensors):
             raise UserError(
@@ -218,7 +219,9 @@ class GGUFFile:
 
     def _value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:
-            return self._number(_SCALARS[kind], key)
+            number = self._number(_SCALARS[kind], key)
+            # The shortest decimal of the same float32: 1e-5, not 9.999999747378752e-06.
+            return float(str(np.float32(number))) if _SCALARS[kind] == "f" else number
         if kind == _STRING:
             return self._string(key)
         if kind != _ARRAY:
@@ -258,15 +261,15 @@ class GGUFFile:
         try:
             return self._bytes[start : self._at].decode()
         except UnicodeDecodeError:
-            raise UserError(f"{self.path.name}: {_shown(what)} holds text that is not UTF-8") from None
+            raise UserError(f"{self.path.name}: {_quoted(what)} holds text that is not UTF-8") from None
 
     def _skip(self, n_bytes: int, what: str) -> None:
         if n_bytes > self._length - self._at:
             raise UserError(
-                f"{self.path.name}: ends in the middle of {_shown(what)}; it is cut short or damaged"
+                f"{self.path.name}: ends in the middle of {_quoted(what)}; it is cut short or damaged"
             )
         self._at += n_bytes
 
 
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 64 else name[:61] + "...")
+def _quoted(name: str) -> str:
+    return repr(shown(name))

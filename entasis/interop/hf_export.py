@@ -16,9 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from entasis.errors import UserError
+from entasis.interop import weights_writer
 from entasis.interop.equivalent import Drawing, padded, widest
 from entasis.interop.exporting import DTYPES, Source, register
 from entasis.shape.shapes import LayerShape, ModelShape
@@ -36,6 +35,7 @@ class _Class:
     norms: dict[str, str]
 
 
+NO_FORMAT = "no format here holds it; `entasis generate` and `entasis evaluate` open the model as it is"
 _PRE = {"attention_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm"}
 _REORDERED = {"attention_norm": "post_attention_layernorm", "feedforward_norm": "post_feedforward_layernorm"}
 _CLASSES = {
@@ -60,7 +60,7 @@ _WHOLE = {"embedding.tokens": "model.embed_tokens", "norm": "model.norm", "head"
 @register("hf")
 def hf(source: Source, folder: Path) -> dict[str, Any]:
     """transformers' own class for equal layers, else a folder with its modeling file (remote code)."""
-    kind, shape = _class_of(source.drawing.shape), source.drawing.shape
+    kind, shape = class_of(source.drawing.shape), source.drawing.shape
     one = shape.layers[0]
     whole = one.n_heads and one.d_ff and (not kind.heads_must_divide or shape.d_model % one.n_heads == 0)
     if shape.uniform and whole:
@@ -79,19 +79,30 @@ def hf(source: Source, folder: Path) -> dict[str, Any]:
             "AutoModel": "modeling_entasis.EntasisModel",
             "AutoModelForCausalLM": "modeling_entasis.EntasisForCausalLM",
         },
-        "layer_shapes": [[x.n_heads, x.n_kv_heads, x.d_ff] for x in drawing.shape.layers],
+        "per_layer_config": {
+            str(i): {
+                "num_attention_heads": x.n_heads,
+                "num_key_value_heads": x.n_kv_heads,
+                "intermediate_size": x.d_ff,
+            }
+            for i, x in enumerate(drawing.shape.layers)
+        },
     }
     text = (resources.files("entasis.interop") / "modeling_template.py").read_text(encoding="utf-8")
     text = text.replace("llama", kind.model_type).replace("Llama", kind.name)
     (folder / "modeling_entasis.py").write_text(text, encoding="utf-8")
-    _write(source, drawing, kind, config, folder)
-    return {"class": f"modeling_entasis.py over {kind.name}DecoderLayer", "remote_code": True}
+    held = _write(source, drawing, kind, config, folder)
+    return {
+        "class": f"modeling_entasis.py over {kind.name}DecoderLayer",
+        "remote_code": True,
+        "parameters": held,
+    }
 
 
 @register("padded")
 def uniform(source: Source, folder: Path) -> dict[str, Any]:
     """Every layer zero-padded to the widest: a plain folder that any tool opens, without the savings."""
-    kind, shape = _class_of(source.drawing.shape), source.drawing.shape
+    kind, shape = class_of(source.drawing.shape), source.drawing.shape
 
     def valid(heads: int) -> bool:
         return not kind.heads_must_divide or shape.d_model % heads == 0
@@ -105,11 +116,14 @@ def _plain(source: Source, drawing: Drawing, kind: _Class, folder: Path) -> dict
         "model_type": kind.model_type,
         "architectures": [f"{kind.name}ForCausalLM"],
     }
-    _write(source, drawing, kind, config, folder)
-    return {"class": f"{kind.name}ForCausalLM", "remote_code": False}
+    if drawing.shape.rope_scaling:
+        # Our own modeling file finds it in rope_parameters; transformers 5 warns of it in a config it does not know.
+        config["rope_scaling"] = dict(drawing.shape.rope_scaling)
+    held = _write(source, drawing, kind, config, folder)
+    return {"class": f"{kind.name}ForCausalLM", "remote_code": False, "parameters": held}
 
 
-def _class_of(shape: ModelShape) -> _Class:
+def class_of(shape: ModelShape) -> _Class:
     """The class for a shape. Raises `UserError` naming what none of them has."""
     kind = _CLASSES.get((shape.norm_placement, shape.qk_norm))
     reason = None
@@ -120,33 +134,29 @@ def _class_of(shape: ModelShape) -> _Class:
     elif shape.head_bias or (shape.ffn_bias and not kind.has_mlp_bias):
         reason = f"{kind.name} has no bias there"
     if reason or kind is None:
-        raise UserError(
-            f"export: {reason}; `entasis generate` and `entasis evaluate` open the model as it is"
-        )
+        raise UserError(f"export: {reason}, and {NO_FORMAT}")
     return kind
 
 
 def _config(shape: ModelShape, kind: _Class, source: Source) -> dict[str, Any]:
-    widths = widest(shape)
     end = _end_of_text(source)
     rope = {"rope_type": "default", **(shape.rope_scaling or {}), "rope_theta": shape.rope_theta}
     config = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.d_model,
-        "intermediate_size": widths.d_ff,
+        "intermediate_size": max(x.d_ff for x in shape.layers),
         "num_hidden_layers": shape.n_layers,
-        "num_attention_heads": widths.n_heads,
-        "num_key_value_heads": widths.n_kv_heads,
+        "num_attention_heads": max(x.n_heads for x in shape.layers),
+        "num_key_value_heads": max(x.n_kv_heads for x in shape.layers),
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": shape.context,
         "rms_norm_eps": shape.norm_eps,
         "tie_word_embeddings": shape.tied_embeddings,
         "attention_bias": shape.qkv_bias or shape.attention_output_bias,
-        # Both spellings: transformers 5 reads the first, earlier ones the other two.
+        # transformers 5 reads the first, earlier ones the second and, where there is any, `rope_scaling`.
         "rope_parameters": rope,
         "rope_theta": shape.rope_theta,
-        "rope_scaling": dict(shape.rope_scaling) if shape.rope_scaling else None,
         "bos_token_id": end,
         "eos_token_id": end,
         "dtype": str(DTYPES[source.dtype]).removeprefix("torch."),
@@ -155,7 +165,8 @@ def _config(shape: ModelShape, kind: _Class, source: Source) -> dict[str, Any]:
     return config | ({"mlp_bias": shape.ffn_bias} if kind.has_mlp_bias else {})
 
 
-def _write(source: Source, drawing: Drawing, kind: _Class, config: dict[str, Any], folder: Path) -> None:
+def _write(source: Source, drawing: Drawing, kind: _Class, config: dict[str, Any], folder: Path) -> int:
+    """Writes everything but code and card; returns how many numbers the weights are."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shape, tensors = drawing.shape, dict(drawing.tensors)
     if config["attention_bias"]:
@@ -166,8 +177,10 @@ def _write(source: Source, drawing: Drawing, kind: _Class, config: dict[str, Any
                 rows = tensors[f"blocks.{i}.attention.{part}.weight"].shape[0]
                 tensors.setdefault(f"blocks.{i}.attention.{part}.bias", like.new_zeros(rows))
     dtype = DTYPES[source.dtype]
-    named = {_name(name, kind): t.to(dtype).contiguous() for name, t in tensors.items()}
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    named = {_name(name, kind): tensor for name, tensor in tensors.items()}
+    described = {name: (dtype, tuple(tensor.shape)) for name, tensor in named.items()}
+    rounded = ((name, tensor.to(dtype)) for name, tensor in named.items())
+    weights_writer.write(folder / "model.safetensors", described, rounded)
     if source.tokenizer.is_file():
         shutil.copyfile(source.tokenizer, folder / "tokenizer.json")
         settings = source.folder / "tokenizer_config.json"
@@ -191,6 +204,7 @@ def _write(source: Source, drawing: Drawing, kind: _Class, config: dict[str, Any
     if (end := config["eos_token_id"]) is not None:
         generation = {"eos_token_id": end, "bos_token_id": end}
         (folder / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
+    return sum(tensor.numel() for tensor in named.values())
 
 
 def _name(name: str, kind: _Class) -> str:

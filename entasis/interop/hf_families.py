@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from entasis.errors import UserError
+from entasis.interop import rope
 from entasis.interop.plan import Plan
 from entasis.interop.settings import Settings
 from entasis.shape.shapes import LayerShape, ModelShape
 
 MOST_POSITIONS = 2**27
+Reader = Callable[..., Plan]
+"""Given the config, the number of tensors of the checkpoint, which bounds its layers, and maybe the layers."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
-    read: Callable[[Settings, int], Plan]
+    read: Reader
+    reads: tuple[str, ...] = ()
+    """Keys that it reads though others refuse them."""
 
 
 FAMILIES: dict[str, Family] = {}
@@ -64,19 +68,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (None, False),
     "no_rope_layers": (None, []),
     "per_layer_config": (None, {}),
+    "layer_shapes": (None,),
 }
 
 
 def family(
-    name: str, *, model_types: tuple[str, ...], architectures: tuple[str, ...]
-) -> Callable[[Callable[[Settings, int], Plan]], Callable[[Settings, int], Plan]]:
-    """Registers a reader of configs whose `model_type` and `architectures` are among these.
+    name: str, *, model_types: tuple[str, ...], architectures: tuple[str, ...], reads: tuple[str, ...] = ()
+) -> Callable[[Reader], Reader]:
+    """Registers a reader of configs whose `model_type` and `architectures` are among these."""
 
-    The reader is given the config and the number of tensors of the checkpoint, which bounds its layers.
-    """
-
-    def register(read: Callable[[Settings, int], Plan]) -> Callable[[Settings, int], Plan]:
-        FAMILIES[name] = Family(name, model_types, architectures, read)
+    def register(read: Reader) -> Reader:
+        FAMILIES[name] = Family(name, model_types, architectures, read, reads)
         return read
 
     return register
@@ -96,34 +98,9 @@ def family_of(config: Settings) -> Family:
     ):
         raise config.wrong("architectures", architectures, f"[{', '.join(chosen.architectures)}]")
     for key, neutral in _NEUTRAL.items():
-        if config.get(key) not in neutral:
+        if config.get(key) not in neutral and key not in chosen.reads:
             raise config.refuse(key, "models here do not do this")
     return chosen
-
-
-def rope(config: Settings) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a `ModelShape`.
-
-    transformers up to 4 keeps `rope_theta` and `rope_scaling` apart, 5 keeps both in `rope_parameters`.
-    linear and llama3 scaling are what our models do; any other kind is refused by its name.
-    """
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    asked = config.mapping(key) or {}
-    scaling = Settings(asked, f"{config.where}: {key}")
-    theta = scaling.number("rope_theta", config.number("rope_theta", 10_000.0))
-    if scaling.number("partial_rotary_factor", 1) != 1:
-        raise scaling.refuse("partial_rotary_factor", "only rotating the whole head is supported")
-    kind = scaling.text("rope_type", scaling.text("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind == "linear":
-        return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, "factor": scaling.number("factor")}}
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        numbers: dict[str, Any] = {name: scaling.number(name) for name in names}
-        numbers["original_max_position_embeddings"] = scaling.whole("original_max_position_embeddings")
-        return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **numbers}}
-    raise UserError(f"{config.where}: rope scaling {kind!r} is not supported; default, linear and llama3 are")
 
 
 def layer_count(config: Settings, key: str, n_tensors: int) -> int:
@@ -185,10 +162,10 @@ def _llama_shape(
         head_dim=head_dim,
         vocabulary=config.whole("vocab_size"),
         layers=tuple(layers),
-        norm_eps=config.number("rms_norm_eps", kinds.pop("default_eps", 1e-6)),
+        norm_eps=config.number("rms_norm_eps", kinds.pop("default_eps", 1e-6), least=0, most=1),
         tied_embeddings=config.flag("tie_word_embeddings", False),
         context=length,
-        **rope(config),
+        **rope.of_config(config),
         **kinds,
     )
 
@@ -199,9 +176,9 @@ def _biases(config: Settings) -> dict[str, Any]:
 
 
 @family("llama", model_types=("llama",), architectures=("LlamaForCausalLM",))
-def llama(config: Settings, n_tensors: int) -> Plan:
+def llama(config: Settings, n_tensors: int, layers: list[LayerShape] | None = None) -> Plan:
     """Llama 1–3, SmolLM, SmolLM2 and everything else built as a Llama."""
-    shape = _llama_shape(config, n_tensors, **_biases(config))
+    shape = _llama_shape(config, n_tensors, layers=layers, **_biases(config))
     return Plan(shape=shape, modules=HF_MODULES, ignored=_BUFFERS)
 
 
@@ -220,18 +197,25 @@ def qwen2(config: Settings, n_tensors: int) -> Plan:
 
 
 @family("qwen3", model_types=("qwen3",), architectures=("Qwen3ForCausalLM",))
-def qwen3(config: Settings, n_tensors: int) -> Plan:
+def qwen3(config: Settings, n_tensors: int, layers: list[LayerShape] | None = None) -> Plan:
     """Qwen3: query and key are normalised in each head, before the rotation."""
     biases = {**_biases(config), "ffn_bias": False}
-    return Plan(shape=_llama_shape(config, n_tensors, qk_norm="head", **biases), modules=HF_MODULES)
+    shape = _llama_shape(config, n_tensors, layers=layers, qk_norm="head", **biases)
+    return Plan(shape=shape, modules=HF_MODULES)
 
 
 @family("olmo2", model_types=("olmo2",), architectures=("Olmo2ForCausalLM",))
-def olmo2(config: Settings, n_tensors: int) -> Plan:
+def olmo2(config: Settings, n_tensors: int, layers: list[LayerShape] | None = None) -> Plan:
     """OLMo 2: norms after the branch, query and key normalised over their full width."""
     biases = {**_biases(config), "ffn_bias": False}
     shape = _llama_shape(
-        config, n_tensors, qk_norm="full", norm_placement="reordered", default_eps=1e-5, **biases
+        config,
+        n_tensors,
+        layers=layers,
+        qk_norm="full",
+        norm_placement="reordered",
+        default_eps=1e-5,
+        **biases,
     )
     modules = {
         **HF_MODULES,
@@ -326,7 +310,7 @@ def openelm(config: Settings, n_tensors: int) -> Plan:
         norm_eps=1e-6,  # not in the config: a constant of its modeling code
         qk_norm="head" if config.flag("normalize_qk_projections", False) else "none",
         tied_embeddings=config.flag("share_input_output_layers", False),
-        rope_theta=config.number("rope_freq_constant", 10_000.0),
+        rope_theta=config.number("rope_freq_constant", 10_000.0, least=1),
         context=context(config, "max_context_length", 2048),
     )
     at = "transformer.layers.{i}"
@@ -370,7 +354,7 @@ def gpt2(config: Settings, n_tensors: int) -> Plan:
         layers=(layer,) * layer_count(config, "n_layer", n_tensors),
         norm="layernorm",
         norm_bias=True,
-        norm_eps=config.number("layer_norm_epsilon", 1e-5),
+        norm_eps=config.number("layer_norm_epsilon", 1e-5, least=0, most=1),
         ffn=_expect(config, "activation_function", "gelu_new", {**tanh, "gelu": "gelu"}),
         tied_embeddings=config.flag("tie_word_embeddings", True),
         qkv_bias=True,

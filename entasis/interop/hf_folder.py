@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from entasis.errors import UserError
-from entasis.interop.settings import Settings
+from entasis.interop.settings import Settings, shown
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_JSON = 64 * 2**20
@@ -66,12 +66,12 @@ class HFFolder:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (not a dict)
                     if not name.isprintable() or not name:
-                        raise UserError(f"{file.name}: tensor {name[:64]!r} has no printable name")
+                        raise UserError(f"{file.name}: tensor {shown(name)!r} has no printable name")
                     if name in self._files:
-                        raise UserError(f"{file.name}: tensor {name} is in another shard too")
+                        raise UserError(f"{file.name}: tensor {shown(name)} is in another shard too")
                     part = handle.get_slice(name)
                     if part.get_dtype() not in _DTYPES:
-                        found = f"tensor {name} is {part.get_dtype()}"
+                        found = f"tensor {shown(name)} is {part.get_dtype()}"
                         raise UserError(f"{file.name}: {found}; weights must be F32, F16 or BF16")
                     self.sizes[name] = tuple(part.get_shape())
                     self._dtypes[name] = _DTYPES[part.get_dtype()]
@@ -87,7 +87,7 @@ class HFFolder:
             place = (
                 "the index but in no shard" if name in self._weight_map else "a shard but not in the index"
             )
-            raise UserError(f"{INDEX}: tensor {name[:200]!r} is in {place}")
+            raise UserError(f"{INDEX}: tensor {shown(name)!r} is in {place}")
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in."""
@@ -123,7 +123,11 @@ def _described(file: Path) -> int:
 def member(folder: Path, name: str) -> Path:
     """The regular file `name` of `folder`. Raises `UserError` for names that lead anywhere else."""
     if not name or name != Path(name).name or name in (".", "..") or "\\" in name or "\0" in name:
-        raise UserError(f"{folder.name}: file name {name!r} leads out of the folder; it must be a plain name")
+        raise UserError(
+            f"{folder.name}: file name {shown(name)!r} leads out of the folder; it must be a plain name"
+        )
+    if len(name.encode(errors="replace")) > 255:
+        raise UserError(f"{folder.name}: file name {shown(name)!r} is longer than any file's")
     path = folder / name
     if not path.exists():
         raise UserError(f"{folder.name}: {name} is missing")

@@ -11,6 +11,7 @@ from typing import Any
 from entasis.data.tokenizer import from_gpt2
 from entasis.errors import UserError
 from entasis.interop.hf_folder import member, read_json
+from entasis.interop.settings import shown
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def check_vocabulary(files: TokenizerFiles, rows: int) -> None:
     token, highest = max(vocabulary.items(), key=lambda item: item[1])
     if highest >= rows:
         raise UserError(
-            f"tokenizer.json: token {token!r} is number {highest}, but the embedding has only {rows} rows; "
+            f"tokenizer.json: token {shown(token)!r} is number {highest}, but the embedding has only {rows} rows; "
             "the tokenizer belongs to another model"
         )
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face hub by name (the extra `hf`)."""
+"""Checkpoints of the Hugging Face hub by name, through `huggingface_hub`, which comes with `tokenizers`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ def fetch(name: str) -> Path:
 
     Only descriptions, safetensors and tokenizers are fetched, never code or pickles. Raises `UserError`.
     """
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    except ImportError as error:
-        raise UserError(f"{name}: needs the extra hf (pip install 'entasis[hf]')") from error
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED))

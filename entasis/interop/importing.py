@@ -9,12 +9,8 @@ folder beside the target, which is renamed when it is complete.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,13 +21,15 @@ import torch
 
 from entasis import __version__
 from entasis.errors import UserError
-from entasis.interop import gguf_families, hub, weights_writer
+from entasis.interop import gguf_families, hf_unequal, hub, weights_writer  # noqa: F401  (registers itself)
+from entasis.interop.aside import new_folder
 from entasis.interop.gguf_reader import GGUFFile
 from entasis.interop.gguf_tokenizer import tokenizer_of
 from entasis.interop.hf_families import family_of
 from entasis.interop.hf_folder import HFFolder
 from entasis.interop.hf_tokenizer import TokenizerFiles, check_vocabulary, files_of_folder, given
 from entasis.interop.plan import Piece, Plan, pieces
+from entasis.interop.settings import shown
 from entasis.shape.shapes import ModelShape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -152,22 +150,13 @@ def _write(
     kind, mixed = _dtype(opened, dtype)
     described = {name: (kind, piece.size) for name, piece in opened.pieces.items()}
     parameters = sum(torch.Size(piece.size).numel() for piece in opened.pieces.values())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
+    with new_folder(folder, parameters * kind.itemsize) as aside:
         tensors = _tensors(opened, kind, parameters, progress)
         digest = weights_writer.write(aside / "model.safetensors", described, tensors)
         _write_json(aside / "shape.json", plan.shape.to_dict())
         for name, content in opened.tokenizer.contents.items():
             _write_bytes(aside / name, content)
         _write_json(aside / "provenance.json", _provenance(opened, digest))
-        aside.chmod(0o777 & ~_umask())
-        # Replaces the folder where it exists empty; fails where something came to be in it meanwhile.
-        aside.rename(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    _sync(folder.parent)
     return ImportResult(
         folder=str(folder),
         family=opened.family,
@@ -218,11 +207,22 @@ def _tensors(
         if piece.source != held:
             tensor = torch.empty(0)  # lets the last one go before the next comes
             held, tensor = piece.source, opened.source.read(piece.source)
-        part = piece.cut(tensor).to(dtype)
+        part = piece.cut(tensor)
+        if not part.isfinite().all():
+            raise UserError(f"{_where(opened, piece)} holds numbers that are not finite (NaN or infinity)")
+        part = part.to(dtype)
+        if not part.isfinite().all():
+            raise UserError(
+                f"{_where(opened, piece)} has numbers too large for {_name(dtype)}; choose another --dtype"
+            )
         yield name, part
         done += part.numel()
         if progress:
             progress(done, total)
+
+
+def _where(opened: _Opened, piece: Piece) -> str:
+    return f"{opened.source.path.name}: tensor {shown(piece.source)}"
 
 
 def _provenance(opened: _Opened, digest: str) -> dict[str, Any]:
@@ -248,20 +248,3 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _write_bytes(path: Path, content: bytes) -> None:
     with path.open("xb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -16,9 +16,10 @@ def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
         f"# {source.resolve().name}",
         "",
         f"A decoder-only language model of {cost.parameters(shape):,} parameters in {shape.n_layers} layers, "
-        f"{shape.distinct_layers} of them distinct, exported by Entasis as `{answer['format']}` ({answer['dtype']}).",
+        f"{shape.distinct_layers} of them distinct, exported by Entasis as `{answer['format']}` ({answer['dtype']})"
+        + _zeros(answer),
         "",
-        *_how_to_open(answer),
+        *_how_to_open(answer, (source / "tokenizer.json").is_file()),
         "",
         "## Layers",
         "",
@@ -55,11 +56,22 @@ def _study(source: Path) -> list[str]:
     ]
 
 
-def _how_to_open(answer: dict[str, Any]) -> list[str]:
+def _zeros(answer: dict[str, Any]) -> str:
+    more = answer["parameters"] - answer["model_parameters"]
+    return f"; {more:,} zeros were added, which makes {answer['parameters']:,} here." if more else "."
+
+
+def _how_to_open(answer: dict[str, Any], tokenizer: bool) -> list[str]:
     if answer["format"] == "gguf":
         return ["```", f'llama-cli -m {answer["file"]} -p "…"', "```"]
+    # AutoTokenizer would ask whether to run the folder's code, which only the model needs.
+    opener = "PreTrainedTokenizerFast" if answer["remote_code"] else "AutoTokenizer"
     trust = ", trust_remote_code=True" if answer["remote_code"] else ""
-    return ["```python", f'AutoModelForCausalLM.from_pretrained("."{trust})', "```"]
+    lines = [f"from transformers import AutoModelForCausalLM{f', {opener}' if tokenizer else ''}", ""]
+    lines.append(f'model = AutoModelForCausalLM.from_pretrained("."{trust})')
+    if tokenizer:
+        lines.append(f'tokenizer = {opener}.from_pretrained(".")')
+    return ["```python", *lines, "```"]
 
 
 def _plain(value: Any) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from entasis.errors import UserError
+from entasis.interop.settings import shown
 from entasis.shape import layout
 from entasis.shape.shapes import ModelShape
 
@@ -73,14 +74,14 @@ def pieces(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str) -> dict
     result: dict[str, Piece] = {}
     for source, names in of_source.items():
         if source not in found:
-            raise UserError(f"{where}: tensor {source} is missing")
+            raise UserError(f"{where}: tensor {shown(source)} is missing")
         conv1d = plan.conv1d and names[0].startswith("blocks.") and len(wanted[names[0]]) == 2
         height = sum(wanted[name][0] for name in names)
         whole = (height, *wanted[names[0]][1:])
         expected = whole[::-1] if conv1d else whole
         if found[source] != expected:
             raise UserError(
-                f"{where}: tensor {source} is {_size(found[source])}; its config makes it {_size(expected)}"
+                f"{where}: tensor {shown(source)} is {_size(found[source])}; its config makes it {_size(expected)}"
             )
         start = 0
         for name in names:
@@ -90,7 +91,7 @@ def pieces(plan: Plan, found: Mapping[str, tuple[int, ...]], where: str) -> dict
     for source in found:
         if source not in of_source and not re.fullmatch(plan.ignored, source):
             raise UserError(
-                f"{where}: tensor {source} has no place in this model; its config does not describe it"
+                f"{where}: tensor {shown(source)} has no place in this model; its config does not describe it"
             )
     return {name: result[name] for name in wanted}
 

@@ -46,13 +46,15 @@ class Settings:
             raise self.wrong(key, f"a list of {len(value)}", f"one number or one for each of {count} layers")
         return [self._whole(f"{key}[{i}]", x) for i, x in enumerate(value)]
 
-    def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """A finite number, at most 10^15 either way."""
+    def number(
+        self, key: str, default: Any = _REQUIRED, *, least: float = -MOST, most: float = MOST
+    ) -> float:
+        """A finite number from `least` to `most`, 10^15 either way."""
         value = self._given(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(key, value, "a number")
-        if not -MOST <= value <= MOST:  # false for NaN too
-            raise self.wrong(key, value, f"a finite number of at most {MOST:g}")
+        if not least <= value <= most:  # false for NaN too
+            raise self.wrong(key, value, f"a finite number from {least:g} to {most:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -78,11 +80,11 @@ class Settings:
 
     def wrong(self, key: str, value: object, valid: str) -> UserError:
         """The error that says `key` holds `value` where `valid` was needed."""
-        return UserError(f"{self.where}: {self.prefix}{key} is {_short(value)}; it must be {valid}")
+        return UserError(f"{self.where}: {self.prefix}{shown(key)} is {_short(value)}; it must be {valid}")
 
     def refuse(self, key: str, reason: str) -> UserError:
         """The error that says what `key` asks for is nothing our models do."""
-        return UserError(f"{self.where}: {self.prefix}{key} is {_short(self.get(key))}: {reason}")
+        return UserError(f"{self.where}: {self.prefix}{shown(key)} is {_short(self.get(key))}: {reason}")
 
     def _given(self, key: str, default: Any) -> Any:
         value = self.get(key, default)
@@ -94,6 +96,11 @@ class Settings:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
             raise self.wrong(key, value, f"a whole number from 0 to {LARGEST}")
         return value
+
+
+def shown(name: str) -> str:
+    """A stranger's name for a message: whole where it is of a common length, else its beginning and end."""
+    return name if len(name) <= 100 else f"{name[:60]}…{name[-20:]}"
 
 
 def _short(value: object) -> str:

@@ -208,10 +208,10 @@ def test_gguf_comes_back_through_import(tmp_path, trained, case, dtype):
 @pytest.mark.parametrize(
     ("layers", "changes", "to", "says"),
     [
-        (UNEQUAL, OLMO, "gguf", "--to hf holds it"),
-        (NARROW, OLMO, "gguf", "--to hf holds it"),
-        (UNEQUAL, {**QWEN, "tied_embeddings": False}, "gguf", "--to padded or hf"),
-        (EQUAL, BIASED, "gguf", "--to hf holds them"),
+        (UNEQUAL, OLMO, "gguf", "--to hf and --to padded hold it"),
+        (NARROW, OLMO, "gguf", "--to hf and --to padded hold it"),
+        (UNEQUAL, {**QWEN, "tied_embeddings": False}, "gguf", "--to hf and --to padded hold it"),
+        (EQUAL, BIASED, "gguf", "--to hf and --to padded hold it"),
         (EQUAL, {"norm": "layernorm"}, "hf", "RMSNorm"),
         (EQUAL, {"qk_norm": "full"}, "padded", "no class there"),
         (EQUAL, {"head_bias": True}, "hf", "no bias there"),
