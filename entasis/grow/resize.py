@@ -4,7 +4,7 @@
     tensors = dict(resize.apply(plan, tensors))
 
 A plan says of every parameter of the new model which one of the old it comes from, and along each axis which places,
-times which factors. It is made from shapes alone; the same plan serves weights, optimizer moments and provenance, and is
+times which factors. It is made from shapes alone, without torch; the same plan serves weights, optimizer moments and provenance, and is
 carried out one parameter at a time. The axes come from `entasis.shape.layout`.
 
 | change                       | what the model computes afterwards                                                  |
@@ -20,13 +20,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+import numpy as np
 
 from entasis.errors import UserError
 from entasis.shape import layout
 from entasis.shape.shapes import LayerShape, ModelShape
+
+if TYPE_CHECKING:
+    import torch
 
 NewUnits = Literal["zeros", "copies"]
 
@@ -43,9 +46,9 @@ class Order:
 class AxisMap:
     """Where the places along one axis come from."""
 
-    source: torch.Tensor
+    source: np.ndarray
     """[n] place in the old axis; -1 is new, and zero."""
-    factor: torch.Tensor
+    factor: np.ndarray
     """[n] what the old number is multiplied by."""
 
 
@@ -63,16 +66,18 @@ class ParameterMap:
 
     def make(self, old: torch.Tensor | None, like: torch.Tensor, *, factors: bool = True) -> torch.Tensor:
         """The new parameter from the old, in `like`'s dtype and device; moments are taken without the `factors`."""
+        import torch
+
         if old is None:
             return like.new_full(self.size, self.fill)
         for dim, axis in enumerate(self.axes):
             if axis is None:
                 continue
-            wide = old.index_select(dim, axis.source.clamp(min=0).to(old.device))
-            scale = (axis.source >= 0).double() * (axis.factor if factors else 1.0)
-            if bool((scale != 1.0).any()):
-                wide = wide * scale.to(wide).view(-1, *(1,) * (wide.ndim - dim - 1))
-            old = wide
+            places = torch.from_numpy(axis.source.clip(min=0)).to(old.device)
+            old = old.index_select(dim, places)
+            scale = (axis.source >= 0) * (axis.factor if factors else 1.0)
+            if (scale != 1.0).any():
+                old = old * torch.from_numpy(scale).to(old).view(-1, *(1,) * (old.ndim - dim - 1))
         return old
 
 
@@ -178,7 +183,7 @@ def _head_axes(
         return {}
     old_ratio, new_ratio = old.n_heads // old.n_kv_heads, new.n_heads // new.n_kv_heads
     groups = _extended(_ordered(order.groups, old.n_kv_heads, f"{where}: groups"), new.n_kv_heads, new_units)
-    within = _extended(torch.arange(old_ratio), new_ratio, new_units)
+    within = _extended(np.arange(old_ratio), new_ratio, new_units)
     heads_GR = groups[:, None] * old_ratio + within[None]
     heads_GR[(groups < 0)[:, None] | (within < 0)[None]] = -1
     query, kv = (_features(units, shape.head_dim) for units in (heads_GR.flatten(), groups))
@@ -193,8 +198,7 @@ def _head_axes(
         # alike.
         for role, features in (("query", query), ("key", kv)):
             kept = features[features >= 0]
-            counts = torch.bincount(kept)
-            if len(set(counts[counts > 0].tolist())) > 1:
+            if len(set(np.unique(kept, return_counts=True)[1])) > 1:
                 raise UserError(
                     f"{where}: its full-width QK-norm would weigh heads that are copied unequally often; choose "
                     "multiples of its heads, or new_units: zeros"
@@ -206,33 +210,34 @@ def _head_axes(
     return result
 
 
-def _ordered(order: Sequence[int] | None, count: int, where: str) -> torch.Tensor:
+def _ordered(order: Sequence[int] | None, count: int, where: str) -> np.ndarray:
     if order is None:
-        return torch.arange(count)
+        return np.arange(count)
     if sorted(order) != list(range(count)):
         raise UserError(f"{where} are not an order of 0 to {count - 1}")
-    return torch.tensor(list(order))
+    return np.array(order)
 
 
-def _extended(units: torch.Tensor, size: int, new_units: NewUnits) -> torch.Tensor:
+def _extended(units: np.ndarray, size: int, new_units: NewUnits) -> np.ndarray:
     """The first `size` units; beyond them -1, or the units once more from the start."""
     if new_units == "copies":
-        return units[torch.arange(size) % len(units)]
-    return torch.cat([units[:size], units.new_full((max(0, size - len(units)),), -1)])
+        return np.resize(units, size)
+    return np.concatenate([units[:size], np.full(max(0, size - len(units)), -1)])
 
 
-def _features(units: torch.Tensor, width: int) -> torch.Tensor:
+def _features(units: np.ndarray, width: int) -> np.ndarray:
     """Places of the numbers of each unit, `width` of them; -1 stays."""
-    features = units[:, None] * width + torch.arange(width)
+    features = units[:, None] * width + np.arange(width)
     features[units < 0] = -1
     return features.flatten()
 
 
-def _written(source: torch.Tensor, factor: float = 1.0) -> AxisMap:
-    return AxisMap(source, torch.full(source.shape, factor, dtype=torch.float64))
+def _written(source: np.ndarray, factor: float = 1.0) -> AxisMap:
+    return AxisMap(source, np.full(source.shape, factor))
 
 
-def _read(source: torch.Tensor) -> AxisMap:
+def _read(source: np.ndarray) -> AxisMap:
     """What reads a unit is divided among its copies."""
-    counts = torch.bincount(source.clamp(min=0), weights=(source >= 0).double())
-    return AxisMap(source, 1 / counts[source.clamp(min=0)].clamp(min=1))
+    old = source.clip(min=0)
+    counts = np.bincount(old, weights=source >= 0)
+    return AxisMap(source, 1 / np.maximum(counts[old], 1))
