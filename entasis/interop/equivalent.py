@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from entasis.errors import UserError
+from entasis.grow import resize
 from entasis.shape import fields
 from entasis.shape.shapes import LayerShape, ModelShape
 
@@ -60,7 +61,7 @@ def padded(drawing: Drawing, layers: list[LayerShape]) -> Drawing:
     Query heads stay with their KV head: the one of group g and place r goes to g · R + r, R the new heads per group.
     A missing half becomes one of zeros. Raises `UserError` for a layer that would have to shrink.
     """
-    shape, tensors = drawing.shape, dict(drawing.tensors)
+    shape = drawing.shape
     fields.require([*shape.layers, *layers], "padding")
     for i, (old, new) in enumerate(zip(shape.layers, layers, strict=True)):
         if old == new:
@@ -72,9 +73,8 @@ def padded(drawing: Drawing, layers: list[LayerShape]) -> Drawing:
             or (old.n_heads and old.n_heads // old.n_kv_heads > ratio)
         ):
             raise UserError(f"layer {i}: {old} does not fit into {new}")
-        _pad_attention(tensors, i, shape, old, new)
-        _pad_feedforward(tensors, i, shape, old, new)
-    return Drawing(replace(shape, layers=tuple(layers)), tensors)
+    plan = resize.plan(shape, layers)
+    return Drawing(plan.shape, dict(resize.apply(plan, drawing.tensors)))
 
 
 def widest(shape: ModelShape, valid: Callable[[int], bool] = lambda heads: True) -> LayerShape:
@@ -97,65 +97,3 @@ def widest(shape: ModelShape, valid: Callable[[int], bool] = lambda heads: True)
     if best is None:
         raise UserError(f"no number of heads from {least} upwards divides d_model {shape.d_model}")
     return LayerShape(*best, max(1, *(x.d_ff for x in shape.layers)))
-
-
-def _pad_attention(tensors: Tensors, i: int, shape: ModelShape, old: LayerShape, new: LayerShape) -> None:
-    d, k, prefix = shape.d_model, shape.head_dim, f"blocks.{i}.attention"
-    like = next(iter(tensors.values()))
-    old_ratio = old.n_heads // old.n_kv_heads if old.n_heads else 0
-    new_ratio = new.n_heads // new.n_kv_heads
-    queries = [g * new_ratio + r for g in range(old.n_kv_heads) for r in range(old_ratio)]
-    keys = list(range(old.n_kv_heads))
-    places = {"query": (new.n_heads, queries), "key": (new.n_kv_heads, keys), "value": (new.n_kv_heads, keys)}
-    # A full-width norm now takes its mean square over more numbers, of which the new ones are zero. Stretching what
-    # it reads and shrinking its weight restores the result exactly, epsilon included.
-    stretch = dict.fromkeys(places, 1.0)
-    if shape.qk_norm == "full":
-        stretch |= {part: math.sqrt(n / len(p)) for part, (n, p) in places.items() if part != "value" and p}
-    for part, (count, place) in places.items():
-        for kind in ("weight", "bias") if shape.qkv_bias else ("weight",):
-            wide = like.new_zeros((count, k, d) if kind == "weight" else (count, k))
-            if place:
-                source = tensors[f"{prefix}.{part}.{kind}"]
-                wide[place] = source.view(len(place), k, *source.shape[1:]) * stretch[part]
-            tensors[f"{prefix}.{part}.{kind}"] = wide.flatten(0, 1)
-    out = like.new_zeros(d, new.n_heads, k)
-    if queries:
-        out[:, queries] = tensors[f"{prefix}.output.weight"].view(d, len(queries), k)
-    tensors[f"{prefix}.output.weight"] = out.flatten(1)
-    if shape.attention_output_bias:
-        tensors.setdefault(f"{prefix}.output.bias", like.new_zeros(d))
-    for part, (count, place) in list(places.items())[:2]:
-        name = f"{prefix}.{part}_norm.weight"
-        if shape.qk_norm == "head":
-            tensors.setdefault(name, like.new_ones(k))
-        elif shape.qk_norm == "full":
-            wide = like.new_zeros(count, k)
-            if place:
-                wide[place] = tensors[name].view(len(place), k) / stretch[part]
-            tensors[name] = wide.flatten()
-    _default_norm(tensors, f"blocks.{i}.attention_norm", shape, like)
-
-
-def _pad_feedforward(tensors: Tensors, i: int, shape: ModelShape, old: LayerShape, new: LayerShape) -> None:
-    d, prefix = shape.d_model, f"blocks.{i}.feedforward"
-    like = next(iter(tensors.values()))
-    for part in ("gate", "up") if shape.ffn == "swiglu" else ("up",):
-        for kind in ("weight", "bias") if shape.ffn_bias else ("weight",):
-            wide = like.new_zeros((new.d_ff, d) if kind == "weight" else (new.d_ff,))
-            if old.d_ff:
-                wide[: old.d_ff] = tensors[f"{prefix}.{part}.{kind}"]
-            tensors[f"{prefix}.{part}.{kind}"] = wide
-    down = like.new_zeros(d, new.d_ff)
-    if old.d_ff:
-        down[:, : old.d_ff] = tensors[f"{prefix}.down.weight"]
-    tensors[f"{prefix}.down.weight"] = down
-    if shape.ffn_bias:
-        tensors.setdefault(f"{prefix}.down.bias", like.new_zeros(d))
-    _default_norm(tensors, f"blocks.{i}.feedforward_norm", shape, like)
-
-
-def _default_norm(tensors: Tensors, name: str, shape: ModelShape, like: torch.Tensor) -> None:
-    tensors.setdefault(f"{name}.weight", like.new_ones(shape.d_model))
-    if shape.norm_bias:
-        tensors.setdefault(f"{name}.bias", like.new_zeros(shape.d_model))
