@@ -14,7 +14,7 @@ import pandas as pd
 
 from entasis.anatomy import summary
 from entasis.errors import UserError
-from entasis.shape import specification
+from entasis.shape import fields, specification
 from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
 from entasis.train import recipe as recipes
@@ -65,8 +65,9 @@ def profile(
 
     The rest stays as it is; the budget is met by widening or narrowing what was scaled, all layers alike. Heads are
     rounded to whole KV groups. Raises `UserError` where the budget cannot be met, or where the layers have different
-    numbers of both KV heads and query heads per KV head.
+    numbers of both KV heads and query heads per KV head, or more than heads and widths.
     """
+    fields.require(shape.layers, "--suggest profile")
     factors = multipliers(values, spread)
     ones = np.ones(shape.n_layers)
     for_ffn, for_heads = (factors if scale in (part, "both") else ones for part in ("ffn", "heads"))
@@ -75,11 +76,11 @@ def profile(
         layer.n_heads * shape.head_dim / shape.d_model * f
         for layer, f in zip(shape.layers, for_heads, strict=True)
     ]
-    fields = {k: v for k, v in shape.to_dict().items() if k != "layers" and v is not None}
+    kept = {k: v for k, v in shape.to_dict().items() if k != "layers" and v is not None}
     wanted = {
         "profile": "explicit",
         "layers": shape.n_layers,
-        **fields,
+        **kept,
         "ffn_multipliers": {"values": [round(float(w), 4) for w in widths]},
         "head_multipliers": {"values": [round(float(h), 4) for h in heads]},
         **_kv(shape),

@@ -68,8 +68,8 @@ def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32
         raise UserError(f"--dtype {dtype!r} is not known for {to}; choose f32, f16 or bf16 (gguf: q8_0 too)")
     if output.exists():
         raise UserError(f"{output} exists; name another folder")
+    fields.require(weights.read_shape(source).layers, f"export --to {to}")
     model = weights.load(source, dtype=torch.float32)
-    fields.require(model.shape.layers, f"export --to {to}")
     drawing = folded(Drawing(model.shape, {n: p.detach() for n, p in model.named_parameters()}))
     chosen = Source(source, drawing, dtype)
     own = cost.parameters(model.shape)

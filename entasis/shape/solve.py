@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from entasis.errors import UserError
-from entasis.shape import cost
+from entasis.shape import cost, fields
 from entasis.shape.rounding import Rounding
 from entasis.shape.shapes import LayerShape, ModelShape
 
@@ -91,6 +91,23 @@ class Silhouette:
         return replace(self.template, layers=tuple(layers))
 
 
+def flattened(silhouette: Silhouette, shape: ModelShape) -> list[str]:
+    """A note for the FFN and for the heads, where their multipliers differ and rounding made all layers equal."""
+    notes = []
+    rounding = silhouette.rounding
+    for what, multipliers, widths, step in (
+        ("FFN widths", silhouette.ffn, [x.d_ff for x in shape.layers], rounding.ffn_multiple),
+        ("heads", silhouette.heads, [x.n_heads for x in shape.layers], rounding.head_multiple),
+    ):
+        wanted, got = {m for m in multipliers if m > 0}, {w for w in widths if w}
+        if len(wanted) > 1 and len(got) == 1:
+            notes.append(
+                f"the silhouette of the {what} is lost: multipliers from {min(wanted):.3g} to {max(wanted):.3g} all round "
+                f"to {got.pop()} in steps of {step}"
+            )
+    return notes
+
+
 def solve(silhouette: Silhouette, budget: Budget, scale: str) -> tuple[Solution, float]:
     """The shape of this silhouette nearest to the budget, and the common factor that gave it.
 
@@ -137,7 +154,7 @@ def solve(silhouette: Silhouette, budget: Budget, scale: str) -> tuple[Solution,
             notes.append(
                 f"the narrowest layers are held at {silhouette.rounding.name}'s smallest FFN, {floor}"
             )
-    return replace(solution, notes=tuple(notes)), factor
+    return replace(solution, notes=(*notes, *flattened(silhouette, shape))), factor
 
 
 def _adjust(shape: ModelShape, silhouette: Silhouette, budget: Budget) -> tuple[ModelShape, list[str]]:
@@ -183,10 +200,12 @@ def _why(solution: Solution, silhouette: Silhouette, scale: str) -> str:
 def isotropic_of_equal_cost(shape: ModelShape, kind: str = "parameters", sequence: int = 1024) -> Solution:
     """The model of equal layers, same depth and width, that costs what `shape` costs.
 
-    Every layer gets the mean number of heads (in whole KV groups) and the FFN that meets the cost.
+    Every layer gets the mean number of heads (in whole KV groups) and the FFN that meets the cost. Raises `UserError` for
+    layers that have more than heads and widths, for which there is no mean.
     """
     from entasis.shape.rounding import policy
 
+    fields.require(shape.layers, "equal layers of equal cost")
     n = shape.n_layers
     kv = max(1, round(sum(x.n_kv_heads for x in shape.layers) / n))
     heads = max(kv, round(sum(x.n_heads for x in shape.layers) / n / kv) * kv)

@@ -19,7 +19,7 @@ from entasis.errors import UserError
 from entasis.registry import advise
 from entasis.shape import profiles, rounding
 from entasis.shape.shapes import LayerShape, ModelShape
-from entasis.shape.solve import MEASURES, Budget, Silhouette, Solution, solve
+from entasis.shape.solve import MEASURES, Budget, Silhouette, Solution, flattened, solve
 
 FIELDS = [f.name for f in dataclasses.fields(ModelShape)]
 DESIGN = {
@@ -91,7 +91,8 @@ def _design(source: Mapping[str, Any]) -> Solution:
     for n, d in _candidates(source, depth, width):
         silhouette = _silhouette(source, n, d)
         if budget is None:
-            return Solution(silhouette.shape())
+            shape = silhouette.shape()
+            return Solution(shape, notes=tuple(flattened(silhouette, shape)))
         try:
             solution, factor = solve(silhouette, budget, scale)
         except UserError as error:
