@@ -71,13 +71,15 @@ def hf(source: Source, folder: Path) -> dict[str, Any]:
         for x in shape.layers
     ]
     drawing = padded(source.drawing, filled)
+    # transformers before 5 keeps the code of folders of one name in one place: other code needs another name.
+    code = f"modeling_entasis_{kind.model_type}"
     config = _config(drawing.shape, kind, source) | {
         "model_type": f"entasis_{kind.model_type}",
         "architectures": ["EntasisForCausalLM"],
         "auto_map": {
-            "AutoConfig": "modeling_entasis.EntasisConfig",
-            "AutoModel": "modeling_entasis.EntasisModel",
-            "AutoModelForCausalLM": "modeling_entasis.EntasisForCausalLM",
+            "AutoConfig": f"{code}.EntasisConfig",
+            "AutoModel": f"{code}.EntasisModel",
+            "AutoModelForCausalLM": f"{code}.EntasisForCausalLM",
         },
         "per_layer_config": {
             str(i): {
@@ -90,10 +92,10 @@ def hf(source: Source, folder: Path) -> dict[str, Any]:
     }
     text = (resources.files("entasis.interop") / "modeling_template.py").read_text(encoding="utf-8")
     text = text.replace("llama", kind.model_type).replace("Llama", kind.name)
-    (folder / "modeling_entasis.py").write_text(text, encoding="utf-8")
+    (folder / f"{code}.py").write_text(text, encoding="utf-8")
     held = _write(source, drawing, kind, config, folder)
     return {
-        "class": f"modeling_entasis.py over {kind.name}DecoderLayer",
+        "class": f"{code}.py over {kind.name}DecoderLayer",
         "remote_code": True,
         "parameters": held,
     }

@@ -23,7 +23,8 @@ def layers(config: Settings, n_tensors: int) -> list[LayerShape]:
     given = config.mapping("per_layer_config")
     if given is None:
         raise config.wrong("per_layer_config", None, f"a mapping of layers, from 0 to {count - 1}")
-    whole = [config.whole(key) for key in _WIDTHS]
+    heads = config.whole("num_attention_heads")
+    whole = [heads, config.whole("num_key_value_heads", heads), config.whole("intermediate_size")]
     result = [_layer(whole)] * count
     seen: set[int] = set()
     for key in given:

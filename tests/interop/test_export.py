@@ -26,6 +26,13 @@ SCALED = {"norm_scaling": True, "residual_scale": 0.7, "attention_scale": 1 / 16
 OLMO = {"qk_norm": "full", "norm_placement": "reordered"}
 QWEN = {"qk_norm": "head", "tied_embeddings": True}
 BIASED = {"qkv_bias": True, "ffn_bias": True}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 CASES = {
     "llama": (EQUAL, {}),
     "llama-narrow": (NARROW, {}),
@@ -34,6 +41,8 @@ CASES = {
     "llama-ragged": (RAGGED, {"tied_embeddings": True}),
     "llama-biased": (UNEQUAL, BIASED),
     "llama-linear-rope": (UNEQUAL, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "llama-llama3-rope": (UNEQUAL, {"rope_scaling": LLAMA3}),
+    "llama-llama3-rope-equal": (EQUAL, {"rope_scaling": LLAMA3}),
     "qwen3": (EQUAL, QWEN),
     "qwen3-unequal": (UNEQUAL, QWEN),
     "qwen3-scaled": (RAGGED, {**QWEN, **SCALED}),

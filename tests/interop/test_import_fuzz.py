@@ -173,7 +173,7 @@ def test_gguf(memory):
     assert hammer(file, file, variants) > 1000
 
 
-def tiny_folder(folder: Path) -> None:
+def tiny_folder(folder: Path, **changes: object) -> None:
     same = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2}
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     config = {**same, "model_type": "llama", "vocab_size": 7, "rope_parameters": rope, "rms_norm_eps": 1e-5}
@@ -183,7 +183,7 @@ def tiny_folder(folder: Path) -> None:
     weights |= {f"{at}.{p}_layernorm.weight": torch.ones(4) for p in ("input", "post_attention")}
     weights |= {"model.embed_tokens.weight": torch.ones(7, 4), "lm_head.weight": torch.ones(7, 4)}
     weights["model.norm.weight"] = torch.ones(4)
-    tiny.save_folder(folder, config, weights)
+    tiny.save_folder(folder, {**config, **changes}, weights)
 
 
 @pytest.mark.slow
@@ -219,7 +219,7 @@ def test_index(memory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "deci", "openelm", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "unequal", "unequal-earlier", "deci", "openelm", "gpt2"])
 def test_config(kind, memory):
     rng = random.Random(4)
     folder = memory / "x"
@@ -230,6 +230,11 @@ def test_config(kind, memory):
         tiny.save_folder(folder, tiny.DECI, state)
     elif kind == "gpt2":
         tiny.hugging_face("gpt2").save_pretrained(folder)
+    elif kind == "unequal":
+        same = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 4}
+        tiny_folder(folder, model_type="entasis_llama", per_layer_config={"0": same})
+    elif kind == "unequal-earlier":
+        tiny_folder(folder, model_type="entasis_llama", layer_shapes=[[2, 2, 4]])
     else:
         tiny_folder(folder)
     assert read(folder)
