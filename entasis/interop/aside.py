@@ -16,11 +16,11 @@ from entasis import files
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, need: int) -> Iterator[Path]:
+def new_folder(target: Path, need: int | None) -> Iterator[Path]:
     """An empty folder to fill, which becomes `target` when the block ends; an empty folder there is replaced.
 
     When the block fails, what was written is removed. Raises `DiskFull`; `need` is about how many bytes it has to hold,
-    for the message.
+    for the message, where that is known.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent))

@@ -73,7 +73,8 @@ def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32
     drawing = folded(Drawing(model.shape, {n: p.detach() for n, p in model.named_parameters()}))
     chosen = Source(source, drawing, dtype)
     own = cost.parameters(model.shape)
-    with new_folder(output, own * DTYPES.get(dtype, torch.int8).itemsize) as aside:
+    need = None if to == "padded" else own * DTYPES.get(dtype, torch.int8).itemsize
+    with new_folder(output, need) as aside:
         written = FORMATS[to](chosen, aside)
         answer = {"format": to, "dtype": dtype, "model_parameters": own, **written}
         (aside / "README.md").write_text(model_card.write(source, model.shape, answer), encoding="utf-8")

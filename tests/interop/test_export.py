@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from entasis.cli import main
 from entasis.data import tokenizer
 from entasis.errors import UserError
 from entasis.interop.equivalent import Drawing, folded, padded, widest
@@ -222,6 +223,9 @@ def test_gguf_comes_back_through_import(tmp_path, trained, case, dtype):
         (UNEQUAL, {**QWEN, "tied_embeddings": False}, "gguf", "--to hf and --to padded hold it"),
         (EQUAL, BIASED, "gguf", "--to hf and --to padded hold it"),
         (EQUAL, {"norm": "layernorm"}, "hf", "RMSNorm"),
+        (EQUAL, {"norm": "layernorm"}, "gguf", "no format here holds it"),
+        (EQUAL, {"head_bias": True}, "gguf", "no format here holds it"),
+        (UNEQUAL, {"qk_norm": "full"}, "gguf", "no format here holds it"),
         (EQUAL, {"qk_norm": "full"}, "padded", "no class there"),
         (EQUAL, {"head_bias": True}, "hf", "no bias there"),
     ],
@@ -233,6 +237,15 @@ def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(
     with pytest.raises(UserError, match=says):
         export(tmp_path / "model", tmp_path / "out", to=to)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_matrices_that_stay_in_f16_are_named(tmp_path, trained, capsys):
+    made(tmp_path / "model", trained, (LayerShape(4, 2, 64), LayerShape(2, 1, 40)), {})
+    command = ["export", str(tmp_path / "model"), "--to", "gguf", "--dtype", "q8_0"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    kept = ["blocks.1.feedforward.down.weight"]
+    assert f"rows are no whole blocks of 32: {kept[0]}\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "entasis.json").read_text())["kept_in_f16"] == kept
 
 
 def test_nothing_is_overwritten_and_the_card_tells_the_shape(tmp_path, trained):
