@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
         corpus = run_folder.check_data(recipe)
         resolved, shape, _ = recipes.resolve(recipe, corpus.vocabulary)
         run_folder.check_vocabulary(shape, corpus)
-        print(recipes.to_yaml(run_folder.choose(resolved, shape, hardware.device(recipe.device))), end="")
+        device = hardware.device(recipe.device)
+        run_folder.check_settings(resolved, device)
+        print(recipes.to_yaml(run_folder.choose(resolved, shape, device)[0]), end="")
         return 0
     from entasis.train import parallel
     from entasis.train.loop import train
@@ -67,6 +69,19 @@ def _summary(result: dict[str, Any], folder: Path) -> str:
     if result["validation"]:
         lines.append(f"validation {result['validation']['bits_per_byte']:.4f} bits per byte")
     return "\n".join([*lines, f"in {folder}"])
+
+
+def _chosen(auto: dict[str, Any]) -> str:
+    """How what was left to `auto` was settled."""
+    from entasis.train.candidates import told
+
+    what = ", ".join(auto["settled"])
+    if not auto["timings"]:
+        return f"auto ({what}): the run is too short to time candidates; the simplest are taken"
+    return (
+        f"auto ({what}): one step takes {told(auto['timings'])}; timed in {auto['seconds']:.1f} s, within "
+        f"{auto['margin']:.0%} the simpler is taken"
+    )
 
 
 class _Progress:
@@ -109,6 +124,8 @@ class _Progress:
             + (f"; going on from step {event['step']}" if event["step"] else ""),
             soft_wrap=True,
         )
+        if event["auto"] and not event["step"]:
+            self._console.print(_chosen(event["auto"]), soft_wrap=True, highlight=False)
         if event["recomputed_layers"]:
             layers = ", ".join(map(str, event["recomputed_layers"]))
             self._console.print(f"computed twice, to save memory: layers {layers}", soft_wrap=True)

@@ -15,19 +15,16 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from entasis.errors import Failure, UserError
 from entasis.files import write_text
-from entasis.study import downstream, execute, judgement, live, remote, results
-from entasis.study.definition import Study, changed, read
+from entasis.study import downstream, execute, judgement, live, machine, remote, results
+from entasis.study.definition import Study, read
 from entasis.study.judgement import Verdict
 from entasis.study.plan import Arm, Findings, Plan, PlannedRun, lay_out, preparatory, solve
 from entasis.study.remote import Pool
-
-MACHINE = "machine.json"
 
 
 def run(
@@ -56,7 +53,7 @@ def run(
     begin(study, folder)
     with execute.only_one(folder), place as pool:
         _prepare(study, folder, console)
-        study = settled(study, folder, pool)
+        study = _settled(study, folder, console, pool)
         arms = solve(study, vocabulary(study, folder))
         prepared = preparatory(study, arms)
         _train(study, folder, prepared, console, "preparing: learning rates and throughput", pool)
@@ -76,7 +73,7 @@ def run(
 def report(folder: Path, console: Console) -> Verdict:
     """Judges and reports what is in a study's folder, without running anything."""
     folder = folder.resolve()
-    study = settled(stored(folder), folder)
+    study = machine.applied(stored(folder), folder)
     arms = solve(study, vocabulary(study, folder))
     prepared = preparatory(study, arms)
     plan = _lay_out(study, folder, arms, prepared)
@@ -103,22 +100,6 @@ def begin(study: Study, folder: Path) -> None:
     if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no study; choose another --output")
     write_text(path, study.to_yaml())
-
-
-def settled(study: Study, folder: Path, pool: Pool | None = None) -> Study:
-    """The study with the machine's choices the same for all runs, made once and kept in `machine.json`.
-
-    A recipe leaves them to each run; here runs are compared, so none may differ by a measurement's whim.
-    """
-    path = folder / MACHINE
-    if not path.is_file():
-        # Chosen where the runs will run: the machine that submits them may be another kind.
-        wanted = str(study.base.get("device", "auto"))
-        choices = remote.call(pool, "choices", _choices, wanted) if pool else _choices(wanted)
-        write_text(path, json.dumps(choices, indent=1) + "\n")
-    machine = results.json_of(path)
-    given = {k: v for k, v in machine.items() if study.base.get(k, "auto") == "auto"}
-    return dataclasses.replace(study, base=changed(study.base, given))
 
 
 def vocabulary(study: Study, folder: Path) -> int | None:
@@ -171,18 +152,13 @@ def _prepare(study: Study, folder: Path, console: Console) -> None:
             corpora.make(study, folder, progress)
 
 
-def _choices(wanted: str) -> dict[str, Any]:
-    """Device, precision, attention and compilation for all runs alike."""
-    from entasis.train import hardware
-
-    device = hardware.device(wanted)
-    return {
-        "device": device.type,
-        "precision": hardware.precision(device),
-        "attention": "sdpa",
-        # Compiling pays late on a CPU: some ten seconds for every model, and every arm is another.
-        "compile": device.type == "cuda" and hardware.has_compiler(device),
-    }
+def _settled(study: Study, folder: Path, console: Console, pool: Pool | None) -> Study:
+    """The study with what it leaves to the machine settled for all its runs, once."""
+    if not (folder / machine.FILE).is_file():
+        console.print("timing the settings left to auto", markup=False, highlight=False)
+        arms = solve(study, vocabulary(study, folder))
+        console.print(machine.settle(study, folder, arms, pool), markup=False, highlight=False)
+    return machine.applied(study, folder)
 
 
 def _train(

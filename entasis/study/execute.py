@@ -9,18 +9,21 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from entasis.errors import Failure, UserError
 from entasis.files import write_text
 from entasis.study.plan import PlannedRun
-from entasis.study.worker import Place, serve
+from entasis.study.worker import Place, occupy, serve
 
+T = TypeVar("T")
 _PATIENCE = 60.0
 """Seconds that runs get for their checkpoint after Ctrl-C."""
 
@@ -65,6 +68,23 @@ def places(threads: int | None, runs: int) -> list[Place]:
         return [Place(f"cuda-{i}", max(1, cores() // count), i) for i in range(min(count, runs))]
     each = min(threads or cores(), cores())
     return [Place(f"cpu-{i}", each) for i in range(min(cores() // each, max(1, runs)))]
+
+
+def on_each(where: Sequence[Place], function: Callable[..., T], *arguments: Any) -> list[T]:
+    """What `function` returns in a process of its own at each place, all at once. Raises `Failure` when one dies."""
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, context, initializer=occupy, initargs=(place,)))
+            for place in where
+        ]
+        calls = [pool.submit(function, *arguments) for pool in pools]
+        try:
+            return [call.result() for call in calls]
+        except BrokenProcessPool as error:
+            raise Failure(
+                "a process that was measuring died; the system may have run out of memory"
+            ) from error
 
 
 def cores() -> int:

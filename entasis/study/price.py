@@ -127,7 +127,7 @@ def _flops_per_second(study: Study, folder: Path, runs: list[Any]) -> tuple[floa
     import torch
 
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    ceiling = hardware.matmul_ceiling(device, hardware.precision(device))
+    ceiling = hardware.matmul_ceiling(device, "bf16" if hardware.bf16_product_is_faster(device) else "fp32")
     return count * ceiling * _UTILISATION, "a third of the measured matmul ceiling"
 
 

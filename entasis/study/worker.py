@@ -33,10 +33,7 @@ def serve(connection: Connection, place: Place, folder: str) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # a run turns Ctrl-C into a checkpoint; between runs the parent acts
-    os.environ["OMP_NUM_THREADS"] = str(place.threads)
-    if place.gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place.gpu] if visible else str(place.gpu)
+    occupy(place)
     os.chdir(folder)
     log = Path("logs", f"{place.name}.log")
     log.parent.mkdir(exist_ok=True)
@@ -45,6 +42,14 @@ def serve(connection: Connection, place: Place, folder: str) -> None:
         os.dup2(out.fileno(), sys.stdout.fileno())
         os.dup2(out.fileno(), sys.stderr.fileno())
         _serve(connection, place)
+
+
+def occupy(place: Place) -> None:
+    """Keeps this process to its threads and GPU; before torch is imported."""
+    os.environ["OMP_NUM_THREADS"] = str(place.threads)
+    if place.gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place.gpu] if visible else str(place.gpu)
 
 
 def _serve(connection: Connection, place: Place) -> None:

@@ -79,7 +79,8 @@ def bench(
     resolved, shape, _ = recipes.resolve(recipe, corpus.vocabulary)
     run_folder.check_vocabulary(shape, corpus)
     # Chosen as for the whole run: whether compiling pays depends on its length.
-    resolved = run_folder.choose(resolved, shape, device)
+    run_folder.check_settings(resolved, device)
+    resolved, auto = run_folder.choose(resolved, shape, device)
     records, environment = _steps(resolved, WARM_UP + steps, say)
     steady = [record["seconds"] for record in records[WARM_UP:]]
     parts, first_eager = _parts(resolved, shape, corpus, device, repeats, say)
@@ -98,6 +99,7 @@ def bench(
         "precision": resolved.precision,
         "compile": resolved.compile,
         "attention": resolved.attention,
+        "auto": auto,
         "sequence": resolved.data.sequence,
         "batch_tokens": tokens,
         "micro": resolved.batch.micro,

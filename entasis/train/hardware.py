@@ -1,33 +1,24 @@
 """What this machine can do, measured rather than assumed.
 
 bf16 is 5 times faster than fp32 on a CPU with AMX and 100 times slower on one without, and both say they
-support it. So the choices a recipe leaves to `auto` are made by short measurements, written to
-`environment.json`, and read from there when the run is resumed.
+support it. What a recipe leaves to `auto` is chosen by `entasis.train.auto_settings`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import platform
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
 
 import entasis
 from entasis.errors import UserError
-from entasis.files import write_text
-from entasis.model.attention import Attention
-from entasis.shape.cost import flops_per_token
-from entasis.shape.shapes import ModelShape
 from entasis.train import parallel
-from entasis.train.recipe import Recipe
 
 
 def device(name: str) -> torch.device:
@@ -49,13 +40,21 @@ def device(name: str) -> torch.device:
     return chosen
 
 
-def precision(device: torch.device) -> Literal["fp32", "bf16"]:
-    """`bf16` where its matrix product is faster than fp32's, measured; else `fp32`. About 50 ms."""
+def bf16_product_is_faster(device: torch.device) -> bool:
+    """Whether a matrix product in bf16 takes less time than in fp32; measured, about 50 ms."""
+    return _matmul_seconds(256, torch.bfloat16, device) < _matmul_seconds(256, torch.float32, device)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could be allocated, or None where that is not told."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    fp32 = _matmul_seconds(256, torch.float32, device)
-    bf16 = _matmul_seconds(256, torch.bfloat16, device)
-    return "bf16" if bf16 * 1.3 < fp32 else "fp32"
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as lines:  # noqa: PTH123
+            found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    return int(found[0]) * 1024 if found else None
 
 
 def matmul_ceiling(device: torch.device, precision: str) -> float:
@@ -71,64 +70,6 @@ def has_compiler(device: torch.device) -> bool:
         return torch.utils._triton.has_triton()
     named = os.environ.get("CXX")
     return any(shutil.which(name) for name in (named, "g++", "clang++", "c++") if name)
-
-
-def attention(
-    device: torch.device, precision: str, shape: ModelShape, sequence: int, *, compiled: bool
-) -> Literal["sdpa", "plain"]:
-    """The faster way to compute the widest layer's attention, forward and backward; on CUDA always `sdpa`.
-
-    Measured as it will run: the compiler gains more on plain products than on the fused kernel. That takes half a
-    minute of compilation; eager measurements take less than a second. Either is made once on a machine and then read
-    from the user's cache folder.
-    """
-    layer = max(shape.layers, key=lambda layer: layer.n_heads)
-    if device.type == "cuda" or not layer.n_heads:
-        return "sdpa"
-    known = _cache(
-        processor(), torch.__version__, torch.get_num_threads(), precision, compiled, sequence,
-        shape.d_model, shape.head_dim, shape.qk_norm, layer,
-    )  # fmt: skip
-    if known.is_file():
-        return "plain" if known.read_text(encoding="utf-8") == "plain" else "sdpa"
-    x_BTD = torch.zeros(max(1, 2048 // sequence), sequence, shape.d_model, device=device)
-
-    def timed(implementation: str) -> float:
-        module = Attention(shape, layer, implementation).to(device)
-        run = torch.compile(module, dynamic=False) if compiled else module
-
-        def step() -> None:
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                run(x_BTD, None).sum().backward()
-
-        return seconds(step, device)
-
-    choice: Literal["sdpa", "plain"] = "plain" if timed("plain") < 0.95 * timed("sdpa") else "sdpa"
-    with contextlib.suppress(OSError):  # a home that cannot be written to
-        write_text(known, choice)
-    return choice
-
-
-def _cache(*what: object) -> Path:
-    """The file that holds what was measured of `what`."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "entasis" / hashlib.blake2b(repr(what).encode(), digest_size=16).hexdigest()
-
-
-def compile_pays(device: torch.device, recipe: Recipe, shape: ModelShape) -> bool:
-    """Whether compiling saves more seconds over the run than it costs; a rough estimate, on the safe side.
-
-    Eager training reaches about a third of the matmul ceiling. Compiled, it takes about a tenth less time
-    on a CPU and a third less on CUDA; building the code takes half a minute and some seconds for each
-    distinct layer shape.
-    """
-    if not has_compiler(device):
-        return False
-    tokens = recipe.total_steps * int(recipe.batch.tokens) / parallel.world()
-    work = tokens * flops_per_token(shape, recipe.data.sequence)
-    eager_seconds = 3 * work / matmul_ceiling(device, recipe.precision)
-    saved = eager_seconds / (3 if device.type == "cuda" else 10)
-    return saved > 30 + 5 * shape.distinct_layers
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -11,14 +11,13 @@ whole checkpoint with the same losses, on the CPU to the bit.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,7 +30,7 @@ from entasis.evaluate.bits_per_byte import Score, evaluate
 from entasis.model import weights
 from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
-from entasis.shape import activations, cost
+from entasis.shape import cost
 from entasis.train import (
     checkpoint,
     faults,
@@ -45,11 +44,12 @@ from entasis.train import (
     stages,
 )
 from entasis.train.batches import Batch, batches
+from entasis.train.compilation import compiled
 from entasis.train.journal import Journal, records
 from entasis.train.recipe import Recipe
 from entasis.train.run_folder import Run
+from entasis.train.step_timing import micro_sequences, recomputed_layers
 
-T = TypeVar("T")
 Reporter = Callable[[dict[str, Any]], None]
 _WARMING = 5
 """Steps after a start that do not count as steady: compilation, allocation, caches."""
@@ -68,10 +68,7 @@ def train(
     folder = Path(folder)
     device = hardware.device(recipe.device)
     with parallel.group(device):
-        run = parallel.agree(
-            run_folder.open_run(recipe, folder, device, resume=resume) if parallel.is_main() else None
-        )
-        assert run is not None
+        run = run_folder.open_run(recipe, folder, device, resume=resume)
         if run.result is not None:
             return run.result
         loop = _Loop(run, folder, device, reporter if parallel.is_main() else None)
@@ -115,8 +112,9 @@ class _Loop:
         initialise(
             self.model, recipe.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width
         )
-        self.micro = _largest_divisor(recipe.sequences // parallel.world(), int(recipe.batch.micro))
-        for i in self.recomputed():
+        self.micro = micro_sequences(recipe)
+        self.recomputed = recomputed_layers(recipe, run.shape)
+        for i in self.recomputed:
             self.model.blocks[i].recompute = True  # type: ignore[assignment]
         if recipe.parallel.kind != "ddp" and parallel.world() > 1:
             sharding.shard(self.model, recipe.parallel, device, str(recipe.precision))
@@ -146,7 +144,8 @@ class _Loop:
             parameters=cost.parameters(self.shape),
             device=str(self.device),
             notes=self.notes,
-            recomputed_layers=self.recomputed(),
+            recomputed_layers=self.recomputed,
+            auto=self.environment.get("auto"),
             **{k: self.environment[k] for k in ("precision", "compile", "attention", "distinct_layers")},
         )
         for stretch in stages.lay_out(self.recipe)[state["stage"] :]:
@@ -204,20 +203,6 @@ class _Loop:
                 )
             begun = time.perf_counter()
         gradients.close()
-
-    def recomputed(self) -> list[int]:
-        """The layers whose forward pass runs twice, to stay within the recipe's `activation_memory`."""
-        recipe = self.recipe
-        if recipe.activation_memory is None:
-            return []
-        return activations.to_recompute(
-            self.shape,
-            int(recipe.activation_memory),
-            tokens=self.micro * recipe.data.sequence,
-            sequence=recipe.data.sequence,
-            precision=recipe.precision,  # type: ignore[arg-type]
-            attention=recipe.attention,  # type: ignore[arg-type]
-        )
 
     def update(
         self,
@@ -379,37 +364,8 @@ class _Loop:
             self.journal.close()
 
 
-def compiled(
-    model: Transformer, *, backend: str | Callable[..., Any] = "inductor"
-) -> Callable[..., torch.Tensor]:
-    """The model's loss as one graph: `fullgraph` raises where a layer would fall back to eager.
-
-    With several processes each block is a graph of its own, and the head: parameters are gathered, or gradients sent,
-    between them.
-    """
-    # Dynamo counts recompiles by code object, and earlier models in this process share ours.
-    torch._dynamo.reset()
-    if parallel.world() > 1 or sharding.is_sharded(model):
-        torch._dynamo.config.recompile_limit = max(8, 2 * model.shape.distinct_layers)
-        for part, name in (*((block, "forward") for block in model.blocks), (model, "head_loss")):
-            eager = getattr(type(part), name).__get__(part)
-            built = torch.compile(eager, fullgraph=True, dynamic=False, backend=backend)
-            setattr(part, name, functools.partial(_where_it_learns, built, eager))
-        return model.loss
-    return torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
-
-
-def _where_it_learns(built: Callable[..., T], eager: Callable[..., T], *args: Any, **options: Any) -> T:
-    """Validation has batches of other sizes, for which nothing shall be built."""
-    return (built if torch.is_grad_enabled() else eager)(*args, **options)
-
-
 def _due(every: int | str | None, step: int) -> bool:
     return every is not None and step % int(every) == 0
-
-
-def _largest_divisor(n: int, most: int) -> int:
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from entasis.data.corpus import Corpus
 from entasis.data.doctor import examine
 from entasis.errors import UserError
 from entasis.shape.shapes import ModelShape
-from entasis.train import checkpoint, hardware, parallel
+from entasis.train import auto_settings, checkpoint, hardware, parallel
 from entasis.train.recipe import Recipe, difference, read, resolve, to_yaml
 
 
@@ -37,11 +37,46 @@ class Run:
     """Of a run that is finished already."""
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a folder and a recipe say before the machine has been asked."""
+
+    recipe: Recipe
+    shape: ModelShape
+    notes: list[str]
+    corpus: Corpus | None
+    is_new: bool
+
+
 def open_run(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool = True) -> Run:
-    """Begins a run in `folder`, or recognises the same recipe there and goes on.
+    """Begins a run in `folder`, or recognises the same recipe there and goes on. Every rank calls it.
 
     Raises `UserError` for a folder that holds another recipe or something else, and for unusable data.
     """
+    ours = _look(recipe, folder, device, resume=resume) if parallel.is_main() else None
+    found = parallel.agree(dataclasses.replace(ours, corpus=None) if ours else None)
+    assert found is not None
+    chosen, auto = found.recipe, None
+    if found.is_new:
+        # All ranks time what is left to the machine: their steps wait for one another.
+        chosen, auto = choose(found.recipe, found.shape, device)
+    run = None
+    if ours:
+        assert ours.corpus is not None
+        if ours.is_new:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder / "recipe.yaml", to_yaml(chosen))
+        result = None
+        if (folder / "result.json").is_file():
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        environment = _environment(folder, chosen, found.shape, ours.corpus, device, auto)
+        run = Run(chosen, found.shape, found.notes, environment, result)
+    run = parallel.agree(run)
+    assert run is not None
+    return run
+
+
+def _look(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool) -> _Found:
     corpus = check_data(recipe)
     resolved, shape, notes = resolve(recipe, corpus.vocabulary)
     check_vocabulary(shape, corpus)
@@ -53,18 +88,16 @@ def open_run(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool
         free = {"parallel": resolved.parallel, "activation_memory": resolved.activation_memory}
         if differs := difference(dataclasses.replace(stored, **free), resolved):  # type: ignore[arg-type]
             raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
-    elif folder.is_dir() and any(folder.iterdir()):
+        finished = (folder / "result.json").is_file()
+        if checkpoint.folders(folder) and not resume and not finished:
+            raise UserError(
+                f"{folder} holds a run at step {checkpoint.step_of(checkpoint.folders(folder)[-1])}"
+            )
+        return _Found(resolved, shape, notes, corpus, is_new=False)
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --output")
-    else:
-        resolved = choose(resolved, shape, device)
-        folder.mkdir(parents=True, exist_ok=True)
-        write(stored_at, to_yaml(resolved))
-    result = None
-    if (folder / "result.json").is_file():
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    elif checkpoint.folders(folder) and not resume:
-        raise UserError(f"{folder} holds a run at step {checkpoint.step_of(checkpoint.folders(folder)[-1])}")
-    return Run(resolved, shape, notes, _environment(folder, resolved, shape, corpus, device), result)
+    check_settings(resolved, device)
+    return _Found(resolved, shape, notes, corpus, is_new=True)
 
 
 def check_data(recipe: Recipe) -> Corpus:
@@ -117,36 +150,40 @@ def adopt(recipe: Recipe, stored: Recipe) -> Recipe:
     return result
 
 
-def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> Recipe:
-    """A resolved recipe with the machine's part filled in, by measurement."""
-    result = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch))
-    if recipe.device == "auto":
-        result.device = device.type
-    if recipe.precision == "auto":
-        result.precision = hardware.precision(device)
-    if recipe.batch.micro == "auto":
-        # On a CPU more than this falls out of its caches: a quarter slower at twice as many tokens.
-        at_once = 32_768 if device.type == "cuda" else 4_096
-        result.batch.micro = max(1, min(recipe.sequences, at_once // recipe.data.sequence))
+def check_settings(recipe: Recipe, device: torch.device) -> None:
+    """Refuses settings that this machine cannot run with. Raises `UserError`."""
     if recipe.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "recipe: logging.wandb is true, but wandb is not installed: pip install 'entasis[wandb]'"
         )
-    if recipe.compile == "auto":
-        result.compile = hardware.compile_pays(device, result, shape)
-    elif recipe.compile and not hardware.has_compiler(device):
+    if recipe.compile is True and not hardware.has_compiler(device):
         raise UserError(
             "recipe: compile is true, but there is no C++ compiler (g++ or clang++); use compile=false"
         )
-    if recipe.attention == "auto":
-        result.attention = hardware.attention(
-            device, result.precision, shape, recipe.data.sequence, compiled=bool(result.compile)
-        )
-    elif recipe.attention == "flex" and (device.type != "cuda" or not result.compile or parallel.world() > 1):
+    if recipe.attention == "flex" and (
+        device.type != "cuda" or recipe.compile is not True or parallel.world() > 1
+    ):
         raise UserError(
-            "recipe: attention is flex, which trains on CUDA, compiled and in one process only; use auto"
+            "recipe: attention is flex, which trains on CUDA, compiled (compile=true) and in one process only; "
+            "use auto"
         )
+
+
+def with_device(recipe: Recipe, device: torch.device) -> Recipe:
+    """A resolved recipe with its device and the sequences of a micro-batch settled."""
+    result = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch))
+    if recipe.device == "auto":
+        result.device = device.type
+    if recipe.batch.micro == "auto":
+        # On a CPU more than this falls out of its caches: a quarter slower at twice as many tokens.
+        at_once = 32_768 if device.type == "cuda" else 4_096
+        result.batch.micro = max(1, min(recipe.sequences, at_once // recipe.data.sequence))
     return result
+
+
+def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> tuple[Recipe, dict[str, Any] | None]:
+    """A resolved recipe with the machine's part filled in, and the timings behind it. Every rank calls it."""
+    return auto_settings.choose(with_device(recipe, device), shape, device)
 
 
 def write(path: Path, text: str) -> None:
@@ -161,7 +198,12 @@ def write(path: Path, text: str) -> None:
 
 
 def _environment(
-    folder: Path, recipe: Recipe, shape: ModelShape, corpus: Corpus, device: torch.device
+    folder: Path,
+    recipe: Recipe,
+    shape: ModelShape,
+    corpus: Corpus,
+    device: torch.device,
+    auto: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The run's `environment.json`, written once; refuses data that has changed since."""
     path = folder / "environment.json"
@@ -179,6 +221,7 @@ def _environment(
         "precision": recipe.precision,
         "compile": recipe.compile,
         "attention": recipe.attention,
+        "auto": auto,
         "matmul_flops_per_second": hardware.matmul_ceiling(device, recipe.precision),
         "distinct_layers": shape.distinct_layers,
         "data": data,

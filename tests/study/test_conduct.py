@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from entasis.errors import UserError
-from entasis.study import conduct, definition, execute, side_by_side
+from entasis.study import conduct, definition, execute, machine, side_by_side
 from entasis.study.execute import Place, State
 from entasis.study.plan import Findings, lay_out, solve
 
@@ -168,7 +168,8 @@ def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
     shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
     arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}}
     study = definition.from_dict(source(text, arms=arms, seeds=1), name="s")
-    study = conduct.settled(study, tmp_path)
+    machine.settle(study, tmp_path, solve(study))
+    study = machine.applied(study, tmp_path)
     runs = lay_out(study, solve(study), Findings()).runs
     killed: list[int] = []
 
@@ -216,9 +217,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     from entasis.errors import Failure
 
     shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
-    study = conduct.settled(
-        definition.from_dict(source(text, arms={"plain": {}}, seeds=1), name="s"), tmp_path
-    )
+    study = definition.from_dict(source(text, arms={"plain": {}}, seeds=1), name="s")
+    machine.settle(study, tmp_path, solve(study))
+    study = machine.applied(study, tmp_path)
     runs = lay_out(study, solve(study), Findings()).runs
 
     def interrupt(states: Sequence[State]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from entasis.errors import UserError
-from entasis.study import conduct, definition, remote
+from entasis.study import conduct, definition, machine, remote
 from entasis.study.execute import State, failure_note
 from entasis.study.plan import Findings, lay_out, solve
 
@@ -56,7 +56,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["slurm", "ray"])
 def test_a_killed_worker_is_replaced_and_a_wrong_run_is_not(name: str, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("submitit" if name == "slurm" else "ray", reason=f"the extra {name} is not installed")
-    study = conduct.settled(study_of(text), tmp_path)
+    study = study_of(text)
+    machine.settle(study, tmp_path, solve(study))
+    study = machine.applied(study, tmp_path)
     conduct._prepare(study, tmp_path, Console(file=io.StringIO()))
     runs = lay_out(study, solve(study), Findings()).runs
     killed: list[int] = []

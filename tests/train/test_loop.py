@@ -1,6 +1,5 @@
 """What a run does and leaves; see test_kill_and_resume.py for what interruption leaves."""
 
-import functools
 import json
 import os
 import signal
@@ -10,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from entasis.errors import Failure, UserError
-from entasis.shape.specification import resolve
-from entasis.train import hardware, loop, run_folder
+from entasis.train import loop, run_folder
 from entasis.train.journal import records
 from entasis.train.loop import train
 from entasis.train.recipe import read
@@ -211,15 +209,3 @@ def test_auto_follows_what_was_chosen_when_the_run_began(recipe):
 def test_flex_attention_is_refused_where_it_cannot_learn(recipe, tmp_path):
     with pytest.raises(UserError, match="attention is flex, which trains on CUDA"):
         train(recipe(attention="flex"), tmp_path)
-
-
-def test_the_faster_attention_is_measured_once_on_a_machine(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = resolve(recipe().shape).shape
-    timings = []
-    monkeypatch.setattr(hardware, "seconds", lambda step, device: timings.append(step()) or 1 / len(timings))
-    ask = functools.partial(hardware.attention, torch.device("cpu"), "fp32", shape, compiled=False)
-    # The second timing, of the fused kernel, is half of the first: only afresh can the answer be another.
-    assert ask(64) == ask(64) == "sdpa" and len(timings) == 2
-    ask(32)
-    assert len(timings) == 4

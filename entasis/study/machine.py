@@ -1,0 +1,174 @@
+"""What a study leaves to the machine, settled once for all its runs and kept in `machine.json`.
+
+Runs are compared, so none may differ by a measurement's whim. Precision is one for all arms: the one in which all runs
+together take the least time. Attention and compilation are chosen for each distinct shape, and serve all its seeds. The
+measurement is `auto`'s own (`entasis.train.auto_settings`), made in worker processes, as many at once as runs will be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from entasis.files import write_text
+from entasis.study import execute, remote, results
+from entasis.study.definition import Study, changed
+from entasis.study.plan import Arm
+from entasis.study.remote import Pool
+from entasis.train.candidates import MARGIN, Measured, Settings, fastest, from_plain, told
+
+FILE = "machine.json"
+KEYS = ("precision", "attention", "compile")
+
+
+def settle(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool | None = None) -> str:
+    """Times what is open and writes `machine.json`; returns what was chosen, in a line for each arm."""
+    runs = len(study.seeds) * len(study.protocols)
+    jobs = jobs_of(arms)
+    wanted = str(study.base.get("device", "auto"))
+    arguments = ([arms[names[0]].recipe for names in jobs], [runs * len(names) for names in jobs], wanted)
+    if pool:
+        # Where the runs will run: the machine that submits them may be another kind.
+        answers = [remote.call(pool, "choices", measure, *arguments)]
+    else:
+        answers = execute.on_each(execute.places(study.threads, runs * len(arms)), measure, *arguments)
+    chosen = decide(jobs, answers)
+    write_text(folder / FILE, json.dumps(chosen, indent=1) + "\n")
+    return "\n".join(
+        f"{', '.join(names)}: {Settings(**{k: chosen['arms'][names[0]][k] for k in KEYS})}"
+        + (f"; one step takes {told(timings)}" if (timings := chosen["timings"][names[0]]) else "")
+        for names in jobs
+    )
+
+
+def applied(study: Study, folder: Path) -> Study:
+    """The study with the choices of its `machine.json`, if it has one yet; what the study says itself stays."""
+    if not (folder / FILE).is_file():
+        return study
+    chosen = results.json_of(folder / FILE)
+    # A folder of an earlier version has one choice for all arms.
+    given = {k: chosen[k] for k in ("device", *KEYS) if k in chosen and study.base.get(k, "auto") == "auto"}
+    base = changed(study.base, given)
+    arms = {}
+    for name, changes in study.arms.items():
+        own = {k: v for k, v in chosen.get("arms", {}).get(name, {}).items() if _open(base, changes, k)}
+        arms[name] = {**changes, **own}
+    return dataclasses.replace(study, base=base, arms=arms)
+
+
+def jobs_of(arms: Mapping[str, Arm]) -> list[tuple[str, ...]]:
+    """The names of the arms, those together whose steps are the same work: equal shape, batch, sequence, settings."""
+    groups: dict[str, list[str]] = {}
+    for name, arm in arms.items():
+        parts = {
+            k: arm.recipe.get(k) for k in (*KEYS, "shape", "batch", "data", "activation_memory", "stages")
+        }
+        optimizer = (arm.recipe.get("optimizer") or {}).get("name")
+        groups.setdefault(json.dumps([parts, optimizer], sort_keys=True, default=str), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def decide(jobs: Sequence[tuple[str, ...]], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`machine.json` from what each worker measured of each job."""
+    merged = [_merged([answer["jobs"][i]["timings"] for answer in answers]) for i in range(len(jobs))]
+    steps = [job["steps"] for job in answers[0]["jobs"]]
+    open_ = [
+        (measured, n)
+        for measured, n, job in zip(merged, steps, answers[0]["jobs"], strict=True)
+        if job["precision_open"]
+    ]
+    simplest = [Settings(*job["simplest"]) for job in answers[0]["jobs"]]
+    precision = _precision(open_)
+    result: dict[str, Any] = {"device": answers[0]["device"], "margin": MARGIN, "arms": {}, "timings": {}}
+    for i, names in enumerate(jobs):
+        job = answers[0]["jobs"][i]
+        taken = simplest[i]
+        if job["precision_open"] and precision:
+            taken = taken._replace(precision=precision)
+        of = {m.settings: m.seconds(steps[i] / job["runs"]) for m in merged[i]}
+        if of := {s: v for s, v in of.items() if s.precision == taken.precision}:
+            taken = fastest(of)
+        for name in names:
+            result["arms"][name] = taken._asdict()
+            result["timings"][name] = [m.plain() for m in merged[i]]
+    return result
+
+
+def measure(
+    recipes: Sequence[Mapping[str, Any]], runs: Sequence[int], device: str, limit: float | None = None
+) -> dict[str, Any]:
+    """In a worker: the timings of each recipe's step; `limit` (seconds for all) in place of 5 % of the runs."""
+    import torch
+
+    from entasis.train import auto_settings, hardware, recipe, run_folder
+
+    if device_threads := _threads():
+        torch.set_num_threads(device_threads)
+    found = hardware.device(device)
+    jobs = []
+    for plain, count in zip(recipes, runs, strict=True):
+        resolved, shape, _ = recipe.resolve(recipe.from_dict(plain), plain["shape"]["vocabulary"])
+        run_folder.check_settings(resolved, found)
+        ready = run_folder.with_device(resolved, found)
+        open_ = any(getattr(ready, key) == "auto" for key in KEYS)
+        timed: list[Measured] = []
+        if open_ or limit is not None:
+            timed = auto_settings.measure(
+                ready, shape, found, runs=count, limit=limit / len(recipes) if limit else None
+            )
+        jobs.append(
+            {
+                "timings": [m.plain() for m in timed],
+                "simplest": auto_settings.simplest(ready, found),
+                "precision_open": ready.precision == "auto",
+                "steps": ready.total_steps * count,
+                "runs": count,
+            }
+        )
+    return {"device": found.type, "jobs": jobs}
+
+
+def _precision(jobs: Sequence[tuple[Sequence[Measured], float]]) -> Any:
+    """The precision in which the jobs together take the least time; None where there is nothing to compare.
+
+    A job counts where it was timed in both: one without tells nothing about the difference.
+    """
+    total: dict[Settings, float] = {}
+    for measured, steps in jobs:
+        by = {p: [m for m in measured if m.settings.precision == p] for p in ("fp32", "bf16")}
+        if all(by.values()):
+            for p, some in by.items():
+                key = Settings(p, "sdpa", False)  # type: ignore[arg-type]
+                total[key] = total.get(key, 0.0) + min(m.seconds(steps) for m in some)
+    return fastest(total).precision if total else None
+
+
+def _merged(workers: Sequence[Sequence[Mapping[str, Any]]]) -> list[Measured]:
+    """The mean over workers of what all of them have timed: they worked beside one another, as runs will."""
+    by = [{m.settings: m for m in map(from_plain, timings)} for timings in workers]
+    return [
+        Measured(
+            settings=settings,
+            fastest=statistics.mean(m[settings].fastest for m in by),
+            median=statistics.mean(m[settings].median for m in by),
+            compilation=statistics.mean(m[settings].compilation for m in by),
+            rounds=min(m[settings].rounds for m in by),
+        )
+        for settings in by[0]
+        if all(settings in m for m in by)
+    ]
+
+
+def _open(base: Mapping[str, Any], changes: Mapping[str, Any], key: str) -> bool:
+    return changes.get(key, base.get(key, "auto")) == "auto"
+
+
+def _threads() -> int | None:
+    import os
+
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() else None

@@ -1,0 +1,198 @@
+"""What a recipe leaves to `auto` (precision, attention, compile), chosen by timing its own step in each candidate.
+
+Candidates take turns, the shortest step of each counts, and a tie goes to the simpler (`entasis.train.candidates`).
+Compiled steps are built and timed only where the run, by its measured eager speed, is long enough for it. The whole
+choice takes at most 5 % of the expected run: what does not fit is not timed, and a run too short for any timing takes
+the simplest settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from entasis.errors import UserError
+from entasis.shape import activations
+from entasis.shape.shapes import ModelShape
+from entasis.train import faults, hardware, parallel
+from entasis.train.candidates import MARGIN, Measured, Settings, fastest
+from entasis.train.recipe import Recipe
+from entasis.train.step_timing import Step, Timing, interleave, micro_sequences, recomputed_layers
+
+SHARE = 0.05
+"""The most of the expected run that the choice may take."""
+ROUNDS = 7
+"""Timed steps of each candidate, at most."""
+KEYS = ("precision", "attention", "compile")
+
+
+def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> tuple[Recipe, dict[str, Any] | None]:
+    """A resolved recipe with `auto` settled, and the timings it was settled by (None where nothing was open).
+
+    `device` and `batch.micro` are settled already. Every rank calls it and gets the same.
+    """
+    asked = [name for name in KEYS if getattr(recipe, name) == "auto"]
+    if not asked:
+        return recipe, None
+    begun = time.perf_counter()
+    measured = measure(recipe, shape, device)
+    taken = simplest(recipe, device)
+    if measured:
+        taken = fastest({m.settings: m.seconds(recipe.total_steps) for m in measured})
+    timings = [m.plain() for m in measured]
+    told = {
+        "settled": asked,
+        "margin": MARGIN,
+        "seconds": time.perf_counter() - begun,
+        "timings": timings,
+    }
+    return parallel.agree((dataclasses.replace(recipe, **taken._asdict()), told))
+
+
+def simplest(recipe: Recipe, device: torch.device) -> Settings:
+    """The settings without any timing: bf16 on a GPU that computes it, else fp32; sdpa; eager."""
+    precision = recipe.precision
+    if precision == "auto":
+        units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if units else "fp32"
+    attention = "sdpa" if recipe.attention == "auto" else recipe.attention
+    return Settings(precision, attention, recipe.compile is True)
+
+
+def measure(
+    recipe: Recipe, shape: ModelShape, device: torch.device, *, runs: int = 1, limit: float | None = None
+) -> list[Measured]:
+    """Times the candidates for what a recipe leaves open, within 5 % of `runs` such runs; empty where too short.
+
+    With a `limit` in seconds in place of the 5 %, at least one candidate is timed, and none is compiled that the
+    recipe does not want compiled. Every rank calls it.
+    """
+
+    begun = time.perf_counter()
+    per_step = recipe.sequences / parallel.world() / micro_sequences(recipe)
+    steps = recipe.total_steps * runs
+    eager = _eager(recipe, shape, device)
+    if limit is None:
+        # A candidate costs a step to warm up, one that counts, and building the model.
+        eager = eager[: int(SHARE * steps * per_step / 3)]
+        if len(eager) < (1 if recipe.compile == "auto" else 2):
+            return []
+    step = Step(recipe, shape, device)
+    try:
+        timings: dict[Settings, Timing] = {}
+        _try(step, eager[0], timings)
+
+        def time_for(seconds: float) -> bool:
+            # The first step is slower than those of the run: what is expected falls as more is known.
+            run = steps * min(timing.fastest(per_step) for timing in timings.values())
+            budget = SHARE * run if limit is None else limit
+            return parallel.agree(time.perf_counter() - begun + seconds < budget)
+
+        for settings in eager[1:]:
+            # Its first step and one more of each.
+            if time_for((2 + len(timings)) * sum(next(iter(timings.values())).first)):
+                _try(step, settings, timings)
+        timed = _timed(step, timings, per_step, time_for)
+        if limit is None and recipe.compile is not False and hardware.has_compiler(device):
+            budget = SHARE * steps * min(m.fastest for m in timed)
+            timed += _compiled(
+                step, timed, per_step, budget - (time.perf_counter() - begun), recipe.compile is True
+            )
+        if recipe.compile is not True:
+            return timed
+        # Where there was no time to build each of them, the eager steps say which to build.
+        return [m for m in timed if m.settings.compile] or [
+            dataclasses.replace(m, settings=m.settings._replace(compile=True)) for m in timed
+        ]
+    finally:
+        step.close()
+
+
+def compilation_seconds(shape: ModelShape) -> float:
+    """What compiling should take at most: reckoned with before it has been tried."""
+    return 30.0 + 10.0 * shape.distinct_layers
+
+
+def _eager(recipe: Recipe, shape: ModelShape, device: torch.device) -> list[Settings]:
+    """What may be chosen among, simplest first and precision before attention, all eager."""
+    start = simplest(recipe, device)._replace(compile=False)
+    result = [start]
+    if recipe.precision == "auto":
+        # Where the processor only emulates bf16 its step can take a hundred times as long: not to be tried.
+        contender = device.type == "cuda" or parallel.agree(hardware.bf16_product_is_faster(device))
+        if contender:
+            result.append(start._replace(precision="fp32" if start.precision == "bf16" else "bf16"))
+    if recipe.attention == "auto":
+        result += [s._replace(attention="plain") for s in result if _fits(recipe, shape, device, s.precision)]
+    return result
+
+
+def _fits(recipe: Recipe, shape: ModelShape, device: torch.device, precision: str) -> bool:
+    """Whether what plain attention keeps (T × T for every head) fits half of the memory that is free."""
+    plain = dataclasses.replace(recipe, precision=precision, attention="plain")  # type: ignore[arg-type]
+    try:
+        recomputed = recomputed_layers(plain, shape)
+    except UserError:
+        return False
+    sequence = recipe.data.sequence
+    layers = [
+        activations.layer_bytes_per_token(shape, i, sequence, precision=precision, attention="plain")  # type: ignore[arg-type]
+        for i in range(shape.n_layers)
+    ]
+    needed = activations.peak_bytes_per_token(layers, recomputed, shape.d_model)
+    free = parallel.agree(hardware.free_memory(device))
+    return free is None or needed * micro_sequences(recipe) * sequence < free / 2
+
+
+def _try(step: Step, settings: Settings, timings: dict[Settings, Timing]) -> None:
+    """Makes a candidate's first step; of several, one that runs out of memory is none."""
+    try:
+        timings[settings] = Timing(step(settings))
+    except RuntimeError as error:
+        if not timings or parallel.world() > 1 or not faults.is_out_of_memory(error):
+            raise
+
+
+def _timed(
+    step: Step, timings: dict[Settings, Timing], per_step: float, time_for: Callable[[float], bool]
+) -> list[Measured]:
+    calls = {s: functools.partial(step, s) for s in timings}
+    interleave(calls, timings, rounds=ROUNDS, time_for=time_for)
+    return [
+        Measured(
+            settings=settings,
+            fastest=timing.fastest(per_step),
+            median=timing.median(per_step),
+            compilation=timing.first.micro if settings.compile else 0.0,
+            rounds=len(timing.steps),
+        )
+        for settings, timing in timings.items()
+    ]
+
+
+def _compiled(
+    step: Step, eager: list[Measured], per_step: float, budget: float, forced: bool
+) -> list[Measured]:
+    """The fastest eager candidates compiled, as many as the seconds left suffice for; the run has to be compiled if
+    `forced`, and then it is all of them or none."""
+    begun = time.perf_counter()
+    room = parallel.agree(int(budget / compilation_seconds(step.shape)))
+    chosen = sorted(eager, key=lambda m: m.fastest)[: max(0, room)]
+    if not chosen or (forced and len(chosen) < len(eager)):
+        return []
+    limit = 8 * len(chosen) * max(1, step.shape.distinct_layers)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        torch._dynamo.reset()
+        timings: dict[Settings, Timing] = {}
+        for m in chosen:
+            _try(step, m.settings._replace(compile=True), timings)
+
+        def time_for(seconds: float) -> bool:
+            return parallel.agree(time.perf_counter() - begun + seconds < budget)
+
+        return _timed(step, timings, per_step, time_for)

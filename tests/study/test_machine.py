@@ -1,0 +1,101 @@
+"""What a study settles once for all its runs: one precision for all arms, attention by shape, kept on resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from entasis.study import definition, machine, plan
+from entasis.train.candidates import Measured, Settings
+
+SHAPE = {"profile": "isotropic", "budget": "40k", "layers": 4, "d_model": 32, "head_dim": 8,
+         "vocabulary": 512, "tied_embeddings": True, "context": 32}  # fmt: skip
+
+
+def study(**changes: Any) -> definition.Study:
+    source: dict[str, Any] = {
+        "base": {"shape": SHAPE, "data": {"train": "corpora/a/train", "sequence": 32}, "tokens": "64k",
+                 "batch": {"tokens": 64}, "device": "cpu", "compile": False},
+        "arms": {"plain": {}, "slope": {"shape.profile": "vanilla"}, "faster": {"optimizer.lr": 1e-3}},
+        "seeds": 2,
+        "threads": 1,
+    }  # fmt: skip
+    return definition.from_dict(source | changes, name="s")
+
+
+def timed(precision: Any, attention: Any, seconds: float) -> dict[str, Any]:
+    settings = Settings(precision, attention, False)
+    return Measured(settings=settings, fastest=seconds, median=seconds, compilation=0.0, rounds=3).plain()
+
+
+def answer(*jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "jobs": [
+            {
+                "timings": rows,
+                "simplest": ["fp32", "sdpa", False],
+                "precision_open": True,
+                "steps": 100,
+                "runs": 2,
+            }
+            for rows in jobs
+        ],
+    }
+
+
+def test_precision_is_one_for_all_arms_and_attention_is_of_each_shape() -> None:
+    wide = [
+        timed("fp32", "sdpa", 2.0),
+        timed("fp32", "plain", 1.0),
+        timed("bf16", "sdpa", 0.5),
+        timed("bf16", "plain", 0.9),
+    ]
+    small = [
+        timed("fp32", "sdpa", 0.1),
+        timed("fp32", "plain", 0.2),
+        timed("bf16", "sdpa", 0.3),
+        timed("bf16", "plain", 0.2),
+    ]
+    arms = machine.decide([("wide",), ("small", "twin")], [answer(wide, small)])["arms"]
+    # Alone, the small one would train in fp32.
+    assert arms["wide"] == {"precision": "bf16", "attention": "sdpa", "compile": False}
+    assert arms["small"] == arms["twin"] == {"precision": "bf16", "attention": "plain", "compile": False}
+
+
+def test_settings_are_timed_once_and_kept(tmp_path: Path) -> None:
+    s = study()
+    arms = plan.solve(s)
+    assert machine.jobs_of(arms) == [("plain", "faster"), ("slope",)]
+    told = machine.settle(s, tmp_path, arms)
+    assert "plain, faster: " in told and "one step takes" in told
+    kept = json.loads((tmp_path / machine.FILE).read_text())
+    assert all(len(kept["timings"][name]) >= 2 for name in arms)
+    settled = plan.solve(machine.applied(s, tmp_path))
+    runs = plan.lay_out(machine.applied(s, tmp_path), settled, plan.Findings()).runs
+    for run in runs:
+        assert {k: run.recipe[k] for k in machine.KEYS} == kept["arms"][run.arm]
+    assert len({run.recipe["precision"] for run in runs}) == 1
+    # What the file says holds, whatever would be measured now.
+    kept["arms"] = {
+        name: {**arm, "precision": "bf16", "attention": "plain"} for name, arm in kept["arms"].items()
+    }
+    (tmp_path / machine.FILE).write_text(json.dumps(kept))
+    again = plan.solve(machine.applied(s, tmp_path))
+    assert {(a.recipe["precision"], a.recipe["attention"]) for a in again.values()} == {("bf16", "plain")}
+
+
+def test_what_the_study_says_itself_stays(tmp_path: Path) -> None:
+    s = study(arms={"plain": {}, "half": {"precision": "bf16"}}, base={**study().base, "attention": "plain"})
+    (tmp_path / machine.FILE).write_text(
+        json.dumps({"device": "cpu", "arms": {n: Settings("fp32", "sdpa", False)._asdict() for n in s.arms}})
+    )
+    arms = plan.solve(machine.applied(s, tmp_path))
+    assert {n: a.recipe["precision"] for n, a in arms.items()} == {"plain": "fp32", "half": "bf16"}
+    assert {a.recipe["attention"] for a in arms.values()} == {"plain"}
+
+
+def test_a_folder_of_an_earlier_version_is_still_read(tmp_path: Path) -> None:
+    before = {"device": "cpu", "precision": "bf16", "attention": "sdpa", "compile": False}
+    (tmp_path / machine.FILE).write_text(json.dumps(before))
+    arms = plan.solve(machine.applied(study(), tmp_path))
+    assert {a.recipe["precision"] for a in arms.values()} == {"bf16"}
