@@ -22,11 +22,10 @@ from entasis.errors import UserError
 from entasis.shape import specification
 from entasis.shape.shapes import ModelShape
 from entasis.train import mistakes
+from entasis.train.schedule import Schedule, Share, part
 
 Count = int | str
 """A number of tokens: 393216, 393_216, "200k", "5B"."""
-Share = int | str
-"""A number of steps, or a share of all steps: 100, "2%"."""
 
 
 @dataclass
@@ -64,16 +63,6 @@ class Optimizer:
     parametrisation: Literal["standard", "mup"] = "standard"
     base_width: int | None = None
     """muP: the d_model at which lr was found."""
-
-
-@dataclass
-class Schedule:
-    name: Literal["warmup-stable-decay", "cosine", "constant"] = "warmup-stable-decay"
-    warmup: Share = "2%"
-    decay: Share = "20%"
-    """Last part of warmup-stable-decay, linear."""
-    floor: float = 0.0
-    """Final learning rate, as a share of the peak."""
 
 
 @dataclass
@@ -195,9 +184,14 @@ def from_dict(source: Mapping[str, Any]) -> Recipe:
     try:
         # A deep copy: jsonargparse puts its own objects into nested lists.
         parsed = parser.parse_object({"recipe": copy.deepcopy(dict(source))})
-        return parser.instantiate(parsed).recipe
+        recipe: Recipe = parser.instantiate(parsed).recipe
     except jsonargparse.ArgumentError as error:
         raise UserError(mistakes.one_line(str(error), source, Recipe)) from error
+    recipe.schedule.check()
+    for i, stage in enumerate(recipe.stages):
+        if stage.schedule is not None:
+            stage.schedule.check(f"stages[{i}].schedule")
+    return recipe
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -316,16 +310,6 @@ def size(value: int | str, where: str) -> int:
         raise UserError(f"recipe: {where} is {value!r}; write a size such as 8GiB, 500MB or 8_000_000_000")
     scale = (1024 if match[3] else 1000) ** (" KMGT".index(match[2].upper()) if match[2] else 0)
     return round(float(match[1]) * scale)
-
-
-def part(value: Share, total: int, where: str) -> int:
-    """Steps from a number of steps or a share (`"2%"`) of `total`. Raises `UserError`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", str(value).strip())
-    if match and match[2] and float(match[1]) <= 100:
-        return round(float(match[1]) / 100 * total)
-    if match and not match[2] and "." not in match[1]:
-        return int(match[1])
-    raise UserError(f"recipe: {where} is {value!r}; write a number of steps (100) or a share of them (2%)")
 
 
 def difference(a: Recipe, b: Recipe) -> str | None:

@@ -1,7 +1,13 @@
 import math
+from pathlib import Path
 
 import pytest
 
+from entasis.errors import UserError
+from entasis.registry import Registry
+from entasis.train import schedule as schedules
+from entasis.train.journal import records
+from entasis.train.loop import train
 from entasis.train.recipe import Schedule
 from entasis.train.schedule import factor
 
@@ -36,3 +42,33 @@ def test_constant_stays_after_warmup():
 
 def test_warmup_counts_steps_or_a_share():
     assert curve(Schedule(warmup=10), 500) == curve(Schedule(warmup="2%"), 500)
+
+
+def test_a_name_that_is_not_registered_is_refused_wherever_it_stands(recipe):
+    with pytest.raises(UserError, match=r"schedule.name is 'linear'; did you mean cosine\?"):
+        recipe(schedule={"name": "linear"})
+    with pytest.raises(UserError, match=r"stages\[1\].schedule.name is 'linear'"):
+        recipe(tokens=None, stages=[{"tokens": 512}, {"tokens": 512, "schedule": {"name": "linear"}}])
+    with pytest.raises(UserError, match=r"schedule.name 'linear' is not known"):
+        factor(Schedule("linear", warmup=0), 0, 10)
+
+
+def test_a_registered_schedule_is_known_to_recipes_and_trains(recipe, tmp_path, monkeypatch):
+    known = Registry("recipe: schedule.name")
+    known.update(schedules.SCHEDULES)
+    monkeypatch.setattr(schedules, "SCHEDULES", known)
+
+    @known.register("halving")
+    def halving(step: int, steps: int, *, decay: int, floor: float) -> float:
+        return max(floor, 0.5**step)
+
+    wanted = {"name": "halving", "warmup": 1, "floor": 0.1}
+    train(recipe(tokens=512 * 6, schedule=wanted), tmp_path / "run")
+    rates = [record["lr"] for record in records(tmp_path / "run") if "lr" in record]
+    assert [rate / rates[0] for rate in rates] == pytest.approx([1, 1, 0.5, 0.25, 0.125, 0.1])
+
+
+def test_every_registered_schedule_stands_in_the_docs():
+    text = (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| `schedule.name`"))
+    assert [name for name in schedules.SCHEDULES if name not in row] == []
