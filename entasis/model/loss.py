@@ -58,7 +58,7 @@ class _ChunkedNLL(torch.autograd.Function):
         rows: int,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        wanted = any(ctx.needs_input_grad[:3])
+        wanted = list(ctx.needs_input_grad[:3])
         # On a CPU the chunks are one opaque operator: compiled, their many small steps would be taken apart and would
         # leave the caches, and compiling would take the longer the more chunks there are.
         by_chunks = _opaque if x_ND.device.type == "cpu" else _by_chunks
@@ -67,13 +67,14 @@ class _ChunkedNLL(torch.autograd.Function):
                 x_ND, weight_VD, bias_V, targets_N, logit_scale, rows, dtype, wanted
             )
         ctx.save_for_backward(*gradients)
-        ctx.biased = bias_V is not None
+        ctx.wanted = wanted
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx_ND, dw_VD, *db = [d * grads[0].to(d.dtype) for d in ctx.saved_tensors]
-        return dx_ND, dw_VD, db[0] if ctx.biased else None, None, None, None, None
+        found = iter(d * grads[0].to(d.dtype) for d in ctx.saved_tensors)
+        dx_ND, dw_VD, db_V = (next(found) if wanted else None for wanted in ctx.wanted)
+        return dx_ND, dw_VD, db_V, None, None, None, None
 
 
 def _by_chunks(
@@ -84,15 +85,15 @@ def _by_chunks(
     logit_scale: float,
     rows: int,
     dtype: torch.dtype,
-    wanted: bool,
+    wanted: list[bool],
 ) -> list[torch.Tensor]:
-    """The loss and, where `wanted`, its gradients by x, weight and (if there is one) bias; products in `dtype`."""
+    """The loss and those of its gradients by x, weight and bias that are `wanted`; products in `dtype`."""
     w_VD = weight_VD.to(dtype)
     total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-    inputs = [x_ND, weight_VD] + ([] if bias_V is None else [bias_V])
     # Of x every row is written once; the others are sums.
-    sums = [torch.zeros_like(p, dtype=torch.float32) for p in inputs[1:] if wanted]
-    gradients = [torch.empty_like(x_ND), *sums] if wanted else []
+    dx_ND = torch.empty_like(x_ND) if wanted[0] else None
+    dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+    db_V = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wanted[2] else None
     for i in range(0, len(x_ND), rows):
         x_nD, targets_n = x_ND[i : i + rows].to(dtype), targets_N[i : i + rows]
         logits_nV = (x_nD @ w_VD.T).float()
@@ -107,20 +108,20 @@ def _by_chunks(
         counts_n1 = (targets_n != -100)[:, None].to(dtype)
         index_n1 = targets_n.clamp(min=0)[:, None]
         total = total + ((log_z_n1 - logits_nV.gather(1, index_n1)) * counts_n1.float()).sum()
-        if not wanted:
+        if not any(wanted):
             continue
-        dx_ND, dw_VD, *db_V = gradients
         d_nV = p_nV.scatter_add_(1, index_n1, torch.full_like(index_n1, -1, dtype=p_nV.dtype))
-        for db in db_V:
-            db += (d_nV * counts_n1.float()).sum(0)
+        if db_V is not None:
+            db_V += (d_nV * counts_n1.float()).sum(0)
         d_nV = d_nV.to(dtype)
-        dx_ND[i : i + rows] = (d_nV @ w_VD) * counts_n1
-        x_nD = x_nD * counts_n1
-        if dtype == torch.float32:
-            dw_VD.addmm_(d_nV.T, x_nD)
-        else:
-            dw_VD += d_nV.T @ x_nD
-    gradients = [d.to(p.dtype) for d, p in zip(gradients, inputs, strict=False)]
+        if dx_ND is not None:
+            dx_ND[i : i + rows] = (d_nV @ w_VD) * counts_n1
+        if dw_VD is not None and dtype == torch.float32:
+            dw_VD.addmm_(d_nV.T, x_nD * counts_n1)
+        elif dw_VD is not None:
+            dw_VD += d_nV.T @ (x_nD * counts_n1)
+    found = ((dx_ND, x_ND), (dw_VD, weight_VD), (db_V, bias_V))
+    gradients = [d.to(p.dtype) for d, p in found if d is not None and p is not None]
     if logit_scale != 1.0:
         gradients = [d * logit_scale for d in gradients]
     return [total, *gradients]
@@ -138,7 +139,8 @@ def _(
     logit_scale: float,
     rows: int,
     dtype: torch.dtype,
-    wanted: bool,
+    wanted: list[bool],
 ) -> list[torch.Tensor]:
-    gradients = [x_ND, weight_VD] + ([] if bias_V is None else [bias_V])
-    return [x_ND.new_empty((), dtype=torch.float32), *(torch.empty_like(g) for g in gradients if wanted)]
+    inputs = zip((x_ND, weight_VD, bias_V), wanted, strict=True)
+    gradients = [torch.empty_like(p) for p, wants in inputs if wants and p is not None]
+    return [x_ND.new_empty((), dtype=torch.float32), *gradients]

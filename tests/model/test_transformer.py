@@ -152,19 +152,38 @@ def test_the_loss_in_bf16_is_summed_in_fp32():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("wanted", ["", "x", "xwb"])
 def test_chunks_are_the_same_as_an_operator_and_as_traced_code(bias, wanted):
     """On a CPU they are an operator that compiled code calls, elsewhere the compiler sees into them."""
     torch.manual_seed(0)
     x, w, b = torch.randn(20, 8), torch.randn(30, 8), torch.randn(30) if bias else None
     targets = torch.randint(0, 30, (20,))
     targets[3] = -100
-    args = (x, w, b, targets, 0.3, 6, torch.float32, wanted)
+    wants = ["x" in wanted, "w" in wanted, bias and "b" in wanted]
+    args = (x, w, b, targets, 0.3, 6, torch.float32, wants)
     torch.library.opcheck(loss._opaque, args)
     expected = loss._by_chunks(*args)
-    assert len(expected) == 1 + (2 + bias) * wanted
+    assert len(expected) == 1 + sum(wants)
     torch.testing.assert_close(loss._opaque(*args), expected)
     torch.testing.assert_close(torch.compile(loss._by_chunks, fullgraph=True)(*args), expected)
+
+
+@pytest.mark.parametrize("frozen", ["x", "w", "b", "xw", "wb", "xb"])
+def test_what_is_frozen_gets_no_gradient_and_leaves_the_others_as_they_are(frozen):
+    torch.manual_seed(0)
+    x, w, b = torch.randn(20, 8), torch.randn(30, 8), torch.randn(30)
+    targets = torch.randint(0, 30, (20,))
+    every = {"x": x, "w": w, "b": b}
+
+    def gradients(learning: str) -> dict[str, torch.Tensor]:
+        for name, tensor in every.items():
+            tensor.requires_grad_(name in learning)
+        total = summed_nll(x, w, b, targets, 0.3, at_once=200)
+        return dict(zip(learning, torch.autograd.grad(total, [every[n] for n in learning]), strict=True))
+
+    whole = gradients("xwb")
+    for name, found in gradients("".join(n for n in "xwb" if n not in frozen)).items():
+        assert torch.equal(found, whole[name])
 
 
 def test_the_gradients_in_bf16_are_as_exact_as_bf16_whatever_the_scale():

@@ -134,6 +134,22 @@ def test_a_stage_trains_only_what_it_names(recipe, tmp_path):
     assert losses(tmp_path / "both")[:4] == losses(tmp_path / "first")
 
 
+def test_a_stage_keeps_no_gradient_of_a_frozen_head(recipe, tmp_path):
+    """One of the size of the head, in fp32, would be made in every forward pass and kept until the backward pass."""
+
+    def kept(name: str, **changes) -> list[torch.Size]:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
+            few = {"tokens": 8192, "batch": {"tokens": 8192, "micro": 128}, "data": {"validation": None}}
+            train(recipe(**few, **changes), tmp_path / name)
+        return sizes
+
+    everything = kept("all")
+    head = load_file(tmp_path / "all" / "model.safetensors")["head.weight"].shape
+    assert head in everything
+    assert head not in kept("frozen", stages=[{"train": ["blocks.*"]}])
+
+
 def test_a_stage_that_names_nothing_is_refused(recipe, tmp_path):
     with pytest.raises(UserError, match=r"no parameter matches 'block.1.*'; one is blocks"):
         train(recipe(stages=[{"train": ["block.1.*"]}]), tmp_path / "run")
