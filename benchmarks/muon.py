@@ -19,7 +19,6 @@ from common import write
 from entasis.model.transformer import Transformer
 from entasis.shape import specification
 from entasis.train.muon import _A, _B, _C, _STEPS, orthogonalise
-from entasis.train.optimizers import is_hidden_matrix
 
 SHAPES = {
     "crown 6 x 128": {"profile": "crown", "budget": "1.6M", "layers": 6, "d_model": 128, "head_dim": 32},
@@ -45,7 +44,7 @@ def main() -> None:
         matrices = [
             torch.randn(p.shape, generator=drawn, device=args.device)
             for n, p in model.named_parameters()
-            if is_hidden_matrix(n, p)
+            if n.startswith("blocks.") and p.ndim == 2
         ]
         figures[name] = measure(matrices, dtype)
     write("muon", ["torch"], threads=args.threads, dtype=str(dtype), rounds=ROUNDS, shapes=figures)

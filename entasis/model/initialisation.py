@@ -37,16 +37,15 @@ def initialise(
     model: Transformer, seed: int, *, parametrisation: str = "standard", base_width: int | None = None
 ) -> None:
     """Fills every parameter of `model` in place; drawn on the CPU in fp32, so the device does not matter."""
-    described = rules.describe(model, parametrisation, base_width=base_width)
+    described = rules.describe(model.shape, parametrisation, base_width=base_width)
     branch_scaled = model.shape.norm_scaling or model.shape.residual_scale != 1.0
     depth = 1.0 if branch_scaled else 1 / math.sqrt(2 * model.shape.n_layers)
     for name, parameter in model.named_parameters():
-        if described[name].kind == "vector":
+        rule = described[name]
+        if rule.kind == "vector":
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
-        std = STD * described[name].init
-        if name.endswith((".attention.output.weight", ".feedforward.down.weight")):
-            std *= depth
+        std = STD * rule.init * (depth if rule.writes else 1.0)
         parameter.copy_(_normal(parameter, seed, name) * std)
 
 

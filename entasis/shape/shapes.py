@@ -90,7 +90,7 @@ class ModelShape:
     residual_scale: float = 1.0
     """Each branch is multiplied by this before it is added (CompleteP: base_layers / layers)."""
     attention_scale: float | None = None
-    """Factor on q·k; None is 1/sqrt(head_dim). muP uses 1/head_dim."""
+    """Factor on q·k; None is 1/sqrt(head_dim). muP uses sqrt(base head_dim) / head_dim."""
     logit_scale: float = 1.0
     """Factor on the logits; muP uses base_d_model / d_model."""
 

@@ -91,11 +91,11 @@ def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
     `params` for arms whose parameters are further from the baseline's than the tolerance.
     """
     arms: dict[str, Arm] = {}
-    # The baseline first: under muP its width is where the others' learning rates are scaled from.
+    # The baseline first: under muP its widths are where the others' learning rates are scaled from.
     for name in sorted(study.arms, key=lambda name: name != study.baseline):
-        width = arms[study.baseline].shape.d_model if arms else None
+        base_shape = arms[study.baseline].shape if arms else None
         try:
-            arms[name] = _arm(study, name, study.arms[name], vocabulary, width)
+            arms[name] = _arm(study, name, study.arms[name], vocabulary, base_shape)
         except UserError as error:
             raise UserError(f"study {study.name}: arm {name}: {error}") from error
     arms = {name: _told_apart(arms[name], arms[study.baseline]) for name in study.arms}
@@ -121,9 +121,7 @@ def preparatory(study: Study, arms: Mapping[str, Arm]) -> list[PlannedRun]:
         for seed in study.sweep.seeds:
             for name in arms:
                 changes = {**study.arms[name], **study.sweep.changes}
-                arm = _arm(
-                    study, name, changes, arms[name].shape.vocabulary, arms[study.baseline].shape.d_model
-                )
+                arm = _arm(study, name, changes, arms[name].shape.vocabulary, arms[study.baseline].shape)
                 for multiplier in study.sweep.multipliers:
                     plain = _with_rate(arm.recipe, multiplier)
                     runs.append(
@@ -191,19 +189,26 @@ def tokens_of(study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protoco
 
 
 def _arm(
-    study: Study, name: str, changes: Mapping[str, Any], vocabulary: int | None, base_width: int | None
+    study: Study, name: str, changes: Mapping[str, Any], vocabulary: int | None, base_shape: ModelShape | None
 ) -> Arm:
     plain = changed(study.base, changes)
     if study.learning_rate == "mup":
         plain = changed(plain, {"optimizer.parametrisation": "mup"})
-    recipes.from_dict(plain)  # misspelt keys and wrong types are named before anything is solved
+    # Misspelt keys and wrong types are named before anything is solved.
+    optimizer = recipes.from_dict(plain).optimizer
     wanted = dict(plain["shape"])
     if vocabulary is not None and "preset" not in wanted:
         wanted.setdefault("vocabulary", vocabulary)
     solution = specification.resolve(wanted)
     shape = solution.shape
-    if study.learning_rate == "mup" and not plain["optimizer"].get("base_width"):
-        plain["optimizer"]["base_width"] = base_width or shape.d_model
+    if optimizer.parametrisation == "mup":
+        base_shape = base_shape or shape
+        optimizer.base_width = optimizer.base_width or base_shape.d_model
+        optimizer.base_head_dim = optimizer.base_head_dim or base_shape.head_dim
+        plain["optimizer"] |= {"base_width": optimizer.base_width, "base_head_dim": optimizer.base_head_dim}
+        # A shape written out in full has every scale: muP's go in now, none can later.
+        solution = recipes.with_mup_scales(solution, wanted, optimizer)
+        shape = solution.shape
     plain["shape"] = shape.to_dict()
     sequence = plain["data"].get("sequence", 1024)
     if plain.get("tokens") is None:

@@ -8,7 +8,7 @@
 | vectors (norms, biases)          | AdamW | AdamW | no           |
 
 A tied embedding counts as an embedding. Under muP each hidden matrix has its own learning rate and weight
-decay, by its own fan-in (`entasis.model.parametrisation`).
+decay, by its own fan-in and under Muon its fan-out (`entasis.model.parametrisation`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from entasis.model import parametrisation
+from entasis.model.transformer import Transformer
 from entasis.train.muon import Muon
 from entasis.train.recipe import Optimizer
 
 
 def build(
-    model: nn.Module, recipe: Optimizer, learning: list[str], *, precision: str = "fp32"
+    model: Transformer, recipe: Optimizer, learning: list[str], *, precision: str = "fp32"
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of the parameters named in `learning`; each group has its `peak_lr` for the schedule.
 
@@ -33,34 +34,31 @@ def build(
     the recipe's `precision`.
     """
     parameters = dict(model.named_parameters())
-    rules = parametrisation.describe(model, recipe.parametrisation, base_width=recipe.base_width)
-    gathered: dict[tuple[str, float, float, float], list[nn.Parameter]] = defaultdict(list)
+    rules = parametrisation.describe(
+        model.shape, recipe.parametrisation, base_width=recipe.base_width, muon=recipe.name == "muon"
+    )
+    gathered: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
     for name in learning:
         rule, parameter = rules[name], parameters[name]
-        hidden = is_hidden_matrix(name, parameter)
-        decays = hidden or name == "head.weight"
+        hidden = rule.kind == "hidden"
+        decays = hidden or rule.kind == "head"
         key = (
             "muon" if hidden and recipe.name == "muon" else "adamw",
             recipe.lr * rule.lr,
             recipe.weight_decay * rule.weight_decay if decays else 0.0,
-            recipe.eps * rule.eps,
         )
         gathered[key].append(parameter)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for (kind, lr, decay, eps), members in gathered.items():
-        group = {"params": members, "lr": lr, "peak_lr": lr, "weight_decay": decay}
-        groups[kind].append(group if kind == "muon" else group | {"eps": eps})
+    for (kind, lr, decay), members in gathered.items():
+        groups[kind].append({"params": members, "lr": lr, "peak_lr": lr, "weight_decay": decay})
     total = sum(p.numel() for kind in groups.values() for group in kind for p in group["params"])
     assert total == sum(parameters[name].numel() for name in learning), "a parameter is in no group or in two"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     result: list[torch.optim.Optimizer] = []
     if groups["adamw"]:
-        result.append(torch.optim.AdamW(groups["adamw"], lr=recipe.lr, betas=recipe.betas, fused=True))
+        result.append(
+            torch.optim.AdamW(groups["adamw"], lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+        )
     if groups["muon"]:
         result.append(Muon(groups["muon"], lr=recipe.lr, dtype=dtype))
     return result
-
-
-def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix inside a block: neither embedding, head, norm nor bias."""
-    return name.startswith("blocks.") and parameter.ndim == 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import yaml
 from entasis.errors import UserError
 from entasis.shape import specification
 from entasis.shape.shapes import ModelShape
+from entasis.shape.solve import Solution
 from entasis.train import mistakes
 from entasis.train.schedule import Schedule, Share, part
 
@@ -63,6 +65,8 @@ class Optimizer:
     parametrisation: Literal["standard", "mup"] = "standard"
     base_width: int | None = None
     """muP: the d_model at which lr was found."""
+    base_head_dim: int | None = None
+    """muP: the head_dim at which lr was found; null is the shape's own."""
 
 
 @dataclass
@@ -212,7 +216,7 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
         wanted.setdefault("vocabulary", vocabulary)
     solution = specification.resolve(wanted)
     if recipe.optimizer.parametrisation == "mup":
-        solution = specification.resolve(_mup_scales(wanted, solution.shape, recipe.optimizer.base_width))
+        solution = with_mup_scales(solution, wanted, recipe.optimizer)
     recipe.shape = solution.shape.to_dict()
     recipe.batch.tokens = count(recipe.batch.tokens, "batch.tokens")
     sequence = recipe.data.sequence
@@ -250,14 +254,31 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
     return recipe, solution.shape, list(solution.notes)
 
 
-def _mup_scales(wanted: dict[str, Any], shape: ModelShape, base_width: int | None) -> dict[str, Any]:
-    """muP's part of the function, unless the recipe has its own: logits by width, attention by 1 / head_dim."""
-    if not base_width or base_width < 1:
+def with_mup_scales(solution: Solution, wanted: Mapping[str, Any], optimizer: Optimizer) -> Solution:
+    """The shape with muP's part of the function, but for fields that the specification `wanted` names itself.
+
+    Logits shrink with the width. Products of queries and keys shrink with head_dim instead of its root, and are as
+    ever at the base's head_dim; norms on queries and keys bound them already. Raises `UserError`.
+    """
+    shape, width, head_dim = solution.shape, optimizer.base_width, optimizer.base_head_dim
+    if not width or width < 1:
         raise UserError(
             "recipe: optimizer.parametrisation is mup; give optimizer.base_width, where lr was found"
         )
-    scales = {"logit_scale": base_width / shape.d_model, "attention_scale": 1 / shape.head_dim}
-    return {**scales, **wanted}
+    if head_dim is not None and head_dim < 1:
+        raise UserError(f"recipe: optimizer.base_head_dim is {head_dim}; it must be at least 1")
+    scales: dict[str, float | None] = {"logit_scale": width / shape.d_model}
+    if shape.qk_norm == "none":
+        same = head_dim is None or head_dim == shape.head_dim
+        scales["attention_scale"] = None if same else math.sqrt(head_dim or 0) / shape.head_dim
+    notes = [
+        f"{name} is {wanted[name]!r} as the shape says, where muP has {scale!r}"
+        for name, scale in scales.items()
+        if name in wanted and wanted[name] != scale
+    ]
+    missing: dict[str, Any] = {name: scale for name, scale in scales.items() if name not in wanted}
+    shape = dataclasses.replace(shape, **missing)
+    return dataclasses.replace(solution, shape=shape, notes=(*solution.notes, *notes))
 
 
 def _resolve_stages(recipe: Recipe) -> None:

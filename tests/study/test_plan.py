@@ -7,6 +7,7 @@ import pytest
 from entasis.errors import UserError
 from entasis.study import definition, plan
 from entasis.study.plan import Findings
+from entasis.train import recipe
 
 
 def study(**changes: Any) -> definition.Study:
@@ -109,3 +110,45 @@ def test_arms_that_round_to_one_shape_are_pointed_out() -> None:
     )
     assert arms["twin"].notes[-1] == "the same shape and recipe as plain"
     assert not any("same shape" in note for note in arms["plain"].notes + arms["crown"].notes)
+
+
+def scales(arms: dict[str, plan.Arm]) -> dict[str, list[object]]:
+    return {
+        name: [arm.recipe["shape"][key] for key in ("logit_scale", "attention_scale")]
+        for name, arm in arms.items()
+    }
+
+
+WIDTHS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "wide": {"shape.d_model": 128, "shape.head_dim": 64, "shape.budget": "1M"},
+    "normed": {"shape.head_dim": 64, "shape.qk_norm": "head"},
+}
+
+
+def test_mup_writes_its_scales_into_every_arm_s_shape() -> None:
+    """A run reads the shape in full: what the plan leaves at its default stays so."""
+    arms = plan.solve(study(learning_rate="mup", arms=WIDTHS, protocols=["flops"]))
+    expected = {"plain": [1.0, None], "wide": [0.5, 16**0.5 / 64], "normed": [1.0, None]}
+    assert scales(arms) == expected
+    assert {a.recipe["optimizer"]["base_head_dim"] for a in arms.values()} == {16}
+    own = study(learning_rate="mup", arms={"plain": {}, "wide": {**WIDTHS["wide"], "shape.logit_scale": 2.0}},
+                protocols=["flops"])  # fmt: skip
+    arms = plan.solve(own)
+    assert scales(arms)["wide"] == [2.0, 16**0.5 / 64]
+    assert arms["wide"].notes[-1] == "logit_scale is 2.0 as the shape says, where muP has 0.5"
+
+
+@pytest.mark.parametrize("asked", ["the study", "the recipe"])
+def test_a_study_trains_the_shape_that_train_makes_of_the_same_recipe(asked: str) -> None:
+    mup = {"lr": 1e-3, "parametrisation": "mup", "base_width": 32, "base_head_dim": 8}
+    asks = {"learning_rate": "mup"} if asked == "the study" else {}
+    s = study(arms=WIDTHS, protocols=["flops"], **asks)
+    s.base["optimizer"] = mup
+    arms = plan.solve(s)
+    for run in plan.lay_out(s, arms, Findings()).runs:
+        written = definition.changed(s.base, s.arms[run.arm])
+        _, trained, _ = recipe.resolve(recipe.from_dict(written), 512)
+        _, studied, notes = recipe.resolve(recipe.from_dict(run.recipe), 512)
+        assert studied == trained
+        assert not notes

@@ -138,3 +138,28 @@ def test_fused_adamw_moves_every_parameter():
         rule.step()
     still = [name for name, p in module.named_parameters() if torch.equal(p, before[name])]
     assert still == []
+
+
+def test_under_mup_muons_updates_have_the_spectral_norm_that_mup_asks_for():
+    """√(fan_out / fan_in) times what it is at the base's width; Muon's own is √max(fan_out, fan_in)."""
+
+    def norms(width: int) -> dict[str, float]:
+        layers = (
+            LayerShape(width // 16, width // 16, width // 2),
+            LayerShape(3 * width // 16, width // 16, 4 * width),
+        )
+        module = model(d_model=width, layers=layers)
+        scheme = Optimizer("muon", lr=1.0, parametrisation="mup", base_width=32)
+        built = optimizers.build(module, scheme, every(module))
+        name_of = {id(p): name for name, p in module.named_parameters()}
+        return {
+            name_of[id(p)]: group["peak_lr"] * max(p.shape) ** 0.5 / (p.shape[0] / p.shape[1]) ** 0.5
+            for rule in built
+            if isinstance(rule, Muon)
+            for group in rule.param_groups
+            for p in group["params"]
+        }
+
+    base, wide = norms(32), norms(256)
+    assert wide == pytest.approx(base)
+    assert len(base) == 14

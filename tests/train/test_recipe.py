@@ -74,6 +74,10 @@ def test_mistakes_are_named_in_one_line(path, override, says):
         ("stages=[{train: newest}]", "no layer is new without grow"),
         ("stages=[{tokens: 1M}, {tokens: 1M}]", "the stages add up to 2000000"),
         ("optimizer.parametrisation=mup", "give optimizer.base_width"),
+        (
+            "optimizer={parametrisation: mup, base_width: 8, base_head_dim: 0}",
+            "optimizer.base_head_dim is 0; it must be at least 1",
+        ),
         ("data.sequence=4096", "batch.tokens is 1024, not a multiple of data.sequence 4096"),
     ],
 )
