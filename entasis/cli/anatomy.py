@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from entasis.anatomy import dissection, report, summary
     from entasis.anatomy.measures import choose
     from entasis.evaluate.loading import load
+    from entasis.shape import fields
 
     if args.suggest and not args.budget:
         what = "parameters, such as 180M" if args.suggest == "profile" else "tokens, such as 5M"
@@ -91,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     measures = choose(["loss", *args.measures.split(",")])
     # Differences between layers may be small: bf16 weights are computed in fp32.
     loaded = load(args.model, device=args.device, dtype=torch.float32)
+    if args.suggest == "profile":
+        fields.require(loaded.shape.layers, "--suggest profile")
     subject = dissection.lay_out(
         loaded,
         args.text,
