@@ -48,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "plan":
             action.add_argument("--noise", type=real(0, open=True), metavar="SD",
                                 help="sd of a paired difference in bits per byte, if known")  # fmt: skip
+            action.add_argument("--quick", action="store_true",
+                                help="take the time from the matmul ceiling instead of timing steps of every shape")  # fmt: skip
     for name, help_text in (
         ("resume", "go on with the study in a folder"),
         ("report", "judge and report what is in a folder"),
@@ -128,7 +130,9 @@ def _plan(args: argparse.Namespace, console: Console) -> int:
     from entasis.study import price
 
     study = _study(args)
-    estimate = price.estimate(study, args.output or Path("studies", study.name), noise=args.noise)
+    estimate = price.estimate(
+        study, args.output or Path("studies", study.name), noise=args.noise, quick=args.quick
+    )
     if args.json:
         print(json.dumps(estimate, indent=1))
     else:

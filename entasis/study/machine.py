@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from entasis.files import write_text
+from entasis.shape import cost
 from entasis.study import execute, remote, results
 from entasis.study.definition import Study, changed
 from entasis.study.plan import Arm
@@ -101,14 +104,22 @@ def decide(jobs: Sequence[tuple[str, ...]], answers: Sequence[Mapping[str, Any]]
 def measure(
     recipes: Sequence[Mapping[str, Any]], runs: Sequence[int], device: str, limit: float | None = None
 ) -> dict[str, Any]:
-    """In a worker: the timings of each recipe's step; `limit` (seconds for all) in place of 5 % of the runs."""
+    """In a worker: the timings of each recipe's step; `limit` (seconds for all) in place of 5 % of the runs.
+
+    With a limit, a recipe is left untimed whose one step would take longer than its part of it at a third of what a
+    large matrix product reaches (`flops_per_second`), or whose weights and moments do not fit the free memory.
+    """
     import torch
 
     from entasis.train import auto_settings, hardware, recipe, run_folder
+    from entasis.train.step_timing import micro_sequences
 
-    if device_threads := _threads():
-        torch.set_num_threads(device_threads)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit():
+        torch.set_num_threads(int(threads))
     found = hardware.device(device)
+    speed = hardware.matmul_ceiling(found, _product(found)) / 3
+    free = hardware.free_memory(found) or math.inf
     jobs = []
     for plain, count in zip(recipes, runs, strict=True):
         resolved, shape, _ = recipe.resolve(recipe.from_dict(plain), plain["shape"]["vocabulary"])
@@ -116,9 +127,15 @@ def measure(
         ready = run_folder.with_device(resolved, found)
         open_ = any(getattr(ready, key) == "auto" for key in KEYS)
         timed: list[Measured] = []
-        if open_ or limit is not None:
+        share = limit / len(recipes) if limit is not None else math.inf
+        step_flops = (
+            cost.flops_per_token(shape, ready.data.sequence) * micro_sequences(ready) * ready.data.sequence
+        )
+        memory = cost.training_memory(shape)
+        fits = memory.weights + memory.gradients + memory.optimizer < free and step_flops / speed < share
+        if (limit is not None and fits) or (limit is None and open_):
             timed = auto_settings.measure(
-                ready, shape, found, runs=count, limit=limit / len(recipes) if limit else None
+                ready, shape, found, runs=count, limit=None if limit is None else share
             )
         jobs.append(
             {
@@ -129,7 +146,7 @@ def measure(
                 "runs": count,
             }
         )
-    return {"device": found.type, "jobs": jobs}
+    return {"device": found.type, "flops_per_second": speed, "jobs": jobs}
 
 
 def _precision(jobs: Sequence[tuple[Sequence[Measured], float]]) -> Any:
@@ -167,8 +184,8 @@ def _open(base: Mapping[str, Any], changes: Mapping[str, Any], key: str) -> bool
     return changes.get(key, base.get(key, "auto")) == "auto"
 
 
-def _threads() -> int | None:
-    import os
+def _product(device: Any) -> str:
+    """The precision of the faster large matrix product."""
+    from entasis.train import hardware
 
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() else None
+    return "bf16" if hardware.bf16_product_is_faster(device) else "fp32"

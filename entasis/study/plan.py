@@ -139,7 +139,7 @@ def preparatory(study: Study, arms: Mapping[str, Arm]) -> list[PlannedRun]:
             plain = changed(
                 arm.recipe,
                 {
-                    "tokens": THROUGHPUT_STEPS * _batch(arm.recipe),
+                    "tokens": THROUGHPUT_STEPS * batch_tokens(arm.recipe),
                     "data.validation": None,
                     "checkpoint.every": None,
                     "schedule": {"name": "constant", "warmup": 0},
@@ -173,7 +173,7 @@ def lay_out(study: Study, arms: Mapping[str, Arm], findings: Findings) -> Plan:
 def tokens_of(study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protocol, findings: Findings) -> int:
     """How long an arm is trained under a protocol, in whole batches."""
     base = arms[study.baseline]
-    batch = _batch(arm.recipe)
+    batch = batch_tokens(arm.recipe)
     wanted = float(recipes.count(arm.recipe.get("tokens"), "tokens"))
     if protocol == "flops":
         wanted = (
@@ -231,8 +231,8 @@ def _check_length(study: Study, arm: Arm, base: Arm) -> None:
             own, others = (tokens_of(study, {base.name: base}, a, protocol, Findings()) for a in (arm, base))
             if own != others:
                 raise UserError(
-                    f"{where} trains on {own:,} tokens in batches of {_batch(arm.recipe):,}, {base.name} on {others:,} "
-                    f"in batches of {_batch(base.recipe):,}; params compares at equal parameters and tokens: give "
+                    f"{where} trains on {own:,} tokens in batches of {batch_tokens(arm.recipe):,}, {base.name} on {others:,} "
+                    f"in batches of {batch_tokens(base.recipe):,}; params compares at equal parameters and tokens: give "
                     "both the same"
                 )
             continue
@@ -282,5 +282,6 @@ def _with_rate(plain: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
     return changed(plain, {"optimizer.lr": float(rate) * multiplier})
 
 
-def _batch(plain: Mapping[str, Any]) -> int:
+def batch_tokens(plain: Mapping[str, Any]) -> int:
+    """Tokens of one optimizer step."""
     return recipes.count((plain.get("batch") or {}).get("tokens", recipes.Batch.tokens), "batch.tokens")

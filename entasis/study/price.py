@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 
 from entasis.report.tables import Column, Table
-from entasis.study import conduct, execute, results, statistics
+from entasis.study import conduct, execute, machine, results, statistics
 from entasis.study.definition import Study
 from entasis.study.live import duration
-from entasis.study.plan import Findings, lay_out, preparatory, solve
+from entasis.study.plan import Arm, Findings, Plan, PlannedRun, batch_tokens, lay_out, preparatory, solve
+from entasis.study.worker import Place
+from entasis.train import recipe as recipes
+from entasis.train.candidates import Settings, from_plain
 
-_UTILISATION = 1 / 3
-"""Share of the measured matmul ceiling that small models reach in training; replaced by measured speed once
-runs of this study are finished."""
+_LIMIT = 60.0
+"""Seconds that timing the steps of all shapes may take."""
 
 
-def estimate(study: Study, folder: Path, *, noise: float | None = None) -> dict[str, Any]:
+def estimate(
+    study: Study, folder: Path, *, noise: float | None = None, quick: bool = False
+) -> dict[str, Any]:
     """The grid with the cost of each run, totals, hours on this device, and the detectable effect.
+
+    Some steps of every distinct shape are timed in worker processes, as many at once as runs will be; `quick` takes a
+    third of what a large matrix product reaches instead.
 
     `noise` is the standard deviation of a paired difference in bits per byte; without one the study's own, or
     that of its finished runs, is taken.
@@ -37,7 +45,11 @@ def estimate(study: Study, folder: Path, *, noise: float | None = None) -> dict[
         arms,
         Findings(multiplier=found.multiplier, tokens_per_second=found.tokens_per_second or assumed),
     )
-    speed, source = _flops_per_second(study, folder, plan.runs)
+    seconds_per_flop, at_once, source = _speeds(study, folder, plan, quick)
+
+    def seconds(run: PlannedRun) -> float:
+        return seconds_per_flop[run.arm] * (run.flops + _validation_flops(run, arms[run.arm], folder))
+
     rows = [
         {
             "arm": name,
@@ -47,7 +59,7 @@ def estimate(study: Study, folder: Path, *, noise: float | None = None) -> dict[
             "tokens": runs[0].tokens,
             "runs": len(runs),
             "flops": runs[0].flops,
-            "seconds": runs[0].flops / speed,
+            "seconds": seconds(runs[0]),
         }
         for protocol, by_arm in plan.grid.items()
         for name, runs in by_arm.items()
@@ -63,8 +75,8 @@ def estimate(study: Study, folder: Path, *, noise: float | None = None) -> dict[
         "preparatory_runs": len(prepared),
         "runs": len(plan.runs),
         "total_flops": total,
-        "hours": total / speed / 3600,
-        "flops_per_second": speed,
+        "hours": sum(map(seconds, [*plan.runs, *prepared])) / at_once / 3600,
+        "at_once": at_once,
         "speed_source": source,
         "seeds": len(study.seeds),
         "comparisons": comparisons,
@@ -114,21 +126,62 @@ def _showable(estimate: dict[str, Any]) -> str:
     return f"{start}: {estimate['detectable']:.4f} bits per byte (sd {estimate['noise']:.4g}, {estimate['noise_source']})"
 
 
-def _flops_per_second(study: Study, folder: Path, runs: list[Any]) -> tuple[float, str]:
-    """FLOP/s of the whole device in training, and where the number comes from."""
-    from entasis.train import hardware
-
-    done = list(results.outcomes(folder, runs).values())
-    device = hardware.device(str(study.base.get("device", "auto")))
+def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[str, float], int, str]:
+    """Seconds that a FLOP of each arm takes in training, how many runs go at once, and where the numbers come from."""
+    arms = plan.arms
+    done = list(results.outcomes(folder, plan.runs).values())
+    # All that needs torch is done by other processes.
+    where = execute.on_each([Place("counting", 1)], execute.places, study.threads, len(plan.runs))[0]
     if done:
-        at_once = len(execute.places(study.threads, len(runs)))
-        speeds = [o.run.flops / o.result["seconds"] for o in done]
-        return at_once * sum(speeds) / len(speeds), f"measured in {len(done)} finished runs"
-    import torch
+        mean = sum(o.result["seconds"] / o.run.flops for o in done) / len(done)
+        own = {name: [o.result["seconds"] / o.run.flops for o in done if o.run.arm == name] for name in arms}
+        speeds = {name: sum(x) / len(x) if x else mean for name, x in own.items()}
+        return speeds, len(where), f"measured in {len(done)} finished runs"
+    applied = solve(machine.applied(study, folder), next(iter(arms.values())).shape.vocabulary)
+    jobs = [] if quick else machine.jobs_of(applied)
+    recipes = [applied[names[0]].recipe for names in jobs]
+    device = str(study.base.get("device", "auto"))
+    answers = execute.on_each(where, machine.measure, recipes, [len(study.seeds)] * len(jobs), device, _LIMIT)
+    ceiling = 1 / median(a["flops_per_second"] for a in answers)
+    if quick:
+        return dict.fromkeys(arms, ceiling), len(where), "a third of the measured matmul ceiling"
+    chosen = machine.decide(jobs, answers)
+    timed: dict[str, float] = {}
+    for name, arm in applied.items():
+        settings = Settings(**chosen["arms"][name])
+        for measured in map(from_plain, chosen["timings"][name]):
+            if measured.settings == settings:
+                timed[name] = measured.median / (batch_tokens(arm.recipe) * arm.flops_per_token)
+    if not timed:
+        return (
+            dict.fromkeys(arms, ceiling),
+            len(where),
+            "a third of the matmul ceiling: steps are too long to time",
+        )
+    rest = sum(timed.values()) / len(timed)
+    left = [name for name in arms if name not in timed]
+    source = f"some steps timed on random ids, {len(where)} at once"
+    if left:
+        source += f"; {', '.join(left)} by FLOPs, as its steps are too long to time"
+    return {name: timed.get(name, rest) for name in arms}, len(where), source
 
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    ceiling = hardware.matmul_ceiling(device, "bf16" if hardware.bf16_product_is_faster(device) else "fp32")
-    return count * ceiling * _UTILISATION, "a third of the measured matmul ceiling"
+
+def _validation_flops(run: PlannedRun, arm: Arm, folder: Path) -> float:
+    """Of the forward passes over the held-out text: a third of training's for each token."""
+    evaluation = run.recipe.get("evaluation") or {}
+    path = (run.recipe.get("data") or {}).get("validation")
+    if path is None:
+        return 0.0
+    tokens = recipes.count(evaluation["tokens"], "evaluation.tokens") if evaluation.get("tokens") else 0
+    if (folder / str(path) / "corpus.json").is_file():
+        from entasis.data.corpus import Corpus
+
+        there = Corpus(folder / str(path)).tokens
+        tokens = min(tokens, there) if tokens else there
+    steps = max(1, run.tokens // batch_tokens(run.recipe))
+    every = evaluation.get("every")
+    times = 1 + (steps - 1) // max(1, recipes.part(every, steps, "evaluation.every")) if every else 1
+    return times * tokens * arm.flops_per_token / 3
 
 
 def _noise(study: Study, folder: Path, noise: float | None) -> tuple[float | None, str]:

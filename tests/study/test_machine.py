@@ -1,8 +1,12 @@
 """What a study settles once for all its runs: one precision for all arms, attention by shape, kept on resume."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from entasis.study import definition, machine, plan
 from entasis.train.candidates import Measured, Settings
@@ -99,3 +103,27 @@ def test_a_folder_of_an_earlier_version_is_still_read(tmp_path: Path) -> None:
     (tmp_path / machine.FILE).write_text(json.dumps(before))
     arms = plan.solve(machine.applied(study(), tmp_path))
     assert {a.recipe["precision"] for a in arms.values()} == {"bf16"}
+
+
+def test_a_plan_times_every_shape_in_workers_and_imports_no_torch(tmp_path: Path) -> None:
+    written = tmp_path / "s.yaml"
+    written.write_text(study().to_yaml())
+    program = (
+        "import sys\nfrom entasis import cli\n"
+        "if __name__ == '__main__':\n"
+        "    cli.main(sys.argv[1:])\n    assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    (tmp_path / "plan.py").write_text(program)
+
+    def told(*more: str) -> dict[str, Any]:
+        command = [sys.executable, "plan.py", "study", "plan", "s.yaml", "--json", *more]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    timed, quick = told(), told("--quick")
+    assert "timed on random ids" in timed["speed_source"] and "ceiling" in quick["speed_source"]
+    seconds = {row["arm"]: row["seconds"] for row in timed["rows"]}
+    # Runs that are the same work take the same time; a run of a thousand steps takes no less than a millisecond each.
+    assert seconds["plain"] == seconds["faster"] > 1.0
+    assert timed["hours"] * 3600 == pytest.approx(2 * sum(seconds.values()) / timed["at_once"])
