@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from entasis.anatomy.summary import Agreement
+from entasis.report import charts
 from entasis.report.charts import PALETTE
 
 Chart = alt.LayerChart
@@ -71,7 +72,7 @@ def curves(parts: dict[str, pd.DataFrame], title: str) -> Chart:
         for r in part.to_dict("records")
     ]
     order = [name.replace("_", " ") for name in parts]
-    chosen = alt.selection_point(fields=["measure"], bind="legend", name="chosen")
+    chosen, forward = charts.choice("measure")
     base = alt.Chart(alt.InlineData(rows)).encode(
         x=_layers(sorted({r["layer"] for r in rows})),
         y=alt.Y(
@@ -82,9 +83,9 @@ def curves(parts: dict[str, pd.DataFrame], title: str) -> Chart:
             sort=order,
             scale=alt.Scale(domain=order, range=[PALETTE[i % len(PALETTE)] for i in range(len(order))]),
             title=None,
-            legend=alt.Legend(orient="top", symbolType="stroke", symbolStrokeWidth=4, symbolSize=180),
+            legend=charts.saved_legend(),
         ),
-        opacity=alt.condition(chosen, alt.value(0.9), alt.value(0.08)),
+        opacity=alt.condition(forward, alt.value(0.9), alt.value(0.08)),
         tooltip=[
             "measure:N",
             "layer:Q",
@@ -96,8 +97,9 @@ def curves(parts: dict[str, pd.DataFrame], title: str) -> Chart:
         base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.4).encode(y="low:Q", y2="high:Q")
     )
     line = base.mark_line(strokeWidth=1.2)
-    dots = base.mark_point(filled=True, size=42).add_params(chosen)
-    return _finish(alt.layer(zero, line, bars, dots), height=340)
+    dots = base.mark_point(filled=True, size=42)
+    chart = alt.layer(zero, line, bars, dots).add_params(chosen)
+    return _finish(chart.properties(usermeta=charts.legend(order)), height=340)
 
 
 def agreement(found: Sequence[Agreement], main: str) -> Chart:

@@ -38,9 +38,10 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help says more)")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Exit codes: 0 done, 1 the work failed, 2 the input cannot be used."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The verb and its options; nothing is done yet. Raises `UserError`."""
+    if any("\0" in argument for argument in argv):
+        raise UserError("an argument holds a NUL character")
     parser = _Parser(
         prog="entasis",
         description="Design, train, dissect and serve language models whose layers differ.",
@@ -61,10 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(verb)
         else:
             verbs.add_parser(name, help=summary, add_help=False)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb. Exit codes: 0 done, 1 the work failed, 2 the input cannot be used."""
     try:
-        if any("\0" in argument for argument in argv):
-            raise UserError("an argument holds a NUL character")
-        args = parser.parse_args(argv)
+        args = parse(list(sys.argv[1:] if argv is None else argv))
         return importlib.import_module(f"entasis.cli.{args.verb}").run(args) or 0
     except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _complain(error, 2)

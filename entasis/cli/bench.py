@@ -1,8 +1,8 @@
 """Measure a recipe on this machine: speed, memory, and where the time of a step goes.
 
 examples:
-  entasis bench recipes/tiny.yaml
-  entasis bench recipes/tiny.yaml shape.profile=isotropic compile=true --steps 50 --json
+  entasis bench tiny
+  entasis bench tiny shape.profile=isotropic compile=true --steps 50 --json
 
 Some steps of the real training run in a folder that is thrown away; then the model is timed part by part, with the
 cost model's prediction beside it. Any part of the recipe can be set with key=value.
@@ -20,7 +20,9 @@ from entasis.cli.numbers import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a YAML file; docs/training.md lists its keys")
+    parser.add_argument(
+        "recipe", help="a YAML file (docs/training.md lists its keys), or the name of a shipped recipe: tiny"
+    )
     parser.add_argument(
         "--steps", type=whole(1, 100_000), default=20, help="steps to time, after five to warm up (20)"
     )

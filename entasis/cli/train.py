@@ -2,9 +2,9 @@
 
 example:
   entasis data prepare stdlib --train-tokenizer 4096 --output corpora/stdlib
-  entasis train recipes/tiny.yaml --output runs/tiny
-  entasis train recipes/tiny.yaml optimizer.lr=1e-3 shape.profile=crown --output runs/crown
-  torchrun --nproc 2 -m entasis train recipes/tiny.yaml --output runs/tiny
+  entasis train tiny --output runs/tiny
+  entasis train tiny optimizer.lr=1e-3 shape.profile=crown --output runs/crown
+  torchrun --nproc-per-node 2 -m entasis train tiny --output runs/tiny
 
 Any part of the recipe can be set with key=value (or --key=value); lists by number, as in stages.0.tokens=2M.
 The same command goes on from the last whole checkpoint, or answers from a finished run.
@@ -23,7 +23,9 @@ from entasis.cli import overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a YAML file; docs/training.md lists its keys")
+    parser.add_argument(
+        "recipe", help="a YAML file (docs/training.md lists its keys), or the name of a shipped recipe: tiny"
+    )
     parser.add_argument("--output", metavar="FOLDER", help="the run's folder (default: runs/NAME-OF-RECIPE)")
     parser.add_argument("--print_config", action="store_true", help="show the fully resolved recipe and stop")
     parser.add_argument("--json", action="store_true", help="print result.json")

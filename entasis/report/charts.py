@@ -108,7 +108,7 @@ def lines(
     values = [row[y] for row in rows if not focus or row["place"] > focus]
     bottom, ceiling = min(values), max(values) if top is None else min(top, max(values))
     domain = [min(bottom, 0.0), max(ceiling, 0.0)] if zero else [bottom, ceiling]
-    chosen = alt.selection_point(fields=[series], bind="legend", name="chosen")
+    chosen, forward = choice(series)
     near = alt.selection_point(
         on="pointerover", nearest=True, fields=[x], empty=False, clear="pointerout", name="near"
     )
@@ -121,10 +121,10 @@ def lines(
         ),
         y=alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(domain=domain, nice=True, clamp=False)),
         color=alt.Color(
-            f"{series}:N", sort=list(order), scale=_scale(order), title=None, legend=_legend(alt)
+            f"{series}:N", sort=list(order), scale=_scale(order), title=None, legend=saved_legend()
         ),
         detail=f"{repeat}:N",
-        opacity=alt.condition(chosen, alt.value(0.85), alt.value(0.08)),
+        opacity=alt.condition(forward, alt.value(0.85), alt.value(0.08)),
         tooltip=[
             alt.Tooltip(f"{series}:N"),
             alt.Tooltip(f"{repeat}:N"),
@@ -132,7 +132,7 @@ def lines(
             alt.Tooltip(f"{y}:Q", title=y_title, format=".4f"),
         ],
     )
-    drawn = [base.mark_line(strokeWidth=1.4, clip=True, interpolate="linear").add_params(chosen)]
+    drawn = [base.mark_line(strokeWidth=1.4, clip=True, interpolate="linear")]
     if zero:
         drawn.insert(
             0, alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[4, 3]).encode(y="zero:Q")
@@ -140,7 +140,8 @@ def lines(
     points = base.mark_point(filled=True, size=55, clip=True).encode(
         opacity=alt.condition(near, alt.value(1), alt.value(0))
     )
-    return _finish(alt.layer(*drawn, points.add_params(near)), height=330)
+    chart = alt.layer(*drawn, points.add_params(near)).add_params(chosen)
+    return _finish(chart.properties(usermeta=legend(order)), height=330)
 
 
 def slopes(
@@ -149,7 +150,7 @@ def slopes(
     """Every run as a dot, the runs of one repeat joined: what pairing buys is seen at once."""
     alt = _altair()
     base = alt.Chart(alt.InlineData(list(rows))).encode(
-        x=alt.X(f"{series}:N", sort=list(order), title=None, axis=alt.Axis(labelAngle=0, labelLimit=110)),
+        x=alt.X(f"{series}:N", sort=list(order), title=None, axis=_names(order)),
         y=alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False, padding=12)),
         tooltip=[f"{series}:N", f"{repeat}:N", alt.Tooltip(f"{y}:Q", format=".4f", title=y_title)],
     )
@@ -192,9 +193,29 @@ def _scale(order: Sequence[str]) -> altair.Scale:
     return altair.Scale(domain=list(order), range=[PALETTE[i % len(PALETTE)] for i in range(len(order))])
 
 
-def _legend(alt: Any) -> Any:
-    return alt.Legend(
-        orient="top", symbolType="stroke", symbolStrokeWidth=4, symbolSize=180, labelFontSize=13
+def choice(series: str) -> tuple[Any, str]:
+    """The parameter `chosen`, a list that the page's legend sets, and what holds for a row that it brings forward."""
+    test = f"length(chosen) == 0 || indexof(chosen, datum[{series!r}]) >= 0"
+    return _altair().param(name="chosen", value=[]), test
+
+
+def legend(order: Sequence[str]) -> dict[str, Any]:
+    """Names and colours as the page shows them: buttons that wrap, and that a keyboard reaches."""
+    return {"legend": [[name, PALETTE[i % len(PALETTE)]] for i, name in enumerate(order)]}
+
+
+def saved_legend() -> Any:
+    """The legend of a chart that is saved as a picture; a page shows `legend` in its place."""
+    return _altair().Legend(
+        orient="top", columns=4, symbolType="stroke", symbolStrokeWidth=4, symbolSize=180, labelFontSize=13
+    )
+
+
+def _names(order: Sequence[str]) -> Any:
+    """An axis of names: slanted where they would run into each other."""
+    slanted = sum(map(len, order)) > 50
+    return _altair().Axis(
+        labelAngle=-40 if slanted else 0, labelLimit=160 if slanted else 110, labelOverlap=False
     )
 
 

@@ -32,6 +32,20 @@
     return result;
   };
 
+  // The names that are pressed in a chart's legend; none pressed is all.
+  const bringForward = (place) => {
+    const legend = document.querySelector(`.legend[data-for="${place.id}"]`);
+    if (!legend || !place.view) return;
+    const pressed = [...legend.querySelectorAll('[aria-pressed="true"]')].map((b) => b.dataset.name);
+    place.view.signal("chosen", pressed).runAsync();
+  };
+  for (const button of document.querySelectorAll(".legend button")) {
+    button.addEventListener("click", () => {
+      button.setAttribute("aria-pressed", button.getAttribute("aria-pressed") !== "true");
+      bringForward(document.getElementById(button.parentElement.dataset.for));
+    });
+  }
+
   const draw = async (place) => {
     const spec = structuredClone(charts[place.dataset.chart]);
     spec.datasets = Object.fromEntries(place.dataset.uses.split(" ").filter(Boolean).map((k) => [k, data[k]]));
@@ -39,6 +53,7 @@
     try {
       const shown = await vegaEmbed(place, spec, { actions: false, renderer: "svg", ast: true });
       place.view = shown.view;
+      bringForward(place);
       place.dataset.drawn = "yes";
     } catch (error) {
       place.textContent = "This chart could not be drawn: " + error.message;

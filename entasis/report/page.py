@@ -125,10 +125,51 @@ class Page:
         self._datasets.update(own)
         self._charts.append(spec)
         number = len(self._charts) - 1
+        names = spec.get("usermeta", {}).get("legend", [])
+        if names:
+            _drop_legend(spec)
+        spec.setdefault("description", _describe(spec))
         return Html(
-            f'<div class="chart" id="chart-{number}" data-chart="{number}" data-uses="{" ".join(own)}"'
-            f"{' hidden' if hidden else ''}></div>"
+            f'<div class="chart" id="chart-{number}" data-chart="{number}" data-uses="{" ".join(own)}" role="figure" '
+            f'aria-label="{html.escape(spec["description"])}"{" hidden" if hidden else ""}></div>'
+            + _legend(names, number)
         )
+
+
+def _drop_legend(part: dict[str, Any]) -> None:
+    """Leaves a chart's own legend out, which loses names where they do not fit."""
+    if colour := part.get("encoding", {}).get("color"):
+        colour["legend"] = None
+    for inner in part.get("layer", []):
+        _drop_legend(inner)
+
+
+def _describe(spec: dict[str, Any]) -> str:
+    """A chart's name for who cannot see it: what its axes show."""
+
+    def titles(part: Any, axis: str) -> list[str]:
+        if isinstance(part, list):
+            return [t for p in part for t in titles(p, axis)]
+        if not isinstance(part, dict):
+            return []
+        own = part.get("encoding", {}).get(axis, {})
+        mine = [str(own.get("title") or own.get("field") or "")] if own else []
+        return [t for t in mine if t] + titles(part.get("layer"), axis) + titles(part.get("hconcat"), axis)
+
+    y, x = ([*titles(spec, axis), "values"][0] for axis in "yx")
+    return f"Chart: {' '.join(y.split())} against {' '.join(x.split())}"
+
+
+def _legend(names: Sequence[tuple[str, str]], number: int) -> str:
+    """A button for each name: pressed ones are brought forward."""
+    if not names:
+        return ""
+    buttons = "".join(
+        f'<button type="button" aria-pressed="false" data-name="{html.escape(name)}">'
+        f'<i style="background:{colour}"></i>{html.escape(name)}</button>'
+        for name, colour in names
+    )
+    return f'<div class="legend" role="group" aria-label="bring forward" data-for="chart-{number}">{buttons}</div>'
 
 
 def _json(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Where the time of a recipe's training step goes.
 
-    entasis bench recipes/tiny.yaml
+    entasis bench tiny
 
 Two measurements, both of the real thing. The training loop itself runs some steps of the recipe in a folder that
 is thrown away: tokens per second, utilisation, memory, waiting for data. Then one micro-batch goes through the

@@ -1,7 +1,7 @@
 """The training loop: a recipe and a folder in, a trained model and its numbers out.
 
-    entasis train recipes/tiny.yaml --output runs/tiny
-    torchrun --nproc 2 -m entasis train recipes/tiny.yaml --output runs/tiny
+    entasis train tiny --output runs/tiny
+    torchrun --nproc-per-node 2 -m entasis train tiny --output runs/tiny
 
 A step reads one batch, sums the loss in fp32 over its micro-batches and ranks, checks that loss and
 gradient are finite, and only then updates. A run that is killed and started again goes on from its last

@@ -1,6 +1,6 @@
 """Data parallelism: one process a device, started by `torchrun`; without it, all of this is idle.
 
-    torchrun --nproc 2 -m entasis train recipes/tiny.yaml --output runs/tiny
+    torchrun --nproc-per-node 2 -m entasis train tiny --output runs/tiny
 
 Every rank takes its slice of each batch. It holds the whole model and sums gradients with the others, unless the recipe
 has the model shared out (`entasis.train.sharding`).

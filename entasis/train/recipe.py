@@ -1,6 +1,6 @@
 """A recipe: everything that determines a run, as dataclasses read from YAML.
 
-    entasis train recipes/tiny.yaml optimizer.lr=1e-3 tokens=2M --output runs/tiny
+    entasis train tiny optimizer.lr=1e-3 tokens=2M --output runs/tiny
 
 `read` gives the recipe as written; `resolve` spells out what it leaves open (the layer list, the stages,
 counts in whole numbers), so that the `recipe.yaml` in a run's folder repeats the run exactly.
@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,17 +152,27 @@ class Recipe:
         return sum(self.steps(stage) for stage in self.stages)
 
 
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("entasis.train").joinpath("recipes")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
 def read(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file with `key=value` overrides (`optimizer.lr=1e-3`, `--tokens=5M`).
+    """The recipe in a YAML file, or a shipped one by its name, with `key=value` overrides (`optimizer.lr=1e-3`, `--tokens=5M`).
 
     Raises `UserError` for anything misspelt (with the nearest valid key) or of the wrong type.
     """
     source: dict[str, Any] = {}
     if path is not None:
+        source_file: Any = Path(path)
+        if str(path) in shipped() and not source_file.is_file():
+            source_file = resources.files("entasis.train").joinpath("recipes", f"{path}.yaml")
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = source_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {path}: cannot be read: {error}") from error
+            advice = "" if Path(path).suffix else f"; recipes that come along: {', '.join(shipped())}"
+            raise UserError(f"recipe {path}: cannot be read: {error}{advice}") from error
         source = _load_yaml(text, f"recipe {path}")
         if not isinstance(source, dict):
             raise UserError(f"recipe {path}: must be a mapping with shape:, data: and tokens:")

@@ -1,6 +1,6 @@
 """Models larger than one device: FSDP2, and HSDP on several machines.
 
-    torchrun --nproc 8 -m entasis train recipes/large.yaml parallel.kind=fsdp --output runs/large
+    torchrun --nproc-per-node 8 -m entasis train recipes/large.yaml parallel.kind=fsdp --output runs/large
 
 Every process holds its share of each parameter, gradient and moment (split along dimension 0, as DTensors). A block's
 parameters are gathered when it runs and dropped afterwards; its gradients are summed into the shares. Under `hsdp` the

@@ -62,3 +62,19 @@ def dom(page: Path, folder: Path, *, width: int = 1100, theme: str = "light", cl
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def printed(page: Path, folder: Path) -> list[str]:
+    """The text of each A4 page that the browser prints; skips the test with the reason without pdftotext."""
+    chromium = find()
+    if shutil.which("pdftotext") is None:
+        pytest.skip("no pdftotext is installed (apt-get install poppler-utils), so nothing was printed")
+    pdf = folder / f"{page.stem}.pdf"
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--no-pdf-header-footer",
+        f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=8000", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--print-to-pdf={pdf}", page.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    text = subprocess.run(["pdftotext", "-layout", str(pdf), "-"], capture_output=True, check=True, text=True)
+    return text.stdout.split("\f")[:-1]

@@ -100,3 +100,63 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "\ud800")
     assert path.read_text(encoding="utf-8") == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+MANY = [f"{name}-{how}" for name in ("vanilla", "framed", "crown", "taper", "middle") for how in ("plain", "shuffled", "reversed")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def long_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifteen arms, wide tables, and headings near the ends of pages."""
+    rows = [
+        {"arm": a, "seed": f"seed {s}", "tokens": t * 1000, "loss": 5 - t / 50 + i / 30, "place": i}
+        for i, a in enumerate(MANY)
+        for s in range(2)
+        for t in range(1, 9)
+    ]
+    page = Page("Fifteen arms")
+    words = {"y": "loss", "y_title": "training loss", "series": "arm", "repeat": "seed", "order": MANY}
+    curves = charts.lines(rows, x="tokens", x_title="tokens", **words)
+    columns = [
+        Column("arm", "arm"),
+        *(Column(f"c{i}", f"column {i}", "+.4f", "mean of seeds") for i in range(9)),
+    ]
+    columns.append(Column("says", "judgement", wrap=True))
+    body = [
+        {"arm": a, **{f"c{i}": -1.2345 for i in range(9)}, "says": "no difference detected"} for a in MANY
+    ]
+    for i in range(6):
+        page.section(
+            f"Heading {i}",
+            page.chart(curves if i % 2 else charts.slopes(rows, **words)),
+            *["words " * 70] * i,
+        )
+        page.section(f"Table {i}", page.table(Table(columns, body)))
+    path = tmp_path_factory.mktemp("long") / "long.html"
+    page.write(path)
+    return path
+
+
+@pytest.mark.parametrize("width", [1100, 390])
+def test_a_legend_shows_every_name_and_a_button_brings_one_forward(
+    long_page: Path, tmp_path: Path, width: int
+) -> None:
+    dom = browser.dom(long_page, tmp_path, width=width, click=f'.legend button[data-name="{MANY[3]}"]')
+    assert 'data-drawn="failed"' not in dom and 'data-overflow="0"' in dom
+    legend = re.search(r'<div class="legend".*?</div>', dom, flags=re.S)
+    assert legend and re.findall(r"</i>([^<]+)</button>", legend[0]) == MANY
+    assert legend[0].count('aria-pressed="true"') == 1
+    first = dom[dom.index('id="chart-1"') : dom.index('id="chart-2"')]
+    assert first.count('opacity="0.08"') == 2 * (len(MANY) - 1) and first.count('opacity="0.85"') == 2
+    assert re.search(r'id="chart-1"[^>]*role="[a-z-]+" aria-label="Chart: training loss against tokens"', dom)
+    assert "legend-label" not in first  # the chart's own, which lost names
+
+
+def test_on_paper_every_column_is_there_and_no_heading_stands_alone(long_page: Path, tmp_path: Path) -> None:
+    sheets = browser.printed(long_page, tmp_path)
+    text = "\n".join(sheets)
+    assert text.count("judgement") >= 6 and text.count("detected") == 6 * len(MANY)
+    assert text.count("column 8") >= 6
+    for sheet in sheets:
+        last = [line.strip() for line in sheet.splitlines() if line.strip()][-1]
+        assert not re.fullmatch(r"(Heading|Table) \d", last)
