@@ -4,7 +4,7 @@
 
 The folder holds everything and can be moved:
 
-    study.yaml  machine.json  corpora/  sweep/  throughput/  runs/ARM/seed-0/  logs/
+    study.yaml  machine.json  throughput.json  corpora/  sweep/  runs/ARM/seed-0/  logs/
     verdict.json  report.html  tables/*.csv *.tex  charts/*.svg *.pdf
 """
 
@@ -20,10 +20,10 @@ from rich.console import Console
 
 from entasis.errors import Failure, UserError
 from entasis.files import write_text
-from entasis.study import downstream, execute, judgement, live, machine, remote, results
+from entasis.study import downstream, execute, judgement, live, machine, remote, results, throughput
 from entasis.study.definition import Study, read
 from entasis.study.judgement import Verdict
-from entasis.study.plan import Arm, Findings, Plan, PlannedRun, lay_out, preparatory, solve
+from entasis.study.plan import Arm, Plan, PlannedRun, lay_out, preparatory, solve
 from entasis.study.remote import Pool
 
 
@@ -56,7 +56,10 @@ def run(
         study = _settled(study, folder, console, pool)
         arms = solve(study, vocabulary(study, folder))
         prepared = preparatory(study, arms)
-        _train(study, folder, prepared, console, "preparing: learning rates and throughput", pool)
+        _train(study, folder, prepared, console, "preparing: learning rates", pool)
+        if "time" in study.protocols and not arms.keys() <= throughput.rounds(folder).keys():
+            console.print("measuring the throughput of all arms in turn", markup=False, highlight=False)
+            throughput.measure(study, folder, arms, pool)
         plan = _lay_out(study, folder, arms, prepared)
         _train(study, folder, plan.runs, console, study.title, pool)
         if study.downstream:
@@ -187,7 +190,7 @@ def _train(
 
 
 def _lay_out(study: Study, folder: Path, arms: dict[str, Arm], prepared: Sequence[PlannedRun]) -> Plan:
-    found = results.findings(study, folder, prepared) if prepared else Findings()
+    found = results.findings(study, folder, prepared, throughput.speeds(folder))
     for arm in arms:
         if study.sweep and arm not in found.multiplier:
             raise Failure(f"study {study.name}: no run of the learning-rate sweep of {arm} was finished")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from entasis.report.tables import Column, Table
-from entasis.study import results, statistics, wording
+from entasis.study import results, statistics, throughput, wording
 from entasis.study.definition import Protocol, Study
 from entasis.study.plan import Plan
 from entasis.study.results import Outcome
@@ -29,6 +29,11 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
     pairs = {p: _pairs(study, plan, p, done) for p in study.protocols}
     compared = plan.comparisons(study.baseline)
     found = _compared(study, plan, pairs)
+    speeds: dict[str, dict[str, Any]] = {}
+    if "time" in study.protocols:
+        for arm, runs in plan.grid["time"].items():
+            mine = [done[r.folder] for r in runs if r.folder in done]
+            speeds[arm] = throughput.error(folder, arm, study.baseline, mine)
     protocols = {
         p: _under(
             study,
@@ -37,10 +42,16 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
             done,
             failed,
             pairs[p],
-            {arm: found[name] for (q, arm), name in compared.items() if q == p and name in found},
+            {
+                arm: _at_equal_time(found[name], speeds[arm], study.margin) if p == "time" else found[name]
+                for (q, arm), name in compared.items()
+                if q == p and name in found
+            },
         )
         for p in study.protocols
     }
+    for arm, speed in speeds.items():
+        protocols["time"]["arms"][arm]["throughput"] = {k: _plain(v) for k, v in speed.items()}
     return {
         "study": study.name,
         "title": study.title,
@@ -56,6 +67,10 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
         "failed": failed,
         "protocols": protocols,
     }
+
+
+def _at_equal_time(d: statistics.Difference, speed: dict[str, Any], margin: float) -> statistics.Difference:
+    return dataclasses.replace(d, length_error=speed["bits_per_byte"], margin=margin)
 
 
 def _pairs(study: Study, plan: Plan, protocol: Protocol, done: dict[str, Outcome]) -> dict[str, Pairs]:
@@ -243,6 +258,24 @@ def cost_table(verdict: Verdict, protocol: str) -> Table:
             Column("peak_memory_bytes", "memory", ",.3e", "bytes, process"),
         ],
         rows(verdict, protocol),
+    )
+
+
+def throughput_table(verdict: Verdict) -> Table:
+    """How fast the arms were measured to be before the runs at equal time, and what its error is worth."""
+    arms = verdict["protocols"]["time"]["arms"]
+    return Table(
+        [
+            Column("arm", "arm"),
+            Column("tokens_per_second", "tokens/s", ",.0f", "mean of rounds"),
+            Column("slowest", "slowest", ",.0f", "round"),
+            Column("fastest", "fastest", ",.0f", "round"),
+            Column("rounds", "rounds", "d"),
+            Column("relative_error", "error", ".2%", "± 95 %, to baseline"),
+            Column("slope", "slope", ".4f", "bits per byte, × e tokens"),
+            Column("bits_per_byte", "worth", ".4f", "± bits per byte"),
+        ],
+        [{"arm": name, **arm["throughput"]} for name, arm in arms.items()],
     )
 
 

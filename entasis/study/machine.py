@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,14 +108,10 @@ def measure(
     With a limit, a recipe is left untimed whose one step would take longer than its part of it at a third of what a
     large matrix product reaches (`flops_per_second`), or whose weights and moments do not fit the free memory.
     """
-    import torch
-
     from entasis.train import auto_settings, hardware, recipe, run_folder
     from entasis.train.step_timing import micro_sequences
 
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdigit():
-        torch.set_num_threads(int(threads))
+    hardware.set_threads()
     found = hardware.device(device)
     speed = hardware.matmul_ceiling(found, _product(found)) / 3
     free = hardware.free_memory(found) or math.inf

@@ -1,7 +1,7 @@
 """From a study to its runs: shapes solved, budgets compared, tokens set by the protocol, everything priced.
 
-Nothing here needs torch. A plan has up to two parts: the preparatory runs (learning-rate sweep, throughput),
-whose findings set the learning rates and the lengths of the main runs.
+Nothing here needs torch. What is found before the main runs (a learning-rate sweep's runs, measured throughput)
+sets their learning rates and lengths.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from entasis.shape import cost, specification
 from entasis.shape.shapes import ModelShape
 from entasis.study.definition import Protocol, Study, changed
 from entasis.train import recipe as recipes
-
-THROUGHPUT_STEPS = 25
-"""Of a throughput measurement: five to warm up, twenty timed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +35,7 @@ class Arm:
 class PlannedRun:
     """One run: its folder (relative to the study's), its recipe, and what it costs."""
 
-    kind: Literal["main", "sweep", "throughput"]
+    kind: Literal["main", "sweep"]
     arm: str
     seed: int
     folder: str
@@ -50,7 +47,7 @@ class PlannedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What the preparatory runs found."""
+    """What was found before the main runs."""
 
     multiplier: dict[str, float] = field(default_factory=dict)
     tokens_per_second: dict[str, float] = field(default_factory=dict)
@@ -134,18 +131,6 @@ def preparatory(study: Study, arms: Mapping[str, Arm]) -> list[PlannedRun]:
                             multiplier,
                         )
                     )
-    if "time" in study.protocols:
-        for arm in arms.values():
-            plain = changed(
-                arm.recipe,
-                {
-                    "tokens": THROUGHPUT_STEPS * batch_tokens(arm.recipe),
-                    "data.validation": None,
-                    "checkpoint.every": None,
-                    "schedule": {"name": "constant", "warmup": 0},
-                },
-            )
-            runs.append(_run(arm, plain, 0, f"throughput/{arm.name}", "throughput"))
     return runs
 
 
@@ -259,7 +244,7 @@ def _run(
     plain: dict[str, Any],
     seed: int,
     folder: str,
-    kind: Literal["main", "sweep", "throughput"],
+    kind: Literal["main", "sweep"],
     multiplier: float = 1.0,
 ) -> PlannedRun:
     tokens = recipes.count(plain["tokens"], "tokens")

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from entasis.report.tables import Column, Table
-from entasis.study import conduct, execute, machine, results, statistics
+from entasis.study import conduct, execute, machine, results, statistics, throughput
 from entasis.study.definition import Study
 from entasis.study.live import duration
 from entasis.study.plan import Arm, Findings, Plan, PlannedRun, batch_tokens, lay_out, preparatory, solve
@@ -38,7 +38,7 @@ def estimate(
     arms = solve(study, vocabulary)
     prepared = preparatory(study, arms)
     # Until speeds are measured, equal time is taken as equal FLOPs.
-    found = results.findings(study, folder, prepared)
+    found = results.findings(study, folder, prepared, throughput.speeds(folder))
     assumed = {name: 1e12 / arm.flops_per_token for name, arm in arms.items()}
     plan = lay_out(
         study,

@@ -225,7 +225,18 @@ def _gaps(study: Study, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _cost(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Path) -> list[str]:
     table = judgement.cost_table(verdict, protocol)
+    if protocol == "time":
+        speeds = page.table(_save(judgement.throughput_table(verdict), folder, "throughput"))
+        said = (
+            "Before the runs, all arms trained some steps in turn, round after round. The error of an arm's speed against "
+            "the baseline's, which set its length, is worth so many bits per byte by the slope of its loss over tokens; a "
+            "difference no larger than that is not claimed."
+        )
+        blocks = [speeds, page.note(said)]
+    else:
+        blocks = []
     return [
+        *blocks,
         page.table(_save(table, folder, f"cost-{protocol}")),
         page.note(
             "FLOPs are of the matrix products, attention counted over the full sequence, training as three times "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,16 +67,15 @@ def failures(folder: Path, runs: Iterable[PlannedRun]) -> dict[str, str]:
     return {name: path.read_text(encoding="utf-8").strip() for name, path in notes.items() if path.is_file()}
 
 
-def findings(study: Study, folder: Path, runs: Iterable[PlannedRun]) -> Findings:
-    """What the preparatory runs say: each arm's best learning rate, each arm's speed."""
+def findings(study: Study, folder: Path, runs: Iterable[PlannedRun], speeds: Mapping[str, float]) -> Findings:
+    """What the preparatory runs say, each arm's best learning rate, beside each arm's measured speed."""
     done = list(outcomes(folder, runs).values())
     rates: dict[str, float] = {}
     for arm in study.arms:
         scores = sweep_scores(done, arm)
         if scores:
             rates[arm] = min(scores, key=lambda multiplier: scores[multiplier])
-    speeds = {o.run.arm: float(o.result["tokens_per_second"]) for o in done if o.run.kind == "throughput"}
-    return Findings(multiplier=rates, tokens_per_second=speeds)
+    return Findings(multiplier=rates, tokens_per_second=dict(speeds))
 
 
 def sweep_scores(done: Iterable[Outcome], arm: str) -> dict[float, float]:

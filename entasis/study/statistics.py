@@ -56,6 +56,10 @@ class Difference:
     """The pooled standard deviation of a paired difference."""
     detectable: float = math.nan
     """The smallest true difference the study would show with power 0.8, after Holm's first step."""
+    length_error: float = 0.0
+    """At equal time: what the error of the measured speed is worth, half a 95 % interval; NaN if unknown."""
+    margin: float = math.inf
+    """With a length error: what it is compared with before sameness is claimed."""
 
 
 def paired_interval(

@@ -40,6 +40,8 @@ def judge(d: Difference) -> Judgement:
     """
     if math.isnan(d.p_holm):
         return "unjudged"
+    if hidden_by_speed(d):
+        return "undecided"
     if d.p_holm < ALPHA and not lucky(d):
         return "better" if d.mean < 0 else "worse"
     return "same" if _within(d) else "undecided"
@@ -60,6 +62,8 @@ def says(d: Difference, margin: float) -> str:
         return f"{judgement} by {amount(d.mean)} {UNIT}{small}{single}"
     if judgement == "same":
         return f"no different within ±{amount(margin)} {UNIT}"
+    if hidden_by_speed(d):
+        return f"not established: {_speed_error(d)}"
     if lucky(d):
         return (
             f"not established: its {d.n} seeds agree on {signed(d.mean)} (sd {amount(d.sd)}) more closely than the "
@@ -105,7 +109,11 @@ def verdict(
         end = "" if only else " no difference was detected"
         parts.append(f"{start} {whom}{end}; this study could have seen {amount(seen)} {UNIT}")
     for name in groups.get("undecided", []):
-        if lucky(differences[name]):
+        if hidden_by_speed(differences[name]):
+            parts.append(
+                f"{name} differs by {signed(differences[name].mean)}, but {_speed_error(differences[name])}"
+            )
+        elif lucky(differences[name]):
             parts.append(
                 f"the seeds of {name} agree on {signed(differences[name].mean)}, but more closely than the noise of "
                 "all arms lets one rely on: add seeds"
@@ -125,6 +133,19 @@ def verdict(
 def lucky(d: Difference) -> bool:
     """Significant by the arm's own few seeds, yet not by the noise that all arms show together."""
     return d.p_holm < ALPHA <= d.p_pooled_holm
+
+
+def hidden_by_speed(d: Difference) -> bool:
+    """At equal time: a claim that the error of the measured speeds, which set the lengths, could undo or is unknown to."""
+    if d.p_holm < ALPHA and not lucky(d):
+        return not d.length_error < abs(d.mean)
+    return _within(d) and not d.length_error < d.margin
+
+
+def _speed_error(d: Difference) -> str:
+    if math.isnan(d.length_error):
+        return "how well its speed was measured is not known"
+    return f"the error of its measured speed alone is worth {amount(d.length_error)} {UNIT}"
 
 
 def _within(d: Difference) -> bool:

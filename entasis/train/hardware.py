@@ -45,6 +45,13 @@ def bf16_product_is_faster(device: torch.device) -> bool:
     return _matmul_seconds(256, torch.bfloat16, device) < _matmul_seconds(256, torch.float32, device)
 
 
+def set_threads() -> None:
+    """As many threads as OMP_NUM_THREADS says, if it does; torch itself looks only when it is imported."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit():
+        torch.set_num_threads(int(threads))
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that could be allocated, or None where that is not told."""
     if device.type == "cuda":

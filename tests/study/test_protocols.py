@@ -4,12 +4,13 @@ import io
 import json
 import os
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from entasis.study import conduct, definition
+from entasis.study import conduct, definition, throughput
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 TASK = """
@@ -80,9 +81,18 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     assert abs(flops["deep"] - flops["plain"]) <= batch / 2
     tokens = {p: x["arms"]["deep"]["tokens"] for p, x in verdict["protocols"].items()}
     assert tokens["params"] == 4096 and tokens["flops"] < 4096
-    speed = {arm: results[f"throughput/{arm}"]["tokens_per_second"] for arm in ("plain", "deep")}
+    measured = json.loads((folder / "throughput.json").read_text())["tokens_per_second"]
+    assert {len(rounds) for arm in measured.values() for rounds in arm} == {throughput.ROUNDS}
+    # The geometric mean over all rounds of all workers.
+    speed = {
+        arm: statistics.geometric_mean(x for rounds in measured[arm] for x in rounds) for arm in measured
+    }
+    told = verdict["protocols"]["time"]["arms"]["deep"]["throughput"]
+    assert told["tokens_per_second"] == pytest.approx(speed["deep"]) and told["relative_error"] > 0
+    assert told["slowest"] < told["fastest"] and told["rounds"] == len(measured["deep"]) * throughput.ROUNDS
     assert tokens["time"] == max(1, round(4096 * speed["deep"] / speed["plain"] / 256)) * 256
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Learning rates" in page and "Downstream tasks" in page
+    assert "so many bits per byte by the slope" in page
     told = (folder / "tables" / "downstream.csv").read_text()
     assert "two_ways,acc,plain,0." in told and "two_ways,acc,deep,0." in told

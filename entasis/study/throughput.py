@@ -1,0 +1,160 @@
+"""How fast each arm trains, for comparisons at equal device time: measured in turns, with its spread.
+
+All arms step in turn, round after round, on random ids, in as many worker processes at once as runs will be; other work
+on the machine so slows all alike. What is left as the error of an arm's speed against the baseline's makes its runs too
+long or too short, and is converted into bits per byte by the measured slope of its loss over tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from entasis.files import write_text
+from entasis.study import execute, machine, remote, results
+from entasis.study.definition import Study
+from entasis.study.plan import Arm
+from entasis.study.remote import Pool
+from entasis.study.results import Outcome
+from entasis.study.statistics import CONFIDENCE
+
+FILE = "throughput.json"
+ROUNDS = 9
+STEPS = 3
+"""Timed steps of an arm in a round."""
+
+
+def measure(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool | None = None) -> None:
+    """Writes `throughput.json`: tokens per second of each arm, in every round of every worker."""
+    jobs = machine.jobs_of(arms)
+    arguments = ([arms[names[0]].recipe for names in jobs], str(study.base.get("device", "auto")))
+    if pool:
+        workers = [remote.call(pool, "throughput", in_turn, *arguments)]
+    else:
+        where = execute.places(study.threads, len(arms) * len(study.seeds))
+        workers = execute.on_each(where, in_turn, *arguments)
+    # Arms that are the same work have the same speed, not two measurements of it.
+    told = {name: [worker[i] for worker in workers] for i, names in enumerate(jobs) for name in names}
+    write_text(folder / FILE, json.dumps({"rounds": ROUNDS, "tokens_per_second": told}, indent=1) + "\n")
+
+
+def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]]:
+    """In a worker: tokens per second of each recipe in each round."""
+    from entasis.shape import cost
+    from entasis.train import hardware, recipe, run_folder
+    from entasis.train.auto_settings import simplest
+    from entasis.train.step_timing import Step, Timing
+
+    hardware.set_threads()
+    found = hardware.device(device)
+    resolved = [recipe.resolve(recipe.from_dict(p), p["shape"]["vocabulary"])[:2] for p in plain]
+    ready = [(run_folder.with_device(r, found), shape) for r, shape in resolved]
+    states = [cost.training_memory(shape) for _, shape in ready]
+    state = sum(m.weights + m.gradients + m.optimizer for m in states)
+    # Kept between rounds where all of them fit, made anew for each round otherwise.
+    keep = state < (hardware.free_memory(found) or math.inf) / 4
+    held: dict[int, Step] = {}
+    speeds: list[list[float]] = [[] for _ in ready]
+    for i in range(ROUNDS):
+        for j in range(len(ready)) if i % 2 == 0 else reversed(range(len(ready))):
+            wanted, shape = ready[j]
+            settings = simplest(wanted, found)
+            step = held.pop(j, None)
+            if step is None:
+                step = Step(wanted, shape, found)
+                step(settings)
+            timing = Timing(step(settings), [step(settings) for _ in range(STEPS)])
+            speeds[j].append(int(wanted.batch.tokens) / timing.median(wanted.sequences / step.micro))
+            if keep:
+                held[j] = step
+            else:
+                step.close()
+    for step in held.values():
+        step.close()
+    return speeds
+
+
+def rounds(folder: Path) -> dict[str, NDArray[np.float64]]:
+    """Tokens per second of each arm, [rounds of all workers]; of an older folder the one measurement it made."""
+    if (folder / FILE).is_file():
+        told = results.json_of(folder / FILE)["tokens_per_second"]
+        return {
+            name: np.concatenate([np.asarray(w, dtype=float) for w in rows]) for name, rows in told.items()
+        }
+    before = {path.parent.name: results.json_of(path) for path in folder.glob("throughput/*/result.json")}
+    return {name: np.array([float(result["tokens_per_second"])]) for name, result in before.items()}
+
+
+def speeds(folder: Path) -> dict[str, float]:
+    """Tokens per second of each arm: the geometric mean over rounds, so that ratios are means of ratios."""
+    return {name: float(np.exp(np.log(x).mean())) for name, x in rounds(folder).items()}
+
+
+def relative_error(arm: NDArray[np.float64], baseline: NDArray[np.float64]) -> float:
+    """Half the 95 % interval of the logarithm of arm's speed over the baseline's; NaN from one round."""
+    from scipy import stats
+
+    log_ratio = np.log(arm / baseline)
+    if log_ratio.size < 2:
+        return math.nan
+    error = float(log_ratio.std(ddof=1)) / math.sqrt(log_ratio.size)
+    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, log_ratio.size - 1)) * error
+
+
+def slope(done: Iterable[Outcome]) -> float:
+    """Bits per byte that an arm gains by e times as many tokens: the upper 95 % bound of its measured size.
+
+    From the training loss over the logarithm of tokens, in the second half of the steps before the learning rate decays
+    (of all steps, where the schedule has no such part). NaN where there are fewer than ten steps.
+    """
+    from scipy import stats
+
+    found = []
+    for o in done:
+        metrics, validation = o.metrics(), o.result["validation"]
+        stop = len(metrics) - _decaying(o)
+        rows = metrics[stop // 2 : stop]
+        if len(rows) < 10:
+            continue
+        fit = stats.linregress(np.log([m["tokens"] for m in rows]), [m["loss"] for m in rows])
+        per_byte = validation["tokens"] / (validation["bytes"] * math.log(2))
+        found.append((abs(fit.slope) + stats.norm.ppf(0.5 + CONFIDENCE / 2) * fit.stderr) * per_byte)
+    return float(np.mean(found)) if found else math.nan
+
+
+def error(folder: Path, arm: str, baseline: str, done: Sequence[Outcome]) -> dict[str, Any]:
+    """What is known of an arm's speed, and what its error is worth: `bits_per_byte`, half a 95 % interval."""
+    measured = rounds(folder)
+    own, base = measured[arm], measured[baseline]
+    relative, gain = relative_error(own, base), slope(done)
+    return {
+        "tokens_per_second": float(np.exp(np.log(own).mean())),
+        "slowest": float(own.min()),
+        "fastest": float(own.max()),
+        "rounds": int(own.size),
+        "relative_error": relative,
+        "slope": gain,
+        "bits_per_byte": relative * gain,
+    }
+
+
+def _decaying(o: Outcome) -> int:
+    from entasis.train import recipe
+
+    schedule = {
+        "name": recipe.Schedule.name,
+        "decay": recipe.Schedule.decay,
+        **(o.run.recipe.get("schedule") or {}),
+    }
+    steps = int(o.result["steps"])
+    return (
+        recipe.part(schedule["decay"], steps, "schedule.decay")
+        if schedule["name"] == "warmup-stable-decay"
+        else 0
+    )
