@@ -13,5 +13,9 @@ class Failure(RuntimeError):
     """The work itself failed (disk full, non-finite loss, out of memory). Printed in one line; exits with 1."""
 
 
+class Stopped(Failure):
+    """Ctrl-C or SIGTERM ended the work where it can go on."""
+
+
 class DiskFull(Failure, OSError):
     """Something could not be written for want of space; what was there before is intact."""

@@ -94,6 +94,7 @@ def read(source: Source, tokenizer: Tokenizer | None, *, tokens: int, sequence: 
     """At most about `tokens` tokens of `source`. Raises `UserError` where there is no text or no tokenizer for it."""
     if isinstance(source, str | Path) and (Path(source) / INDEX).is_file():
         corpus = Corpus(source)
+        corpus.verify()
         if tokenizer is not None and corpus.tokenizer_hash != tokenizer.hash:
             raise UserError(f"{source}: made with another tokenizer than the model's; give the text itself")
         return _lay_out(*_from_corpus(corpus, tokens), corpus.end_of_text, sequence)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from entasis import __version__, files
-from entasis.errors import Failure, UserError
+from entasis import __version__, files, signals
+from entasis.errors import Failure, Stopped, UserError
 
 VERBS = {
     "shape": "design, solve, draw and compare model shapes",
@@ -67,15 +67,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. Exit codes: 0 done, 1 the work failed, 2 the input cannot be used."""
+    with signals.raised(last=argv is None):
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
-        args = parse(list(sys.argv[1:] if argv is None else argv))
+        args = parse(argv)
         return importlib.import_module(f"entasis.cli.{args.verb}").run(args) or 0
     except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _complain(error, 2)
+    except (Stopped, KeyboardInterrupt) as error:
+        # All processes of a run stop together; one of them says so.
+        if os.environ.get("RANK", "0") != "0":
+            return 1
+        if isinstance(error, KeyboardInterrupt):
+            return _complain(
+                f"stopped by {'SIGTERM' if isinstance(error, signals.Terminated) else 'Ctrl-C'}", 1
+            )
+        return _complain(error, 1)
     except Failure as error:
         return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain("stopped by Ctrl-C", 1)
     except BrokenPipeError:
         return 1
     except RecursionError:

@@ -95,6 +95,7 @@ def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
     if (Path(args.text) / INDEX).is_file():
         corpus = Corpus(args.text)
+        corpus.verify()
         if corpus.tokenizer_hash != loaded.tokenizer.hash:
             raise UserError(
                 f"{args.text}: made with another tokenizer than the model's; give the text itself"

@@ -105,7 +105,9 @@ class _Progress:
 
     def _event(self, event: dict[str, Any]) -> None:
         kind = event["event"]
-        if kind == "start":
+        if kind == "note":
+            self._console.print(f"note: {event['text']}", soft_wrap=True, markup=False)
+        elif kind == "start":
             self._start(event)
         elif kind == "step":
             figures = f"loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from entasis.data.shards import Shard, open_shard
+from entasis.data.shards import Shard, open_shard, verify
 from entasis.errors import UserError
 from entasis.files import read_json
 
@@ -53,6 +53,11 @@ class Corpus:
         self.tokens = int(self._ends[-1]) if self.shards else 0
         self.documents = sum(len(s.document_bytes) for s in self.shards)
         self.bytes = int(sum(int(s.document_bytes.sum()) for s in self.shards))
+
+    def verify(self) -> None:
+        """Reads all shards and compares tokens, documents' lengths and bytes with their hashes. Raises `Damaged`."""
+        for shard in self.shards:
+            verify(shard)
 
     @property
     def tokenizer_path(self) -> Path:

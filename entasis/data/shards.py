@@ -10,8 +10,11 @@ The dtype stands in the file and is read from it. An id outside the vocabulary i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from entasis.errors import UserError
-from entasis.files import aside
+from entasis.errors import Damaged, UserError
+from entasis.files import aside, write_text
 
 FORMAT = "entasis-tokens-1"
 DTYPES: dict[str, np.dtype] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
@@ -130,6 +133,37 @@ def open_shard(path: Path) -> Shard:
     return Shard(
         path, tokens, documents, document_bytes, vocabulary, metadata["tokenizer"], metadata["content"]
     )
+
+
+def verify(shard: Shard) -> None:
+    """Reads a shard whole and compares it with the hash written in it. Raises `Damaged`.
+
+    A large shard is read once: its size, times and inode are kept with the hash in the user's cache folder, and while
+    they are the same it is taken for the same.
+    """
+    status = shard.path.stat()
+    signs = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {shard.content_hash}"
+    large = status.st_size >= _LARGE
+    known = _known(shard.path)
+    if large and known.is_file() and known.read_text(encoding="utf-8") == signs:
+        return
+    if content_hash(np.asarray(shard.tokens), shard.documents, shard.document_bytes) != shard.content_hash:
+        raise Damaged(
+            f"damaged: {shard.path} was changed after it was prepared; restore it, or prepare the corpus again"
+        )
+    # A file changed just now may change again without its times showing it.
+    if large and time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:
+        with contextlib.suppress(OSError):  # a home that cannot be written to
+            write_text(known, signs)
+
+
+_LARGE = 64 << 20
+"""Bytes from which a shard's hash is remembered; a smaller one is read in a tenth of a second."""
+
+
+def _known(path: Path) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "entasis" / "shards" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -30,6 +30,7 @@ from entasis.interop.hf_folder import HFFolder
 from entasis.interop.hf_tokenizer import TokenizerFiles, check_vocabulary, files_of_folder, given
 from entasis.interop.plan import Piece, Plan, pieces
 from entasis.interop.settings import shown
+from entasis.model import weights
 from entasis.shape.shapes import ModelShape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -151,11 +152,12 @@ def _write(
     described = {name: (kind, piece.size) for name, piece in opened.pieces.items()}
     parameters = sum(torch.Size(piece.size).numel() for piece in opened.pieces.values())
     with new_folder(folder, parameters * kind.itemsize) as aside:
-        tensors = _tensors(opened, kind, parameters, progress)
-        digest = weights_writer.write(aside / "model.safetensors", described, tensors)
         _write_json(aside / "shape.json", plan.shape.to_dict())
         for name, content in opened.tokenizer.contents.items():
             _write_bytes(aside / name, content)
+        tensors = _tensors(opened, kind, parameters, progress)
+        belongs = weights.hashes_beside(aside)
+        digest = weights_writer.write(aside / weights.WEIGHTS, described, tensors, belongs)
         _write_json(aside / "provenance.json", _provenance(opened, digest))
     return ImportResult(
         folder=str(folder),

@@ -7,7 +7,6 @@ memory to one tensor.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 
 from entasis.errors import Failure
+from entasis.files import hash_of
+from entasis.model import weights
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -25,12 +26,16 @@ def write(
     path: Path,
     described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     tensors: Iterable[tuple[str, torch.Tensor]],
+    beside: Mapping[str, str] | None = None,
 ) -> str:
     """Writes `tensors`, which come in the order of `described` (name → dtype, size), and syncs the file.
 
-    Returns the file's SHA-256. Raises `Failure` when a tensor is not what was described.
+    The header gets the tensors' hash and those of the files `beside` them, see `entasis.model.weights`. Returns the
+    file's SHA-256. Raises `Failure` when a tensor is not what was described.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    blank = "0" * 64
+    belongs = json.dumps({weights.CONTENT: blank, **(beside or {})})
+    header: dict[str, object] = {"__metadata__": {"format": "pt", weights.BELONGS: belongs}}
     offset = 0
     for name, (dtype, size) in described.items():
         end = offset + dtype.itemsize * torch.Size(size).numel()
@@ -38,11 +43,9 @@ def write(
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    digest = hashlib.sha256()
+    hashes = []
     with path.open("xb") as file:
-        for part in (struct.pack("<Q", len(encoded)), encoded):
-            file.write(part)
-            digest.update(part)
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
         for (wanted, (dtype, size)), (name, tensor) in zip(described.items(), tensors, strict=True):
             if (name, tensor.dtype, tuple(tensor.shape)) != (wanted, dtype, size):
                 raise Failure(
@@ -50,7 +53,10 @@ def write(
                 )
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             file.write(raw)
-            digest.update(raw)
+            hashes.append((name, weights.tensor_hash(tensor)))
+        # The hash stands before what it is a hash of.
+        file.seek(8 + encoded.index(blank.encode()))
+        file.write(weights.content_hash(hashes).encode())
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
+    return hash_of(path)

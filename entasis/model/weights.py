@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from entasis.errors import UserError
+from entasis import files
+from entasis.errors import Damaged, UserError
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import ModelShape
 
-WEIGHTS, SHAPE = "model.safetensors", "shape.json"
+WEIGHTS, SHAPE, TOKENIZER = "model.safetensors", "shape.json", "tokenizer.json"
+BELONGS, CONTENT = "entasis", "content"
+"""The one key of the weights' metadata (of several, safetensors writes now one first, now another) holds JSON: under
+`content` the hash of all tensors, and those of the files beside them. Files of earlier versions have none."""
 
 
 def save(model: Transformer, folder: str | Path) -> None:
-    """Writes both files into an existing folder, each aside first, synced and then renamed."""
+    """Writes both files into an existing folder that is this process's own, each aside first.
+
+    The metadata of the weights says what belongs together: hashes of the tensors, of `shape.json` and of the
+    `tokenizer.json` that lies there. Raises `DiskFull`.
+    """
     folder = Path(folder)
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    for name in (SHAPE, WEIGHTS):
-        partial = folder / f"{name}.partial"
-        if name == SHAPE:
-            partial.write_text(json.dumps(model.shape.to_dict(), indent=1) + "\n", encoding="utf-8")
-        else:
-            save_file(tensors, partial, metadata={"format": "pt"})
-        sync(partial)
-        partial.replace(folder / name)
+    files.write_text(folder / SHAPE, json.dumps(model.shape.to_dict(), indent=1) + "\n", locked=True)
+    content = content_hash((name, tensor_hash(x)) for name, x in tensors.items())
+    metadata = {BELONGS: json.dumps({CONTENT: content, **hashes_beside(folder)})}
+    need = sum(x.nbytes for x in tensors.values())
+    with files.aside(folder / WEIGHTS, need=need, locked=True) as partial:
+        save_file(tensors, partial, metadata=metadata)
 
 
-def sync(path: Path) -> None:
-    """Makes a file's content survive a power cut."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def hashes_beside(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that the weights in `folder` belong to, by name."""
+    return {name: files.hash_of(folder / name) for name in (SHAPE, TOKENIZER) if (folder / name).is_file()}
+
+
+def tensor_hash(x: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, size and values."""
+    digest = hashlib.sha256(f"{x.dtype} {list(x.shape)}".encode())
+    digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def content_hash(tensors: Iterable[tuple[str, str]]) -> str:
+    """One hash of the hashes of named tensors, in whatever order they come."""
+    return hashlib.sha256("\n".join(sorted(f"{name} {told}" for name, told in tensors)).encode()).hexdigest()
 
 
 def load(
@@ -46,7 +64,8 @@ def load(
 ) -> Transformer:
     """The model in a folder, in the dtype it was saved in unless told otherwise.
 
-    Raises `UserError` when a file is missing or damaged, or when tensors and shape do not belong together.
+    Raises `UserError` when a file is missing, when tensors and shape do not belong together, or (`Damaged`) when
+    anything was changed after the weights were saved.
     """
     folder = Path(folder)
     shape = read_shape(folder)
@@ -59,16 +78,29 @@ def load(
             if odd := sorted(set(wanted) ^ set(file.keys())):
                 what = "is missing" if odd[0] in wanted else "does not belong to the shape"
                 raise UserError(f"{path}: tensor {odd[0]} {what}")
-            tensors = {}
+            told = json.loads((file.metadata() or {}).get(BELONGS, "{}"))
+            tensors, hashes = {}, []
             for name, size in wanted.items():
                 found = tuple(file.get_slice(name).get_shape())
                 if found != size:
                     raise UserError(f"{path}: {name} is {list(found)}, the shape says {list(size)}")
-                tensors[name] = file.get_tensor(name) if dtype is None else file.get_tensor(name).to(dtype)
+                stored = file.get_tensor(name)
+                if CONTENT in told:
+                    hashes.append((name, tensor_hash(stored)))
+                tensors[name] = stored if dtype is None else stored.to(dtype)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no {WEIGHTS}; is it a finished run or an imported model?") from error
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or cut short ({error})") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise Damaged(f"damaged: {path} is no longer a safetensors file, or cut short ({error})") from error
+    if CONTENT in told and content_hash(hashes) != told[CONTENT]:
+        raise Damaged(
+            f"damaged: {path} does not hold the weights that were saved; restore it, or make it again"
+        )
+    for name, now in hashes_beside(folder).items():
+        if told.get(name, now) != now:
+            raise Damaged(
+                f"damaged: {folder / name} is not the file that {WEIGHTS} was saved with; restore it"
+            )
     model.load_state_dict(tensors, assign=True)
     return model
 
@@ -81,4 +113,4 @@ def read_shape(folder: str | Path) -> ModelShape:
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no {SHAPE}; is it a finished run or an imported model?") from error
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{path}: not a shape ({error})") from error
+        raise Damaged(f"damaged: {path} is not a shape ({error})") from error

@@ -1,22 +1,21 @@
 """Checkpoints that are whole or do not exist.
 
     checkpoints/step-00000100/   __0_0.distcp …  .metadata   state.json   [model.safetensors  shape.json]
-    checkpoints/step-00000100/complete           written last
+    checkpoints/step-00000100/complete           written last, with a hash of every other file
 
 Everything is written into `step-00000100.partial`, synced to disk, renamed, and only then marked with
-`complete`. A folder without the mark was interrupted and is never read. torch's DCP metadata is a pickle,
+`complete`. A folder without the mark was interrupted and is never read; one whose files do not have the hashes that the
+mark holds is damaged, and the one before it is used. torch's DCP metadata is a pickle,
 so `load` is only ever given the run's own folder; what leaves the run is `model.safetensors`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from entasis.errors import Failure
+from entasis import files
+from entasis.errors import Damaged
 from entasis.model import weights
 from entasis.model.transformer import Transformer
 from entasis.train import parallel, sharding
 
-MARK = "complete"
+MARK, STATE = "complete", "state.json"
 
 
 def folders(run: Path) -> list[Path]:
@@ -55,12 +55,13 @@ def save(
 ) -> Path:
     """Writes the checkpoint of `step` and removes those that need not stay. Every rank calls it.
 
-    `state` is plain JSON: stage, position, provenance. Raises `Failure` when the disk is full; the
-    checkpoints before it are then untouched.
+    `state` is plain JSON: stage, position, provenance. Raises `DiskFull`; the checkpoints before it are then
+    untouched.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
     partial = final.with_name(final.name + ".partial")
     kept = bool(keep_every and step % keep_every == 0)
+    tensors = _tensors(model, optimizers)
     try:
         if parallel.is_main():
             _discard(partial)
@@ -68,66 +69,93 @@ def save(
             partial.mkdir(parents=True)
         parallel.barrier()
         with _quiet():
-            dcp.save(_tensors(model, optimizers), checkpoint_id=partial, no_dist=parallel.world() == 1)
+            dcp.save(tensors, checkpoint_id=partial, no_dist=parallel.world() == 1)
         gathered = sharding.whole(model) if kept else model
         if parallel.is_main():
-            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            files.write_json(partial / STATE, state, locked=True)
             if kept:
                 weights.save(gathered, partial)
             for file in partial.iterdir():
-                sync(file)
-            sync(partial)
+                files.sync(file)
+            files.sync(partial)
             partial.rename(final)
-            sync(final.parent)
+            files.sync(final.parent)
             mark(final)
-            _forget_old(run, keep_last, keep_every)
+            _forget_old(run, step, keep_last, keep_every)
     except (CheckpointException, OSError, RuntimeError) as error:
-        if not is_disk_full(error):
+        if not files.is_disk_full(error):
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        raise Failure(
-            f"no space left on the disk of {run} while saving step {step}; free some and give the same "
-            f"command: it goes on from {_last_name(run)}"
-        ) from error
+        if not (final / MARK).is_file():
+            _discard(final)
+        then = f"give the same command: it goes on from {last_name(run)}"
+        raise files.no_space(final, error, need=_size(tensors), then=then) from error
     parallel.barrier()
     return final
 
 
-def load(folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Puts a checkpoint of this very run into the model and optimizers (in place); returns its `state`."""
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest sound checkpoint (None where there is none yet), and what is to be said about others.
+
+    Raises `Damaged` where there are checkpoints and none of them is sound.
+    """
+    notes: list[str] = []
+    for folder in reversed(folders(run)):
+        if not (folder / MARK).stat().st_size:
+            notes.append(f"{folder} was saved by an earlier version, without hashes; it is taken as it is")
+            return folder, notes
+        what = damage(folder)
+        if what is None:
+            return folder, notes
+        notes.append(f"damaged: {what}; going on from the checkpoint before it")
+    if notes:
+        first = notes[0].partition(";")[0]
+        raise Damaged(
+            f"{first}; no other checkpoint of {run} is sound: restore one, or choose another --output"
+        )
+    return None, notes
+
+
+def damage(folder: Path) -> str | None:
+    """The first file of a marked checkpoint that is not what was saved; None where all are."""
+    try:
+        told = files.read_json(folder / MARK)["files"]
+    except (Damaged, KeyError):
+        return f"{folder / MARK} is not what was written"
+    for name, found in _hashes([folder / name for name in told if (folder / name).is_file()]).items():
+        if told[name] != found:
+            return f"{folder / name} is not what was saved"
+    return next((f"{folder / name} is missing" for name in told if not (folder / name).is_file()), None)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """The `state` that a checkpoint was saved with. Raises `Damaged`."""
+    state = files.read_json(folder / STATE)
+    if state.get("step") != step_of(folder):
+        raise Damaged(f"damaged: {folder / STATE} belongs to step {state.get('step')}")
+    return state
+
+
+def load(folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Puts a sound checkpoint of this very run into the model and optimizers, in place."""
     optimizers = list(optimizers)
     tensors = _tensors(model, optimizers)
-    with _quiet():
-        dcp.load(tensors, checkpoint_id=folder, no_dist=parallel.world() == 1)
+    try:
+        with _quiet():
+            dcp.load(tensors, checkpoint_id=folder, no_dist=parallel.world() == 1)
+    except Exception as error:
+        if (folder / MARK).stat().st_size:
+            raise  # its files are what was saved
+        raise Damaged(f"damaged: {folder} cannot be read; choose another --output") from error
     set_state_dict(
         model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
     )
     torch.set_rng_state(tensors["rng"])
-    return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content (or a folder's list of names) survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def mark(folder: Path) -> None:
-    """Declares a folder whole."""
-    (folder / MARK).touch()
-    sync(folder)
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether ENOSPC or EDQUOT is behind an exception, DCP's wrapping included."""
-    if isinstance(error, CheckpointException):
-        return any(is_disk_full(wrapped[0]) for wrapped in error.failures.values())
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return error is not None and is_disk_full(error.__cause__)
+    """Declares a folder whole: from now on its files are those that it holds."""
+    files.write_json(folder / MARK, {"files": _hashes(sorted(folder.iterdir()))}, locked=True)
 
 
 def _tensors(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Any]:
@@ -143,8 +171,25 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _forget_old(run: Path, keep_last: int, keep_every: int | None) -> None:
-    for folder in folders(run)[:-keep_last]:
+def _hashes(paths: list[Path]) -> dict[str, str]:
+    # Files of several processes are hashed side by side: the interpreter's lock is not held meanwhile.
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip((path.name for path in paths), pool.map(files.hash_of, paths), strict=True))
+
+
+def _size(tensors: Any) -> int:
+    """Bytes of all tensors in nested mappings, whole ones where they are shared out."""
+    if isinstance(tensors, dict):
+        return sum(_size(value) for value in tensors.values())
+    return tensors.nbytes if isinstance(tensors, torch.Tensor) else 0
+
+
+def _forget_old(run: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+    whole = folders(run)
+    for folder in whole:
+        if step_of(folder) > step:  # damaged, or this run would not have gone on from before it
+            _discard(folder)
+    for folder in [folder for folder in whole if step_of(folder) <= step][:-keep_last]:
         if not (keep_every and step_of(folder) % keep_every == 0):
             _discard(folder)
 
@@ -155,6 +200,6 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _last_name(run: Path) -> str:
+def last_name(run: Path) -> str:
     whole = folders(run)
     return f"step {step_of(whole[-1])}" if whole else "the beginning"

@@ -11,21 +11,20 @@ whole checkpoint with the same losses, on the CPU to the bit.
 from __future__ import annotations
 
 import contextlib
-import json
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from entasis import files, signals
 from entasis.data.corpus import Corpus
 from entasis.data.order import Order
 from entasis.data.windows import Windows
-from entasis.errors import Failure, UserError
+from entasis.errors import Failure, Stopped, UserError
 from entasis.evaluate.bits_per_byte import Score, evaluate
 from entasis.model import weights
 from entasis.model.initialisation import initialise
@@ -45,7 +44,7 @@ from entasis.train import (
 )
 from entasis.train.batches import Batch, batches
 from entasis.train.compilation import compiled
-from entasis.train.journal import Journal, records
+from entasis.train.journal import METRICS, Journal, records
 from entasis.train.recipe import Recipe
 from entasis.train.run_folder import Run
 from entasis.train.step_timing import micro_sequences, recomputed_layers
@@ -61,29 +60,30 @@ def train(
     """Trains what `recipe` describes in `folder`; returns the content of its `result.json`.
 
     A folder that holds the same recipe is resumed, or, when finished, answered from. `reporter` gets a
-    dictionary with `event` (start, step, validation, checkpoint), `step`, `steps`, `tokens` and what
+    dictionary with `event` (start, note, step, validation, checkpoint), `step`, `steps`, `tokens` and what
     belongs to the event, on the main rank only. Raises `UserError` for what cannot be used, `Failure` when
     the work fails.
     """
     folder = Path(folder)
     device = hardware.device(recipe.device)
-    with parallel.group(device):
-        run = run_folder.open_run(recipe, folder, device, resume=resume)
+    with parallel.group(device), contextlib.ExitStack() as held:
+        run = run_folder.open_run(recipe, folder, device, held, resume=resume)
         if run.result is not None:
+            for note in run.notes if reporter and parallel.is_main() else ():
+                reporter({"event": "note", "text": note})  # type: ignore[misc]
             return run.result
         loop = _Loop(run, folder, device, reporter if parallel.is_main() else None)
         try:
-            with _interrupts() as loop.interrupt:
+            with signals.requested() as loop.interrupt:
                 return loop.run()
         except Failure:
             raise
         except (RuntimeError, MemoryError, OSError) as error:
             if faults.is_out_of_memory(error):
                 raise faults.out_of_memory(run.recipe, loop.step + 1) from error
-            if checkpoint.is_disk_full(error):
-                raise Failure(
-                    f"no space left on the disk of {folder}; free some and give the same command"
-                ) from error
+            if files.is_disk_full(error):
+                then = f"give the same command: it goes on from {checkpoint.last_name(folder)}"
+                raise files.no_space(folder, error, then=then) from error
             raise
         finally:
             loop.close()
@@ -102,6 +102,7 @@ class _Loop:
                 f"{parallel.world()} processes cannot share equally"
             )
         self.recipe, self.shape, self.folder, self.device = recipe, run.shape, folder, device
+        self.checkpoint = run.checkpoint
         self.environment, self.notes, self.reporter = run.environment, run.notes, reporter
         if device.type == "cpu":
             # Sums split over other numbers of threads round differently.
@@ -130,15 +131,11 @@ class _Loop:
         self.score: Score | None = None
 
     def run(self) -> dict[str, Any]:
-        whole = checkpoint.folders(self.folder)
-        state = (
-            json.loads((whole[-1] / "state.json").read_text(encoding="utf-8"))
-            if whole
-            else {"step": 0, "stage": 0}
-        )
+        whole = self.checkpoint
+        state = checkpoint.state_of(whole) if whole else {"step": 0, "stage": 0}
         self.step = self.started_at = state["step"]
         if parallel.is_main():
-            self.journal = Journal(self.folder, self.recipe.logging, step=self.step)
+            self.journal = Journal(self.folder, self.recipe.logging, state)
         self.report(
             "start",
             parameters=cost.parameters(self.shape),
@@ -154,7 +151,7 @@ class _Loop:
                 self.model, self.recipe.optimizer, learning, precision=str(self.recipe.precision)
             )
             if whole and stretch.index == state["stage"]:
-                checkpoint.load(whole[-1], self.model, rules)
+                checkpoint.load(whole, self.model, rules)
             self.train_stretch(stretch, rules)
         return self.finish()
 
@@ -197,7 +194,7 @@ class _Loop:
             if stop or last or _due(recipe.checkpoint.every, self.step):
                 self.save(stretch, rules)
             if stop and not last:
-                raise Failure(
+                raise Stopped(
                     f"stopped at step {self.step} of {self.steps}; a checkpoint is saved, and the same "
                     f"command with --output {self.folder} goes on from there"
                 )
@@ -286,6 +283,7 @@ class _Loop:
             "stage": stretch.index,
             "position": self.step * self.recipe.sequences,
             "tokens": self.step * int(self.recipe.batch.tokens),
+            "metrics": self.journal.mark() if self.journal else None,
             "provenance": {"data": self.environment["data"], "versions": self.environment["versions"]},
         }
         path = checkpoint.save(
@@ -306,13 +304,19 @@ class _Loop:
         if not parallel.is_main():
             parallel.barrier()
             return parallel.agree({})
+        assert self.journal is not None, "the main rank keeps it"
+        hashes: dict[str, str | None] = {METRICS: self.journal.mark()["hash"]}
         weights.save(model, self.folder)
+        hashes[weights.WEIGHTS] = None  # its own metadata says
         if score is not None:
+            path = self.folder / "validation.safetensors"
             arrays = {name: torch.from_numpy(getattr(score, name).copy()) for name in Score.ARRAYS}
-            save_file(arrays, self.folder / "validation.safetensors.partial")
-            (self.folder / "validation.safetensors.partial").replace(self.folder / "validation.safetensors")
-        result = self.result(score)
-        run_folder.write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+            need = sum(array.nbytes for array in arrays.values())
+            with files.aside(path, need=need, locked=True) as partial:
+                save_file(arrays, partial)
+            hashes[path.name] = files.hash_of(path)
+        result = {**self.result(score), "files": hashes}
+        result = files.write_json(self.folder / run_folder.RESULT, result, locked=True)
         parallel.barrier()
         return parallel.agree(result)
 
@@ -366,25 +370,3 @@ class _Loop:
 
 def _due(every: int | str | None, step: int) -> bool:
     return every is not None and step % int(every) == 0
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second acts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, _frame: object) -> None:
-        asked.set()
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

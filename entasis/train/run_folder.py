@@ -7,22 +7,27 @@ model.safetensors  validation.safetensors  result.json        (when finished)
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import json
-import os
-import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
+from entasis import files
 from entasis.data.corpus import Corpus
 from entasis.data.doctor import examine
-from entasis.errors import UserError
+from entasis.errors import Damaged, UserError
+from entasis.model import weights
 from entasis.shape.shapes import ModelShape
 from entasis.train import auto_settings, checkpoint, hardware, parallel
 from entasis.train.recipe import Recipe, difference, read, resolve, to_yaml
+
+RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Run:
     environment: dict[str, Any]
     result: dict[str, Any] | None
     """Of a run that is finished already."""
+    checkpoint: Path | None = None
+    """The one to go on from."""
 
 
 @dataclass(frozen=True)
@@ -48,56 +55,126 @@ class _Found:
     is_new: bool
 
 
-def open_run(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool = True) -> Run:
+def open_run(
+    recipe: Recipe, folder: Path, device: torch.device, held: ExitStack, *, resume: bool = True
+) -> Run:
     """Begins a run in `folder`, or recognises the same recipe there and goes on. Every rank calls it.
 
-    Raises `UserError` for a folder that holds another recipe or something else, and for unusable data.
+    Unless it is finished, the folder is locked until `held` closes. Raises `UserError` for a folder that holds another
+    recipe or something else or is in use, for unusable data and for damaged files.
     """
-    ours = _look(recipe, folder, device, resume=resume) if parallel.is_main() else None
+    ours = _look(recipe, folder, device, held) if parallel.is_main() else None
     found = parallel.agree(dataclasses.replace(ours, corpus=None) if ours else None)
     assert found is not None
     chosen, auto = found.recipe, None
     if found.is_new:
         # All ranks time what is left to the machine: their steps wait for one another.
         chosen, auto = choose(found.recipe, found.shape, device)
-    run = None
-    if ours:
-        assert ours.corpus is not None
-        if ours.is_new:
-            folder.mkdir(parents=True, exist_ok=True)
-            write(folder / "recipe.yaml", to_yaml(chosen))
-        result = None
-        if (folder / "result.json").is_file():
-            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        environment = _environment(folder, chosen, found.shape, ours.corpus, device, auto)
-        run = Run(chosen, found.shape, found.notes, environment, result)
-    run = parallel.agree(run)
+    run = parallel.agree(_settle(ours, chosen, auto, folder, device, held, resume) if ours else None)
     assert run is not None
     return run
 
 
-def _look(recipe: Recipe, folder: Path, device: torch.device, *, resume: bool) -> _Found:
+def _look(recipe: Recipe, folder: Path, device: torch.device, held: ExitStack) -> _Found:
+    """Checks data, recipe and folder, and locks the folder unless the run is finished."""
     corpus = check_data(recipe)
     resolved, shape, notes = resolve(recipe, corpus.vocabulary)
     check_vocabulary(shape, corpus)
-    stored_at = folder / "recipe.yaml"
-    if stored_at.is_file():
-        stored = read(stored_at)
-        resolved = adopt(resolved, stored)
-        # What only spreads the work or its memory is no part of what is computed: a run may go on elsewhere.
-        free = {"parallel": resolved.parallel, "activation_memory": resolved.activation_memory}
-        if differs := difference(dataclasses.replace(stored, **free), resolved):  # type: ignore[arg-type]
-            raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
-        finished = (folder / "result.json").is_file()
-        if checkpoint.folders(folder) and not resume and not finished:
-            raise UserError(
-                f"{folder} holds a run at step {checkpoint.step_of(checkpoint.folders(folder)[-1])}"
+    wanted = recognise(resolved, folder)
+    if wanted is None:
+        check_settings(resolved, device)
+    if wanted is None or not (folder / RESULT).is_file():
+        notes += lock(folder, held)
+        # Another process may have begun it, or finished it, meanwhile.
+        wanted = recognise(resolved, folder)
+    return _Found(wanted or resolved, shape, notes, corpus, is_new=wanted is None)
+
+
+def _settle(
+    found: _Found,
+    wanted: Recipe,
+    auto: dict[str, Any] | None,
+    folder: Path,
+    device: torch.device,
+    held: ExitStack,
+    resume: bool,
+) -> Run:
+    """Writes what a new run begins with, or finds where one there goes on. Raises `Damaged`."""
+    corpus, shape, notes = found.corpus, found.shape, found.notes
+    assert corpus is not None
+    if found.is_new:
+        files.write_text(folder / "recipe.yaml", to_yaml(wanted), locked=True)
+    environment = _environment(folder, corpus, wanted)
+    if (folder / RESULT).is_file():
+        try:
+            result = files.read_json(folder / RESULT)
+            return Run(wanted, shape, doubts(folder, result), environment or {}, result)
+        except Damaged as error:
+            notes += lock(folder, held)
+            last, _ = checkpoint.newest(folder)
+            if last is None or checkpoint.step_of(last) != wanted.total_steps:
+                raise
+            notes.append(f"{error}; it is made again from the checkpoint of the last step")
+    last, said = checkpoint.newest(folder)
+    if last is None and (folder / weights.WEIGHTS).is_file():
+        raise Damaged(f"damaged: {folder} holds weights, but neither {RESULT} nor a checkpoint")
+    if last is not None and not resume:
+        raise UserError(f"{folder} holds a run at step {checkpoint.step_of(last)}")
+    notes += said
+    if environment is None:
+        if last is not None:
+            raise Damaged(
+                f"damaged: {folder / ENVIRONMENT} is missing; restore it, or choose another --output"
             )
-        return _Found(resolved, shape, notes, corpus, is_new=False)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no run; choose another --output")
-    check_settings(resolved, device)
-    return _Found(resolved, shape, notes, corpus, is_new=True)
+        environment = _begin(folder, wanted, shape, corpus, device, auto)
+    notes += _restore(folder, shape, corpus)
+    return Run(wanted, shape, notes, environment, None, last)
+
+
+def recognise(resolved: Recipe, folder: Path) -> Recipe | None:
+    """The recipe of the run in `folder`, None where one may begin. Raises `UserError` where another stands there."""
+    stored_at = folder / "recipe.yaml"
+    if not stored_at.is_file():
+        if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK, "recipe.yaml.partial"}:
+            raise UserError(f"{folder} is not empty and holds no run; choose another --output")
+        return None
+    stored = read(stored_at)
+    resolved = adopt(resolved, stored)
+    # What only spreads the work or its memory is no part of what is computed: a run may go on elsewhere.
+    free = {"parallel": resolved.parallel, "activation_memory": resolved.activation_memory}
+    if differs := difference(dataclasses.replace(stored, **free), resolved):  # type: ignore[arg-type]
+        raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
+    return resolved
+
+
+def lock(folder: Path, held: ExitStack) -> list[str]:
+    """Keeps other processes out of a run's folder until `held` closes or this one dies; returns what is to be said.
+
+    Raises `UserError` where another is at work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(FileLock(folder / LOCK, timeout=0))
+    except Timeout as error:
+        raise UserError(
+            f"{folder}: another `entasis train` is at work in this folder; wait for it, or choose another --output"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return ["this file system has no locks: take care that no other `entasis train` uses the folder"]
+    return []
+
+
+def doubts(folder: Path, result: dict[str, Any]) -> list[str]:
+    """What is missing from a finished run or was changed after it, one line for each file."""
+    said = []
+    for name, told in result.get("files", {}).items():
+        if not (folder / name).is_file():
+            said.append(f"damaged: {folder / name} is missing")
+        elif told is not None and files.hash_of(folder / name) != told:
+            said.append(f"damaged: {folder / name} was changed after the run")
+    return said
 
 
 def check_data(recipe: Recipe) -> Corpus:
@@ -122,6 +199,8 @@ def check_data(recipe: Recipe) -> Corpus:
         if not diagnosis.sound:
             worst = diagnosis.findings[0]
             raise UserError(f"data: {path} is diseased: {worst.name}: {worst.evidence}; {worst.cure}")
+    for opened in corpora.values():
+        opened.verify()
     if corpus.tokens < recipe.data.sequence + 1:
         raise UserError(
             f"data: {recipe.data.train} has {corpus.tokens} tokens, "
@@ -186,18 +265,27 @@ def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> tuple[Rec
     return auto_settings.choose(with_device(recipe, device), shape, device)
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file whole: aside, synced, renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    checkpoint.sync(path.parent)
+def _environment(folder: Path, corpus: Corpus, recipe: Recipe) -> dict[str, Any] | None:
+    """The run's `environment.json`, None where it is not written yet; refuses data that has changed since."""
+    path = folder / ENVIRONMENT
+    if not path.is_file():
+        return None
+    stored, data = files.read_json(path), _fingerprints(corpus, recipe)
+    if changed := [name for name in data if stored.get("data", {}).get(name) != data[name]]:
+        raise UserError(
+            f"{folder}: the {changed[0]} data has changed since this run began; choose another --output"
+        )
+    return stored
 
 
-def _environment(
+def _fingerprints(corpus: Corpus, recipe: Recipe) -> dict[str, str]:
+    data = {"train": corpus.fingerprint, "tokenizer": corpus.tokenizer_hash}
+    if recipe.data.validation is not None:
+        data["validation"] = Corpus(recipe.data.validation).fingerprint
+    return data
+
+
+def _begin(
     folder: Path,
     recipe: Recipe,
     shape: ModelShape,
@@ -205,18 +293,7 @@ def _environment(
     device: torch.device,
     auto: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The run's `environment.json`, written once; refuses data that has changed since."""
-    path = folder / "environment.json"
-    data = {"train": corpus.fingerprint, "tokenizer": corpus.tokenizer_hash}
-    if recipe.data.validation is not None:
-        data["validation"] = Corpus(recipe.data.validation).fingerprint
-    if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name in data if stored["data"].get(name) != data[name]]:
-            raise UserError(
-                f"{folder}: the {changed[0]} data has changed since this run began; choose another --output"
-            )
-        return dict(stored)
+    """Writes `environment.json`, once."""
     environment = hardware.environment(device) | {
         "precision": recipe.precision,
         "compile": recipe.compile,
@@ -224,11 +301,23 @@ def _environment(
         "auto": auto,
         "matmul_flops_per_second": hardware.matmul_ceiling(device, recipe.precision),
         "distinct_layers": shape.distinct_layers,
-        "data": data,
+        "data": _fingerprints(corpus, recipe),
     }
-    write(folder / "shape.json", json.dumps(shape.to_dict(), indent=1) + "\n")
-    if not (folder / "tokenizer.json").exists():
-        shutil.copyfile(corpus.tokenizer_path, folder / "tokenizer.json.partial")
-        (folder / "tokenizer.json.partial").replace(folder / "tokenizer.json")
-    write(path, json.dumps(environment, indent=1) + "\n")
-    return environment
+    return files.write_json(folder / ENVIRONMENT, environment, locked=True)
+
+
+def _restore(folder: Path, shape: ModelShape, corpus: Corpus) -> list[str]:
+    """Sees that a folder at work has what can be made again, the drawing and the tokenizer; says what was damaged."""
+    said = []
+    contents = {
+        weights.SHAPE: (json.dumps(shape.to_dict(), indent=1) + "\n").encode(),
+        weights.TOKENIZER: corpus.tokenizer_path.read_bytes(),
+    }
+    for name, content in contents.items():
+        path = folder / name
+        if path.is_file() and path.read_bytes() == content:
+            continue
+        if path.is_file():
+            said.append(f"damaged: {path}; it is made again")
+        files.write_bytes(path, content, locked=True)
+    return said

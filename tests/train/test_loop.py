@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -28,7 +29,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(recipe, tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "recipe.yaml", "shape.json", "environment.json", "tokenizer.json", "metrics.jsonl", "checkpoints",
-        "model.safetensors", "validation.safetensors", "result.json",
+        "model.safetensors", "validation.safetensors", "result.json", ".lock",
     }  # fmt: skip
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["parameters"] == sum(
@@ -206,13 +207,15 @@ def test_wrong_vocabulary_is_refused(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_changed_data_is_refused_on_resume(recipe, tmp_path, monkeypatch):
-    train(recipe(), tmp_path / "run")
+def test_other_data_in_the_same_place_is_refused_on_resume(recipe, corpora, tmp_path):
+    shutil.copytree(corpora / "train", tmp_path / "corpus")
+    wanted = recipe(data={"train": str(tmp_path / "corpus")})
+    train(wanted, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    path = tmp_path / "run" / "environment.json"
-    path.write_text(path.read_text().replace('"train": "', '"train": "0'))
+    shutil.rmtree(tmp_path / "corpus")
+    shutil.copytree(corpora / "validation", tmp_path / "corpus")
     with pytest.raises(UserError, match="the train data has changed"):
-        train(recipe(), tmp_path / "run")
+        train(wanted, tmp_path / "run")
 
 
 def test_auto_follows_what_was_chosen_when_the_run_began(recipe):

@@ -1,0 +1,87 @@
+"""Ctrl-C and SIGTERM: several within a second are one, and what they end says so in a line.
+
+They come in bunches: from an impatient hand, from a batch system that tells a group and each of its processes, from
+`torchrun`, which passes on what the terminal has told its workers already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_TOGETHER = 1.0
+"""Seconds within which signals are one."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+@contextlib.contextmanager
+def raised(*, last: bool) -> Iterator[None]:
+    """Inside, SIGINT raises `KeyboardInterrupt` and SIGTERM `Terminated`.
+
+    `last` says that the process ends with the block: once a signal has come, Ctrl-C no longer disturbs its end.
+    """
+    told: float | None = None
+
+    def act(number: int, _frame: object) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if told is not None and now - told < _TOGETHER:
+            return
+        told = now
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    with _handled(act) as before:
+        try:
+            yield
+        finally:
+            if last and told is not None and before:
+                before[signal.SIGINT] = signal.SIG_IGN
+
+
+@contextlib.contextmanager
+def requested() -> Iterator[threading.Event]:
+    """An event that the first signal sets; one that comes more than a second later acts as it did before."""
+    asked = threading.Event()
+    first = 0.0
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal first
+        if not asked.is_set():
+            first = time.monotonic()
+            asked.set()
+        elif time.monotonic() - first >= _TOGETHER:
+            _act_as(before[number], number, frame)
+
+    with _handled(ask) as before:
+        yield asked
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
+    """Sets a handler for both signals; gives the earlier ones, and puts them back. Idle outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield {}
+        return
+    before: dict[int, Any] = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield before
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _act_as(earlier: Any, number: int, frame: object) -> None:
+    if callable(earlier):
+        earlier(number, frame)
+    elif earlier == signal.SIG_DFL:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
