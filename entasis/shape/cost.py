@@ -10,10 +10,12 @@ The attended length is the whole sequence by default ("full": what a plain produ
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from entasis.shape import layout
+from entasis.shape.layout import Parameter
 from entasis.shape.shapes import LayerShape, ModelShape
 
 Attended = Literal["full", "causal"]
@@ -60,6 +62,74 @@ def flops_per_token(
         for i in range(shape.n_layers)
     )
     return round(head + sum(layers))
+
+
+def stage_flops_per_token(
+    shape: ModelShape, learning: Collection[str], sequence: int = 1024, *, attended: Attended = "full"
+) -> int:
+    """Training FLOPs per token where only the parameters named in `learning` learn.
+
+    Forward all of it; backward what is needed: a product's gradient by its weight where that learns, by its input where
+    something in front of it learns. With everything learning that is `flops_per_token`. Layers that are computed twice
+    to save memory are not counted twice.
+    """
+    length = sequence if attended == "full" else sequence // 2
+    work = flops_per_token(shape, sequence, training=False, attended=attended)
+    learns = set(learning)
+    flows = any(p.name in learns for p in layout.outer_parameters(shape) if p.part == "embedding")
+    for i in range(shape.n_layers):
+        roles: dict[str, list[Parameter]] = {}
+        for p in layout.layer_parameters(shape, i):
+            roles.setdefault(p.role, []).append(p)
+        for half in ("attention", "feedforward"):
+            if f"{half}_norm" in roles:
+                more, flows = _backward_of_half(shape, i, half, roles, learns, flows, length)
+                work += more
+    head = next(p for p in layout.outer_parameters(shape) if p.role == "head" and not p.is_bias)
+    flows |= any(p.name in learns for p in layout.outer_parameters(shape) if p.part == "final_norm")
+    return work + 2 * head.count * (flows + ((head.shares or head.name) in learns))
+
+
+def _backward_of_half(
+    shape: ModelShape,
+    index: int,
+    half: str,
+    roles: Mapping[str, Sequence[Parameter]],
+    learns: Collection[str],
+    flows: bool,
+    length: int,
+) -> tuple[int, bool]:
+    """(backward FLOPs per token of a layer's attention or FFN, whether gradients flow into the stream behind it).
+
+    `flows` says whether they flow into the stream in front of it.
+    """
+    work = 0
+
+    def through(role: str, reads: bool) -> bool:
+        """Passes one projection; `reads` is whether its input has a gradient."""
+        nonlocal work
+        for p in roles[role]:
+            if p.is_matrix:
+                work += 2 * p.count * (reads + (p.name in learns))
+        return reads or any(p.name in learns for p in roles[role])
+
+    def learn(role: str) -> bool:
+        return any(p.name in learns for p in roles.get(role, ()))
+
+    is_pre = shape.norm_placement == "pre"
+    reads = flows or (is_pre and learn(f"{half}_norm"))
+    if half == "attention":
+        query = through("query", reads) or learn("query_norm")
+        key = through("key", reads) or learn("key_norm")
+        value = through("value", reads)
+        scores = 2 * length * shape.layers[index].n_heads * shape.head_dim
+        work += scores * (query + key + (query or key) + value)
+        out = through("attention_output", query or key or value)
+    else:
+        out = False
+        for role, axes in layout.ffn_kind(shape, shape.layers[index]).matrices:
+            out |= through(role, reads if axes[-1] == "residual" else out)
+    return work, flows or out or (not is_pre and learn(f"{half}_norm"))
 
 
 def kv_bytes_per_token(shape: ModelShape, bytes_per_element: int = 2) -> int:
