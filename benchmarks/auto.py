@@ -90,7 +90,7 @@ def speed(recipe: recipes.Recipe, settings: Settings, steps: int) -> float:
             if len(seconds) == WARM_UP + steps:
                 raise Enough
 
-    given = dataclasses.replace(recipe, **settings._asdict())
+    given = recipe.replaced(**settings._asdict())
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
         train(given, Path(folder) / "run", reporter=listen)
     return recipes.count(recipe.batch.tokens, "tokens") / statistics.median(seconds[WARM_UP:])

@@ -12,8 +12,9 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import annotated_types
 import yaml
@@ -28,23 +29,30 @@ from entasis.registry import advise
 class Settings(BaseModel):
     """A part of a file: unknown keys, wrong types and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier versions and what they are called now."""
+
+    def replaced(self, **changes: Any) -> Self:
+        """A copy with other values, which are not checked."""
+        return self.model_copy(update=changes)
 
 
 M = TypeVar("M", bound=Settings)
 
-_HERE = "\x00"
-"""Stands for the field in messages of `entasis.quantities` until its place is known."""
+HERE = "\x00"
+"""Stands for the field in messages of its own checks until its place is known."""
 
-Count = Annotated[int, BeforeValidator(lambda value: quantities.count(value, _HERE))]
+Count = Annotated[int, BeforeValidator(lambda value: quantities.count(value, HERE))]
 """393216, 393_216, "200k", "5B"."""
-Size = Annotated[int, BeforeValidator(lambda value: quantities.size(value, _HERE))]
+Size = Annotated[int, BeforeValidator(lambda value: quantities.size(value, HERE))]
 """Bytes: "8GiB", "500MB"."""
 Steps = Annotated[
-    int | str, BeforeValidator(lambda value: (quantities.steps(value, quantities.MOST, _HERE), value)[1])
+    int | str, BeforeValidator(lambda value: (quantities.steps(value, quantities.MOST, HERE), value)[1])
 ]
 """A number of steps, or a share of all steps: 100, "2%"."""
-Share = Annotated[float, BeforeValidator(lambda value: quantities.share(value, _HERE))]
+Share = Annotated[float, BeforeValidator(lambda value: quantities.share(value, HERE))]
 """0.05, "5%"."""
 
 
@@ -66,13 +74,15 @@ def _one_line(error: ErrorDetails, kind: type[Settings], source: object) -> str:
         inside = _settings_in(hint)
         assert inside is not None
         prefix = f"{path}." if path else ""
+        if str(key) in inside.renamed:
+            return f"unknown key {prefix}{key}; it is called {prefix}{inside.renamed[str(key)]} now"
         known = [f.alias or name for name, f in inside.model_fields.items()]
         return f"unknown key {prefix}{key}; {advise(key, known, prefix=prefix)}"
     if error["type"] == "missing":
         return f"{path} is missing"
     raised = error.get("ctx", {}).get("error")
     if isinstance(raised, UserError):
-        return str(raised).replace(_HERE, path)
+        return str(raised).replace(HERE, path)
     if error["type"] == "value_error":
         return f"{path}: {raised}" if path else str(raised)
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
@@ -142,11 +152,15 @@ def _limits(limit: object) -> list[str]:
         annotated_types.Le: ("le", "at most"),
     }
     for kind, (name, word) in words.items():
-        if isinstance(limit, kind):
+        if isinstance(limit, kind) and abs(getattr(limit, name)) < _UNSAID:
             return [f"{word} {getattr(limit, name):g}"]
     if hasattr(limit, "metadata"):
         return [text for part in limit.metadata for text in _limits(part)]
     return []
+
+
+_UNSAID = 10_000
+"""Limits from here on only catch typing errors."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -214,10 +228,10 @@ def _check_depth(node: yaml.Node) -> None:
     walk(node, ())
 
 
-def read_yaml(path: str | Path, where: str) -> Any:
-    """The content of a YAML file. Raises `UserError`."""
+def read_yaml(file: Path | Traversable, where: str, advice: str = "") -> Any:
+    """The content of a YAML file. Raises `UserError`, with `advice` where the file cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be read: {error}") from error
+        raise UserError(f"{where}: cannot be read: {error}{advice}") from error
     return load_yaml(text, where)

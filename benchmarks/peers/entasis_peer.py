@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import tempfile
@@ -53,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "run", reporter=listen)
     about["versions"] = {"torch": torch.__version__}
-    about["optimizer"] = dataclasses.asdict(recipe.optimizer)["name"] + ", fused"
+    about["optimizer"] = recipe.optimizer.name + ", fused"
     print(json.dumps({"seconds": seconds, "cpu": cpu, **about}))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from entasis import quantities
 from entasis.anatomy import summary
 from entasis.errors import UserError
 from entasis.shape import fields, specification
@@ -107,14 +108,14 @@ def plan(shape: ModelShape, values: np.ndarray, *, tokens: str | int, data: Data
     Each third gets an equal part of 60 % of the tokens, the final stage over everything the rest; embeddings, norms and head
     learn in every stage.
     """
-    total = recipes.count(tokens, "--budget")
+    total = quantities.count(tokens, "--budget")
     order = np.argsort(-values, kind="stable")
     groups = [g for g in np.array_split(order, GROUPS) if len(g)]
     each = round(total * (1 - FINAL_SHARE) / len(groups))
     always = ["embedding.*", "norm.*"] + ([] if shape.tied_embeddings else ["head.*"])
     stages = [
-        Stage(train=[*always, *(f"blocks.{i}.*" for i in sorted(int(i) for i in group))], tokens=each)
+        Stage(trainable=[*always, *(f"blocks.{i}.*" for i in sorted(int(i) for i in group))], tokens=each)
         for group in groups
     ]
-    stages.append(Stage(train="all", tokens=total - each * len(groups)))
+    stages.append(Stage(trainable="all", tokens=total - each * len(groups)))
     return recipes.to_yaml(Recipe(shape=shape.to_dict(), data=data, stages=stages))

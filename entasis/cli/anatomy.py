@@ -176,7 +176,7 @@ def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -
             train, validation = train.parent / "train", str(train)
         text = suggest.plan(
             shape, values, tokens=args.budget,
-            data=Data(str(train), validation, sequence=min(1024, shape.context)),
+            data=Data(train=str(train), validation=validation, sequence=min(1024, shape.context)),
         )  # fmt: skip
     if args.output:
         write_text(Path(args.output) / f"{args.suggest}.yaml", text)

@@ -38,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipes.read(args.recipe, args.set)
     if args.print_config:
         from entasis.train import hardware, run_folder
+        from entasis.train.resolve import resolve
 
         corpus = run_folder.check_data(recipe)
-        resolved, shape, _ = recipes.resolve(recipe, corpus.vocabulary)
+        resolved, shape, _ = resolve(recipe, corpus.vocabulary)
         run_folder.check_vocabulary(shape, corpus)
         device = hardware.device(recipe.device)
         run_folder.check_settings(resolved, device)

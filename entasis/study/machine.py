@@ -109,6 +109,7 @@ def measure(
     large matrix product reaches (`flops_per_second`), or whose weights and moments do not fit the free memory.
     """
     from entasis.train import auto_settings, hardware, recipe, run_folder
+    from entasis.train.resolve import resolve
     from entasis.train.step_timing import micro_sequences
 
     hardware.set_threads()
@@ -117,7 +118,7 @@ def measure(
     free = hardware.free_memory(found) or math.inf
     jobs = []
     for plain, count in zip(recipes, runs, strict=True):
-        resolved, shape, _ = recipe.resolve(recipe.from_dict(plain), plain["shape"]["vocabulary"])
+        resolved, shape, _ = resolve(recipe.from_dict(plain), plain["shape"]["vocabulary"])
         run_folder.check_settings(resolved, found)
         ready = run_folder.with_device(resolved, found)
         open_ = any(getattr(ready, key) == "auto" for key in KEYS)

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from entasis import quantities
 from entasis.errors import UserError
 from entasis.shape import cost, specification
 from entasis.shape.shapes import ModelShape
 from entasis.study.definition import Protocol, Study, changed
 from entasis.train import recipe as recipes
+from entasis.train.resolve import with_mup_scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,17 +161,19 @@ def tokens_of(study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protoco
     """How long an arm is trained under a protocol, in whole batches."""
     base = arms[study.baseline]
     batch = batch_tokens(arm.recipe)
-    wanted = float(recipes.count(arm.recipe.get("tokens"), "tokens"))
+    wanted = float(quantities.count(arm.recipe.get("tokens"), "tokens"))
     if protocol == "flops":
         wanted = (
-            recipes.count(base.recipe.get("tokens"), "tokens") * base.flops_per_token / arm.flops_per_token
+            quantities.count(base.recipe.get("tokens"), "tokens") * base.flops_per_token / arm.flops_per_token
         )
     if protocol == "time":
         speed = findings.tokens_per_second
         if study.hours is not None:
             wanted = speed[arm.name] * 3600 * study.hours
         else:
-            wanted = recipes.count(base.recipe.get("tokens"), "tokens") * speed[arm.name] / speed[base.name]
+            wanted = (
+                quantities.count(base.recipe.get("tokens"), "tokens") * speed[arm.name] / speed[base.name]
+            )
     return max(1, round(wanted / batch)) * batch
 
 
@@ -192,7 +196,7 @@ def _arm(
         optimizer.base_head_dim = optimizer.base_head_dim or base_shape.head_dim
         plain["optimizer"] |= {"base_width": optimizer.base_width, "base_head_dim": optimizer.base_head_dim}
         # A shape written out in full has every scale: muP's go in now, none can later.
-        solution = recipes.with_mup_scales(solution, wanted, optimizer)
+        solution = with_mup_scales(solution, wanted, optimizer)
         shape = solution.shape
     plain["shape"] = shape.to_dict()
     sequence = plain["data"].get("sequence", 1024)
@@ -247,7 +251,7 @@ def _run(
     kind: Literal["main", "sweep"],
     multiplier: float = 1.0,
 ) -> PlannedRun:
-    tokens = recipes.count(plain["tokens"], "tokens")
+    tokens = quantities.count(plain["tokens"], "tokens")
     return PlannedRun(
         kind=kind,
         arm=arm.name,
@@ -263,10 +267,10 @@ def _run(
 def _with_rate(plain: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
     if multiplier == 1.0:
         return changed(plain, {})
-    rate = (plain.get("optimizer") or {}).get("lr", recipes.Optimizer.lr)
+    rate = (plain.get("optimizer") or {}).get("lr", recipes.Optimizer().lr)
     return changed(plain, {"optimizer.lr": float(rate) * multiplier})
 
 
 def batch_tokens(plain: Mapping[str, Any]) -> int:
     """Tokens of one optimizer step."""
-    return recipes.count((plain.get("batch") or {}).get("tokens", recipes.Batch.tokens), "batch.tokens")
+    return quantities.count((plain.get("batch") or {}).get("tokens", recipes.Batch().tokens), "batch.tokens")

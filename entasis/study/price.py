@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
+from entasis import quantities
 from entasis.report.tables import Column, Table
 from entasis.study import conduct, execute, machine, results, statistics, throughput
 from entasis.study.definition import Study
 from entasis.study.live import duration
 from entasis.study.plan import Arm, Findings, Plan, PlannedRun, batch_tokens, lay_out, preparatory, solve
 from entasis.study.worker import Place
-from entasis.train import recipe as recipes
 from entasis.train.candidates import Settings, from_plain
 
 _LIMIT = 60.0
@@ -172,7 +172,7 @@ def _validation_flops(run: PlannedRun, arm: Arm, folder: Path) -> float:
     path = (run.recipe.get("data") or {}).get("validation")
     if path is None:
         return 0.0
-    tokens = recipes.count(evaluation["tokens"], "evaluation.tokens") if evaluation.get("tokens") else 0
+    tokens = quantities.count(evaluation["tokens"], "evaluation.tokens") if evaluation.get("tokens") else 0
     if (folder / str(path) / "corpus.json").is_file():
         from entasis.data.corpus import Corpus
 
@@ -180,7 +180,7 @@ def _validation_flops(run: PlannedRun, arm: Arm, folder: Path) -> float:
         tokens = min(tokens, there) if tokens else there
     steps = max(1, run.tokens // batch_tokens(run.recipe))
     every = evaluation.get("every")
-    times = 1 + (steps - 1) // max(1, recipes.part(every, steps, "evaluation.every")) if every else 1
+    times = 1 + (steps - 1) // max(1, quantities.steps(every, steps, "evaluation.every")) if every else 1
     return times * tokens * arm.flops_per_token / 3
 
 

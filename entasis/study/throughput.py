@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from entasis import quantities
 from entasis.files import write_text
 from entasis.study import execute, machine, remote, results
 from entasis.study.definition import Study
@@ -49,11 +50,12 @@ def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]
     from entasis.shape import cost
     from entasis.train import hardware, recipe, run_folder
     from entasis.train.auto_settings import simplest
+    from entasis.train.resolve import resolve
     from entasis.train.step_timing import Step, Timing
 
     hardware.set_threads()
     found = hardware.device(device)
-    resolved = [recipe.resolve(recipe.from_dict(p), p["shape"]["vocabulary"])[:2] for p in plain]
+    resolved = [resolve(recipe.from_dict(p), p["shape"]["vocabulary"])[:2] for p in plain]
     ready = [(run_folder.with_device(r, found), shape) for r, shape in resolved]
     states = [cost.training_memory(shape) for _, shape in ready]
     state = sum(m.weights + m.gradients + m.optimizer for m in states)
@@ -148,13 +150,12 @@ def _decaying(o: Outcome) -> int:
     from entasis.train import recipe
 
     schedule = {
-        "name": recipe.Schedule.name,
-        "decay": recipe.Schedule.decay,
+        **recipe.Schedule().model_dump(),
         **(o.run.recipe.get("schedule") or {}),
     }
     steps = int(o.result["steps"])
     return (
-        recipe.part(schedule["decay"], steps, "schedule.decay")
+        quantities.steps(schedule["decay"], steps, "schedule.decay")
         if schedule["name"] == "warmup-stable-decay"
         else 0
     )

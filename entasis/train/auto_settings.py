@@ -51,7 +51,7 @@ def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> tuple[Rec
         "seconds": time.perf_counter() - begun,
         "timings": timings,
     }
-    return parallel.agree((dataclasses.replace(recipe, **taken._asdict()), told))
+    return parallel.agree((recipe.replaced(**taken._asdict()), told))
 
 
 def simplest(recipe: Recipe, device: torch.device) -> Settings:
@@ -134,7 +134,7 @@ def _eager(recipe: Recipe, shape: ModelShape, device: torch.device) -> list[Sett
 
 def _fits(recipe: Recipe, shape: ModelShape, device: torch.device, precision: str) -> bool:
     """Whether what plain attention keeps (T × T for every head) fits half of the memory that is free."""
-    plain = dataclasses.replace(recipe, precision=precision, attention="plain")  # type: ignore[arg-type]
+    plain = recipe.replaced(precision=precision, attention="plain")
     try:
         recomputed = recomputed_layers(plain, shape)
     except UserError:

@@ -37,6 +37,7 @@ from entasis.train import hardware, meter, optimizers, run_folder, stages
 from entasis.train import recipe as recipes
 from entasis.train.loop import train
 from entasis.train.recipe import Recipe
+from entasis.train.resolve import resolve
 
 Reporter = Callable[[str, int, int], None]
 """Told what is being measured, how much of it is done, and of how much."""
@@ -76,7 +77,7 @@ def bench(
     say = reporter or (lambda *_: None)
     device = hardware.device(recipe.device)
     corpus = run_folder.check_data(recipe)
-    resolved, shape, _ = recipes.resolve(recipe, corpus.vocabulary)
+    resolved, shape, _ = resolve(recipe, corpus.vocabulary)
     run_folder.check_vocabulary(shape, corpus)
     # Chosen as for the whole run: whether compiling pays depends on its length.
     run_folder.check_settings(resolved, device)
@@ -130,15 +131,16 @@ class _Enough(Exception):
 
 def _steps(recipe: Recipe, steps: int, say: Reporter) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The first steps of a run of `recipe`: what the loop recorded of them, and the environment."""
-    stage = dataclasses.replace(recipe.stages[0], tokens=(steps + 1) * int(recipe.batch.tokens))
+    stage = recipe.stages[0]
     assert stage.schedule is not None, "the recipe is resolved"
-    stage.schedule = dataclasses.replace(stage.schedule, warmup=0, decay=0)
-    measured = dataclasses.replace(
-        recipe,
+    stage = stage.replaced(
+        tokens=(steps + 1) * recipe.batch.tokens, schedule=stage.schedule.replaced(warmup=0, decay=0)
+    )
+    measured = recipe.replaced(
         tokens=stage.tokens,
         stages=[stage],
-        evaluation=dataclasses.replace(recipe.evaluation, every=None),
-        checkpoint=dataclasses.replace(recipe.checkpoint, every=None),
+        evaluation=recipe.evaluation.replaced(every=None),
+        checkpoint=recipe.checkpoint.replaced(every=None),
         logging=recipes.Logging(tensorboard=False),
     )
     records: list[dict[str, Any]] = []

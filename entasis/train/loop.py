@@ -228,8 +228,8 @@ class _Loop:
         size = norm.item()
         if not (abs(mean) < float("inf") and size < float("inf")):
             raise faults.non_finite(self.model, self.step + 1, mean, batch.tokens_BT, self.micro)
-        if self.recipe.optimizer.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(learning, self.recipe.optimizer.clip, norm)
+        if self.recipe.optimizer.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(learning, self.recipe.optimizer.max_grad_norm, norm)
         for rule in rules:
             rule.step()
         for rule in rules:

@@ -25,7 +25,8 @@ from entasis.errors import Damaged, UserError
 from entasis.model import weights
 from entasis.shape.shapes import ModelShape
 from entasis.train import auto_settings, checkpoint, hardware, parallel
-from entasis.train.recipe import Recipe, difference, read, resolve, to_yaml
+from entasis.train.recipe import Recipe, difference, read_stored, to_yaml
+from entasis.train.resolve import resolve
 
 RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
 
@@ -138,11 +139,11 @@ def recognise(resolved: Recipe, folder: Path) -> Recipe | None:
         if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK, "recipe.yaml.partial"}:
             raise UserError(f"{folder} is not empty and holds no run; choose another --output")
         return None
-    stored = read(stored_at)
+    stored = read_stored(stored_at)
     resolved = adopt(resolved, stored)
     # What only spreads the work or its memory is no part of what is computed: a run may go on elsewhere.
     free = {"parallel": resolved.parallel, "activation_memory": resolved.activation_memory}
-    if differs := difference(dataclasses.replace(stored, **free), resolved):  # type: ignore[arg-type]
+    if differs := difference(stored.replaced(**free), resolved):
         raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
     return resolved
 
@@ -220,13 +221,11 @@ def check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
 
 def adopt(recipe: Recipe, stored: Recipe) -> Recipe:
     """Leaves to the machine nothing that was settled when the run began: resuming changes nothing."""
-    result = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch))
-    for name in ("precision", "compile", "attention", "device"):
-        if getattr(recipe, name) == "auto":
-            setattr(result, name, getattr(stored, name))
-    if recipe.batch.micro == "auto":
-        result.batch.micro = stored.batch.micro
-    return result
+    left = [n for n in ("precision", "compile", "attention", "device") if getattr(recipe, n) == "auto"]
+    batch = recipe.batch
+    if batch.micro == "auto":
+        batch = batch.replaced(micro=stored.batch.micro)
+    return recipe.replaced(batch=batch, **{name: getattr(stored, name) for name in left})
 
 
 def check_settings(recipe: Recipe, device: torch.device) -> None:
@@ -250,14 +249,12 @@ def check_settings(recipe: Recipe, device: torch.device) -> None:
 
 def with_device(recipe: Recipe, device: torch.device) -> Recipe:
     """A resolved recipe with its device and the sequences of a micro-batch settled."""
-    result = dataclasses.replace(recipe, batch=dataclasses.replace(recipe.batch))
-    if recipe.device == "auto":
-        result.device = device.type
-    if recipe.batch.micro == "auto":
+    batch = recipe.batch
+    if batch.micro == "auto":
         # On a CPU more than this falls out of its caches: a quarter slower at twice as many tokens.
         at_once = 32_768 if device.type == "cuda" else 4_096
-        result.batch.micro = max(1, min(recipe.sequences, at_once // recipe.data.sequence))
-    return result
+        batch = batch.replaced(micro=max(1, min(recipe.sequences, at_once // recipe.data.sequence)))
+    return recipe.replaced(batch=batch, device=device.type if recipe.device == "auto" else recipe.device)
 
 
 def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> tuple[Recipe, dict[str, Any] | None]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from torch import nn
-
-from entasis.errors import UserError
+from entasis.model.transformer import Transformer
+from entasis.shape import selectors
 from entasis.train.recipe import Recipe, Stage
 
 
@@ -36,21 +33,9 @@ def lay_out(recipe: Recipe) -> list[Stretch]:
     return result
 
 
-def select(model: nn.Module, stage: Stage) -> list[str]:
-    """Sets `requires_grad` as the stage says; returns the names of the parameters that learn.
-
-    Raises `UserError` for a pattern that no parameter matches.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    chosen = names
-    if isinstance(stage.train, list):
-        for pattern in stage.train:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
-                raise UserError(f"recipe: stage's train: no parameter matches {pattern!r}; one is {near}")
-        chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in stage.train)]
-        if not chosen:
-            raise UserError("recipe: stage's train is an empty list; nothing would learn")
+def select(model: Transformer, stage: Stage) -> list[str]:
+    """Sets `requires_grad` as the stage says; returns the names of the parameters that learn. Raises `UserError`."""
+    chosen = selectors.select(model.shape, stage.trainable, where="recipe: trainable")
     learns = set(chosen)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in learns)

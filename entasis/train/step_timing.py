@@ -6,7 +6,6 @@ Candidates take turns, step by step, so that other work on the machine slows all
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -125,8 +124,8 @@ class Step:
         gradients = [p.grad for p in built.learning if p.grad is not None]
         norm = sharding.full(torch.nn.utils.get_total_norm(gradients))
         norm.item()
-        if self.recipe.optimizer.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(built.learning, self.recipe.optimizer.clip, norm)
+        if self.recipe.optimizer.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(built.learning, self.recipe.optimizer.max_grad_norm, norm)
         for rule in built.rules:
             rule.step()
             rule.zero_grad(set_to_none=True)
@@ -234,4 +233,4 @@ def _switch(model: Transformer, attention: Any) -> None:
 
 
 def _with(recipe: Recipe, settings: Settings) -> Recipe:
-    return dataclasses.replace(recipe, precision=settings.precision, attention=settings.attention)
+    return recipe.replaced(precision=settings.precision, attention=settings.attention)

@@ -23,6 +23,7 @@ from entasis.model import weights
 from entasis.shape import LayerShape, cost, specification
 from entasis.train import recipe as recipes
 from entasis.train.recipe import Data
+from entasis.train.resolve import resolve
 
 TEXTS = sentences(30, 11)
 
@@ -155,12 +156,12 @@ def test_a_profile_of_heads(scale) -> None:
 
 def test_a_plan_trains_the_important_layers_first(trained, tmp_path: Path) -> None:
     values = np.array([5.0, 1.0, 2.0, 3.0, 4.0])
-    text = suggest.plan(trained.shape, values, tokens="1M", data=Data("corpus", sequence=64))
+    text = suggest.plan(trained.shape, values, tokens="1M", data=Data(train="corpus", sequence=64))
     (tmp_path / "plan.yaml").write_text(text)
-    recipe, shape, _ = recipes.resolve(recipes.read(tmp_path / "plan.yaml", ["batch.tokens=6400"]), 257)
+    recipe, shape, _ = resolve(recipes.read(tmp_path / "plan.yaml", ["batch.tokens=6400"]), 257)
     assert shape == trained.shape and recipe.tokens == 1_000_000 and len(recipe.stages) == 4
-    assert [s for s in recipe.stages[0].train if s.startswith("blocks")] == ["blocks.0.*", "blocks.4.*"]
-    assert recipe.stages[-1].train == "all"
+    assert [s for s in recipe.stages[0].trainable if s.startswith("blocks")] == ["blocks.0.*", "blocks.4.*"]
+    assert recipe.stages[-1].trainable == "all"
     from entasis.train.stages import select
 
     assert "blocks.0.attention.query.weight" in select(trained.model, recipe.stages[0])

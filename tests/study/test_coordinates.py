@@ -10,6 +10,7 @@ from entasis.model.transformer import Transformer
 from entasis.study import definition, plan
 from entasis.study.plan import Findings
 from entasis.train import optimizers, recipe
+from entasis.train.resolve import resolve
 
 STEPS, BATCH, SEQUENCE, VOCABULARY = 8, 4, 32, 128
 WIDTHS = {f"d{d}": {"shape.d_model": d} for d in (64, 128, 256)}
@@ -48,7 +49,7 @@ def planned(arms: dict[str, Any], learning_rate: str = "mup", **optimizer: Any) 
 
 def moved(source: dict[str, Any]) -> dict[str, float]:
     """Root mean square change of the logits, and of each block's attention and FFN output, over the steps."""
-    resolved, shape, _ = recipe.resolve(recipe.from_dict(source), VOCABULARY)
+    resolved, shape, _ = resolve(recipe.from_dict(source), VOCABULARY)
     scheme = resolved.optimizer
     model = Transformer(shape)
     initialise(model, resolved.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width)

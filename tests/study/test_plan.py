@@ -8,6 +8,7 @@ from entasis.errors import UserError
 from entasis.study import definition, plan
 from entasis.study.plan import Findings
 from entasis.train import recipe
+from entasis.train.resolve import resolve
 
 
 def study(**changes: Any) -> definition.Study:
@@ -148,7 +149,7 @@ def test_a_study_trains_the_shape_that_train_makes_of_the_same_recipe(asked: str
     arms = plan.solve(s)
     for run in plan.lay_out(s, arms, Findings()).runs:
         written = definition.changed(s.base, s.arms[run.arm])
-        _, trained, _ = recipe.resolve(recipe.from_dict(written), 512)
-        _, studied, notes = recipe.resolve(recipe.from_dict(run.recipe), 512)
+        _, trained, _ = resolve(recipe.from_dict(written), 512)
+        _, studied, notes = resolve(recipe.from_dict(run.recipe), 512)
         assert studied == trained
         assert not notes

@@ -13,6 +13,7 @@ from entasis.model.attention import Attention
 from entasis.train import auto_settings, hardware
 from entasis.train import recipe as recipes
 from entasis.train.candidates import Settings, fastest, from_plain, told
+from entasis.train.resolve import resolve
 from entasis.train.run_folder import with_device
 from entasis.train.step_timing import Seconds
 
@@ -22,7 +23,7 @@ LONG = {"batch": {"tokens": 64}, "tokens": 64 * 2000, "data": {"validation": Non
 
 
 def chosen(recipe):
-    resolved, shape, _ = recipes.resolve(recipe, 256 + 2)
+    resolved, shape, _ = resolve(recipe, 256 + 2)
     device = hardware.device("cpu")
     return auto_settings.choose(with_device(resolved, device), shape, device)
 

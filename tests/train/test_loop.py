@@ -125,7 +125,7 @@ def test_document_masking_changes_what_is_seen(recipe, tmp_path):
 def test_a_stage_trains_only_what_it_names(recipe, tmp_path):
     both = [
         {"tokens": 512 * 4},
-        {"tokens": 512 * 4, "train": ["blocks.1.*"], "schedule": {"name": "constant", "warmup": 0}},
+        {"tokens": 512 * 4, "trainable": ["blocks.1.*"], "schedule": {"name": "constant", "warmup": 0}},
     ]
     train(recipe(tokens=512 * 4, schedule={"decay": 0}), tmp_path / "first")
     train(recipe(tokens=None, stages=both, schedule={"decay": 0}), tmp_path / "both")
@@ -148,12 +148,12 @@ def test_a_stage_keeps_no_gradient_of_a_frozen_head(recipe, tmp_path):
     everything = kept("all")
     head = load_file(tmp_path / "all" / "model.safetensors")["head.weight"].shape
     assert head in everything
-    assert head not in kept("frozen", stages=[{"train": ["blocks.*"]}])
+    assert head not in kept("frozen", stages=[{"trainable": ["blocks.*"]}])
 
 
 def test_a_stage_that_names_nothing_is_refused(recipe, tmp_path):
-    with pytest.raises(UserError, match=r"no parameter matches 'block.1.*'; one is blocks"):
-        train(recipe(stages=[{"train": ["block.1.*"]}]), tmp_path / "run")
+    with pytest.raises(UserError, match=r"no parameter matches 'block.1.*'; did you mean blocks"):
+        train(recipe(stages=[{"trainable": ["block.1.*"]}]), tmp_path / "run")
 
 
 def test_interrupt_saves_and_says_how_to_go_on(recipe, tmp_path):

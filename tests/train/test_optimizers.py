@@ -149,7 +149,7 @@ def test_under_mup_muons_updates_have_the_spectral_norm_that_mup_asks_for():
             LayerShape(3 * width // 16, width // 16, 4 * width),
         )
         module = model(d_model=width, layers=layers)
-        scheme = Optimizer("muon", lr=1.0, parametrisation="mup", base_width=32)
+        scheme = Optimizer(name="muon", lr=1.0, parametrisation="mup", base_width=32)
         built = optimizers.build(module, scheme, every(module))
         name_of = {id(p): name for name, p in module.named_parameters()}
         return {

@@ -1,0 +1,118 @@
+"""From a recipe as written to one with nothing left open but what depends on the machine. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from entasis import quantities
+from entasis.errors import UserError
+from entasis.shape import selectors, specification
+from entasis.shape.shapes import ModelShape
+from entasis.shape.solve import Solution
+from entasis.train.recipe import Optimizer, Recipe, Stage
+
+
+def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[str]]:
+    """The recipe with nothing left open but what depends on the machine, its shape, and the solver's notes.
+
+    `vocabulary` is the corpus's; a shape that names none gets it. Raises `UserError`.
+    """
+    wanted = dict(recipe.shape)
+    if "preset" not in wanted:
+        wanted.setdefault("vocabulary", vocabulary)
+    solution = specification.resolve(wanted)
+    if recipe.optimizer.parametrisation == "mup":
+        solution = with_mup_scales(solution, wanted, recipe.optimizer)
+    _check(recipe, solution.shape)
+    stages, tokens = _resolve_stages(recipe, solution.shape)
+    result = recipe.replaced(shape=solution.shape.to_dict(), stages=stages, tokens=tokens)
+    total = result.total_steps
+    return (
+        result.replaced(
+            evaluation=recipe.evaluation.replaced(
+                every=_every(recipe.evaluation.every, total, "evaluation.every")
+            ),
+            checkpoint=recipe.checkpoint.replaced(
+                every=_every(recipe.checkpoint.every, total, "checkpoint.every")
+            ),
+        ),
+        solution.shape,
+        list(solution.notes),
+    )
+
+
+def with_mup_scales(solution: Solution, wanted: Mapping[str, Any], optimizer: Optimizer) -> Solution:
+    """The shape with muP's part of the function, but for fields that the specification `wanted` names itself.
+
+    Logits shrink with the width. Products of queries and keys shrink with head_dim instead of its root, and are as
+    ever at the base's head_dim; norms on queries and keys bound them already. Raises `UserError`.
+    """
+    shape, width, head_dim = solution.shape, optimizer.base_width, optimizer.base_head_dim
+    if width is None:
+        raise UserError(
+            "recipe: optimizer.parametrisation is mup; give optimizer.base_width, where lr was found"
+        )
+    scales: dict[str, float | None] = {"logit_scale": width / shape.d_model}
+    if shape.qk_norm == "none":
+        same = head_dim is None or head_dim == shape.head_dim
+        scales["attention_scale"] = None if same else math.sqrt(head_dim or 0) / shape.head_dim
+    notes = [
+        f"{name} is {wanted[name]!r} as the shape says, where muP has {scale!r}"
+        for name, scale in scales.items()
+        if name in wanted and wanted[name] != scale
+    ]
+    missing: dict[str, Any] = {name: scale for name, scale in scales.items() if name not in wanted}
+    shape = dataclasses.replace(shape, **missing)
+    return dataclasses.replace(solution, shape=shape, notes=(*solution.notes, *notes))
+
+
+def _check(recipe: Recipe, shape: ModelShape) -> None:
+    """Refuses numbers that do not go together. Raises `UserError`."""
+    tokens, sequence = recipe.batch.tokens, recipe.data.sequence
+    if tokens < sequence or tokens % sequence:
+        nearest = max(1, round(tokens / sequence)) * sequence
+        raise UserError(
+            f"recipe: batch.tokens is {tokens}, not a multiple of data.sequence {sequence}; the nearest is {nearest}"
+        )
+    if sequence > shape.context:
+        raise UserError(
+            f"recipe: data.sequence is {sequence}, longer than the shape's context {shape.context}; "
+            "set shape.context"
+        )
+    if recipe.parallel.shard is not None and recipe.parallel.kind != "hsdp":
+        raise UserError(
+            f"recipe: parallel.shard is {recipe.parallel.shard} under parallel.kind {recipe.parallel.kind}; "
+            "it is a number of processes, and only for hsdp"
+        )
+
+
+def _resolve_stages(recipe: Recipe, shape: ModelShape) -> tuple[list[Stage], int]:
+    """The stages with their tokens and schedules, and all tokens."""
+    stages, total = [], 0
+    for i, stage in enumerate(recipe.stages or [Stage()]):
+        tokens = stage.tokens
+        if tokens is None and len(recipe.stages) <= 1:
+            tokens = recipe.tokens
+        if tokens is None:
+            missing = f"stages[{i}].tokens" if recipe.stages else "tokens"
+            raise UserError(f"recipe: {missing} is missing; say how many tokens to train on, such as 5M")
+        selectors.select(shape, stage.trainable, where=f"recipe: stages[{i}].trainable")
+        schedule = stage.schedule or recipe.schedule
+        stage = stage.replaced(tokens=tokens, schedule=schedule)
+        steps = recipe.steps(stage)
+        warmup = quantities.steps(schedule.warmup, steps, "recipe: schedule.warmup")
+        decay = quantities.steps(schedule.decay, steps, "recipe: schedule.decay")
+        if schedule.name == "warmup-stable-decay" and warmup + decay > steps:
+            raise UserError(f"recipe: schedule.warmup {warmup} and decay {decay} exceed the {steps} steps")
+        stages.append(stage)
+        total += tokens
+    if recipe.tokens is not None and recipe.tokens != total:
+        raise UserError(f"recipe: tokens is {recipe.tokens}, but the stages add up to {total}; leave one out")
+    return stages, total
+
+
+def _every(value: int | str | None, total: int, where: str) -> int | None:
+    return None if value is None else max(1, quantities.steps(value, total, f"recipe: {where}"))
