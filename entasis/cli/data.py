@@ -96,6 +96,8 @@ def _prepare(args: argparse.Namespace) -> int:
             column=args.column,
             progress=report,
         )
+    if result.get("unread"):
+        print(f"entasis: {result['unread']}", file=sys.stderr)
     if args.json:
         print(json.dumps(result))
         return 0

@@ -4,37 +4,27 @@
     entasis data doctor old/train.bin --dtype uint16 --vocabulary 50257
 
 Token files without a type are the commonest silent fault of language-model training: read with the wrong one they
-still give numbers, losses and rankings. Each examination below is one registered function that looks for one fault
-and states its evidence; real text of any tokenizer passes all of them.
+still give numbers, losses and rankings. Each examination in `entasis.data.examinations` is one registered function
+that looks for one fault and states its evidence; `benchmarks/doctor_matrix.py` counts what they find and what they
+wrongly accuse over many texts and tokenizers.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, Corpus
+from entasis.data.examinations import EXAMINATIONS, Finding, Specimen
 from entasis.data.shards import content_hash
 from entasis.errors import UserError
 
 _SAMPLE = 1 << 19
 """Tokens looked at from the beginning, the middle and the end, unless the examination is thorough."""
-_FEWEST = 16
-"""Below so many tokens there is no statistical evidence."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fault: its name, what shows it, and what to do."""
-
-    name: str
-    evidence: str
-    cure: str
 
 
 @dataclass(frozen=True)
@@ -50,27 +40,6 @@ class Diagnosis:
         return not self.findings
 
 
-@dataclass(frozen=True)
-class Specimen:
-    """What an examination sees: a sample of the ids as read, the range of all, and what is known about them."""
-
-    ids: np.ndarray
-    lowest: int
-    highest: int
-    vocabulary: int | None
-    tokenizer: tokenizers.Tokenizer | None
-
-
-Examination = Callable[[Specimen], Iterator[Finding]]
-EXAMINATIONS: list[Examination] = []
-
-
-def examination(look: Examination) -> Examination:
-    """Registers an examination."""
-    EXAMINATIONS.append(look)
-    return look
-
-
 def examine(
     path: str | Path,
     dtype: str | None = None,
@@ -79,7 +48,7 @@ def examine(
     *,
     thorough: bool = False,
 ) -> Diagnosis:
-    """Examines a corpus folder, or a raw token file whose dtype is told.
+    """Examines a corpus folder, a folder of several (`train` and `validation`), or a raw file whose dtype is told.
 
     A corpus is checked against its own vocabulary and tokenizer. `thorough` recomputes the content hashes of its
     shards; otherwise a sample is read, in a fraction of a second. Raises `UserError` when there is nothing
@@ -112,7 +81,16 @@ def examine_ids(
 
 def _examine_corpus(path: Path, chosen: tokenizers.Tokenizer | None, thorough: bool) -> Diagnosis:
     if not (path / INDEX).is_file():
-        Corpus(path)  # says what is there instead
+        parts = [p.parent for p in sorted(path.glob(f"*/{INDEX}"))]
+        if not parts:
+            Corpus(path)  # says what is there instead
+        each = [_examine_corpus(part, chosen, thorough) for part in parts]
+        found = (
+            replace(f, evidence=f"{p.name}: {f.evidence}")
+            for p, d in zip(parts, each, strict=True)
+            for f in d.findings
+        )
+        return Diagnosis(str(path), sum(d.tokens for d in each), tuple(found))
     try:
         corpus = Corpus(path)
     except UserError as error:
@@ -190,177 +168,3 @@ def _read(path: Path, dtype: str | None) -> tuple[np.ndarray, list[Finding]]:
 
 def _truncated(evidence: str) -> Finding:
     return Finding("truncated file", evidence, "copy or download the file again")
-
-
-@examination
-def swallowed_header(specimen: Specimen) -> Iterator[Finding]:
-    """A file format's header read as if it were tokens."""
-    start = np.ascontiguousarray(specimen.ids[:4096]).astype(specimen.ids.dtype).tobytes()
-    magic = int.from_bytes(start[:4], "little")
-    known = {20240520: "llm.c", 20240801: "llm.c"}
-    if start[:6] == b"\x93NUMPY":
-        evidence = "the first bytes are \\x93NUMPY: the header of a .npy file was read as tokens"
-        yield Finding(
-            "swallowed .npy header", evidence, "import it with --format npy, which reads the header"
-        )
-    elif magic in known and len(start) >= 1024:
-        evidence = f"the first number is {magic}, the mark of {known[magic]}'s 1024-byte header"
-        yield Finding("swallowed header", evidence, "import it with --format llm.c, which reads the header")
-    elif start[8:10] == b'{"' and 0 < int.from_bytes(start[:8], "little") < 1 << 27:
-        evidence = "it begins like a safetensors file"
-        yield Finding("swallowed header", evidence, "give the folder of the corpus, or extract the tensor")
-
-
-@examination
-def wider_read_as_narrower(specimen: Specimen) -> Iterator[Finding]:
-    """32- or 64-bit ids read as 16- or 32-bit ones: every other number is (nearly) always zero."""
-    ids = specimen.ids
-    width = ids.dtype.itemsize
-    if len(ids) < _FEWEST or width > 4:
-        return
-    for stride in (4, 2):
-        n = len(ids) // stride * stride
-        lanes = [ids[k:n:stride] for k in range(stride)]
-        if n < _FEWEST or width * stride > 8:
-            continue
-        # The high half of an id below 2^20 is below 16; the low half of real ids spreads far beyond.
-        small = [bool((lane.astype(np.int64) < 16).mean() > 0.98) for lane in lanes]
-        spread = [bool((lane.astype(np.int64) >= 16).mean() > 0.3) for lane in lanes]
-        zeros = [float((lane == 0).mean()) for lane in lanes]
-        if sum(spread) == 1 and sum(small) == stride - 1:
-            low = spread.index(True)
-            quiet = [f"{z:.1%}" for k, z in enumerate(zeros) if k != low]
-            told = f"{ids.dtype.kind.replace('u', 'uint').replace('i', 'int')}{8 * width}"
-            bits = 8 * width * stride
-            evidence = (
-                f"of every {stride} numbers {stride - 1} {'is' if stride == 2 else 'are'} almost always zero "
-                f"({', '.join(quiet)} zeros there, {zeros[low]:.1%} in the rest): {bits}-bit ids read as {told}"
-            )
-            order = "be" if low == stride - 1 else ""
-            cure = f"import the file with --dtype {'int' if bits == 64 else 'uint'}{bits}{order}"
-            yield Finding("wider ids read as narrower", evidence, cure)
-            return
-
-
-@examination
-def narrower_read_as_wider(specimen: Specimen) -> Iterator[Finding]:
-    """Two 16-bit ids read as one 32-bit id."""
-    ids = specimen.ids
-    if ids.dtype.itemsize != 4 or len(ids) < _FEWEST:
-        return
-    values = ids.astype(np.uint32)
-    high, low = values >> 16, values & 0xFFFF
-    if (high >= 16).mean() > 0.5 and (low >= 16).mean() > 0.5:
-        evidence = f"{(high > 0).mean():.1%} of the ids are above 65535, the largest is {int(values.max())}"
-        yield Finding("narrower ids read as wider", evidence, "import the file with --dtype uint16")
-
-
-@examination
-def swapped_bytes(specimen: Specimen) -> Iterator[Finding]:
-    """Big-endian ids read as little-endian."""
-    ids, vocabulary = specimen.ids, specimen.vocabulary
-    if len(ids) < _FEWEST or ids.dtype.itemsize not in (2, 4):
-        return
-    native = ids.astype(ids.dtype.newbyteorder("="))
-    swapped = native.byteswap()
-    if ids.dtype.itemsize == 4:
-        wrong = bool(
-            (native.astype(np.int64) >= 1 << 24).mean() > 0.5 and swapped.astype(np.int64).max() < 1 << 24
-        )
-        evidence = (
-            f"{(native.astype(np.int64) >= 1 << 24).mean():.1%} of the ids are above 2^24, swapped none is"
-        )
-    elif vocabulary is not None and vocabulary < 1 << 16 and specimen.highest >= vocabulary:
-        wrong = int(swapped.max()) < vocabulary
-        beyond = (native.astype(np.int64) >= vocabulary).mean()
-        evidence = f"{beyond:.1%} of the ids are outside the vocabulary of {vocabulary}, swapped none is"
-    else:
-        # Frequent ids are low ones, so the high byte is the more predictable of the two.
-        high, low = _entropy((native >> 8) & 0xFF), _entropy(native & 0xFF)
-        wrong = len(ids) >= 1024 and high > low + 0.5
-        evidence = (
-            f"the high byte carries {high:.1f} bits and the low byte {low:.1f}; in real ids it is the reverse"
-        )
-    if wrong:
-        width = 8 * ids.dtype.itemsize
-        big = ids.dtype.byteorder == ">"
-        yield Finding(
-            "swapped bytes", evidence, f"import the file with --dtype uint{width}{'' if big else 'be'}"
-        )
-
-
-@examination
-def outside_the_vocabulary(specimen: Specimen) -> Iterator[Finding]:
-    """Ids that the tokenizer does not have, and vocabularies that the ids cannot hold."""
-    ids, vocabulary = specimen.ids, specimen.vocabulary
-    if not len(ids) or vocabulary is None:
-        return
-    low, high = specimen.lowest, specimen.highest
-    narrow = ids.dtype.itemsize == 2
-    if low < 0:
-        share = (ids < 0).mean()
-        evidence = f"{share:.2%} of the ids are negative: ids from 32768 upwards wrapped in {ids.dtype}"
-        yield Finding("wrapped ids", evidence, "tell an unsigned --dtype, or tokenise again into a wider one")
-    elif narrow and vocabulary > 1 << 16:
-        evidence = (
-            f"a vocabulary of {vocabulary} does not fit into 16 bits: ids from 65536 upwards have wrapped"
-        )
-        yield Finding(
-            "wrapped ids", evidence, "tokenise the text again into 32-bit ids; the lost bits are lost"
-        )
-    elif high < 1 << 16 and vocabulary >= 70_000 and len(ids) >= 50_000:
-        evidence = f"of {len(ids)} ids none is above 65535, though the vocabulary has {vocabulary}"
-        yield Finding(
-            "wrapped ids", evidence, "tokenise the text again; somewhere the ids went through 16 bits"
-        )
-    elif high >= vocabulary:
-        share = (ids.astype(np.int64) >= vocabulary).mean()
-        evidence = f"{share:.2%} of the ids are outside the vocabulary of {vocabulary}; the largest is {high}"
-        yield Finding(
-            "ids outside the vocabulary", evidence, "name the tokenizer and dtype that made the file"
-        )
-
-
-@examination
-def wrong_tokenizer(specimen: Specimen) -> Iterator[Finding]:
-    """Ids that, decoded and encoded again, become other ids: another tokenizer made them."""
-    chosen, ids = specimen.tokenizer, specimen.ids
-    if chosen is None or len(ids) < 256 or int(ids.max()) >= chosen.vocabulary or int(ids.min()) < 0:
-        return
-    kept, total = 0, 0
-    for segment in _segments(ids, chosen.end_of_text):
-        again = chosen.encode(chosen.decode(segment))
-        a, b = _boundaries(chosen, segment), _boundaries(chosen, again)
-        kept += len(a & b)
-        total += len(a | b)
-    if total and kept / total < 0.9:
-        evidence = (
-            f"decoded and encoded again, only {kept / total:.1%} of the token boundaries stay where they were"
-        )
-        yield Finding("wrong tokenizer", evidence, "name the tokenizer that made the file")
-
-
-def _segments(ids: np.ndarray, end: int | None) -> list[list[int]]:
-    """Stretches of up to 400 ids within a document, from a few places."""
-    result = []
-    for start in np.linspace(0, max(0, len(ids) - 400), 8).astype(int):
-        stretch = ids[start : start + 400].astype(np.int64).tolist()
-        if end in stretch:
-            parts = [i for i, x in enumerate(stretch) if x == end]
-            edges = [-1, *parts, len(stretch)]
-            stretch = max((stretch[a + 1 : b] for a, b in itertools.pairwise(edges)), key=len)
-        if len(stretch) > 8:
-            result.append(stretch)
-    return result
-
-
-def _boundaries(chosen: tokenizers.Tokenizer, ids: list[int]) -> set[int]:
-    # In a byte-level vocabulary each character of a token's name is one byte of text.
-    lengths = [len(chosen.library.id_to_token(i) or "") for i in ids]
-    return set(np.cumsum(lengths).tolist())
-
-
-def _entropy(values: np.ndarray) -> float:
-    counts = np.bincount(values.astype(np.int64).ravel(), minlength=256)
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log2(p)).sum())

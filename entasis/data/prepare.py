@@ -9,6 +9,7 @@ text and one shard of tokens. What a killed run finished is not done again.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from collections import deque
@@ -31,6 +32,7 @@ from entasis.files import aside, read_json, write_json
 SHARD_TOKENS = 1 << 25
 _BATCH_BYTES = 1 << 20
 _TOKENIZER_SAMPLE = 64 << 20
+LEFT_OUT = "left-out.json"
 _SKIPPED, _TRAIN, _VALIDATION = 0, 1, 2
 SIDES = {"train": _TRAIN, "validation": _VALIDATION}
 
@@ -90,6 +92,8 @@ def prepare(
         "vocabulary": chosen.vocabulary,
         "source_documents": len(sides),
         "skipped_documents": int((sides == _SKIPPED).sum()),
+        "unread_files": (left_out := read_json(work / LEFT_OUT)["files"]),
+        "unread": _unread(left_out) if left_out else None,
         "seconds": time.perf_counter() - started,
         **{name: totals(output / name) for name in SIDES if (output / name / INDEX).is_file()},
     }
@@ -131,16 +135,19 @@ def _survey(
         return sides, sizes
     names: list[str] = []
     bytes_of: list[int] = []
-    signatures: list[np.ndarray] = []
+    signatures: list[tuple[np.ndarray, np.ndarray]] = []
     seen = 0
-    for document in documents(sources, column):
+    left_out: dict[str, str] = {}
+    for document in documents(sources, column, skip=lambda path, why: left_out.update({str(path): why})):
         names.append(document.name)
         bytes_of.append(len(document.text.encode("utf-8")))
         signatures.append(split.signature(document.text))
         seen += bytes_of[-1]
         report("survey", seen, 0)
     if not names:
-        raise UserError(f"no text in {', '.join(map(str, sources))}")
+        told = f" ({_unread(left_out)})" if left_out else ""
+        raise UserError(f"no text in {', '.join(map(str, sources))}{told}")
+    write_json(work / LEFT_OUT, {"files": left_out})
     sizes = np.array(bytes_of, np.int64)
     sides = np.full(len(names), _TRAIN, np.int64)
     if limit is not None:
@@ -148,8 +155,9 @@ def _survey(
         sides[drawn[np.cumsum(sizes[drawn]) > limit]] = _SKIPPED
     kept = np.flatnonzero(sides)
     if validation and len(kept):
-        group = split.groups(np.stack([signatures[i] for i in kept]))
-        out = split.held_out([names[i] for i in kept], sizes[kept], group, validation, seed)
+        minhashes, shingles = zip(*(signatures[i] for i in kept), strict=True)
+        group, boilerplate = split.groups(np.stack(minhashes), shingles)
+        out = split.held_out([names[i] for i in kept], sizes[kept], group, boilerplate, validation, seed)
         if out.all() or not out.any():
             raise UserError(
                 "all documents are near-duplicates of one another or there is but one, so nothing can be held out; "
@@ -159,6 +167,13 @@ def _survey(
     with aside(saved) as partial, partial.open("wb") as file:
         np.save(file, np.stack([sides, sizes]), allow_pickle=False)
     return sides, sizes
+
+
+def _unread(left_out: dict[str, str]) -> str:
+    """One line about files that are no text."""
+    few = [f"{path}: {why}" for path, why in itertools.islice(left_out.items(), 3)]
+    more = f"; and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+    return f"{len(left_out):,} file{'s' * (len(left_out) > 1)} could not be read as text and left out: {'; '.join(few)}{more}"
 
 
 def _tokenizer(

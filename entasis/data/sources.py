@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
+import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +17,11 @@ from typing import IO, Any
 from entasis.errors import UserError
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".tex", ".text", ""}
+LONGEST = 1 << 21
+"""Characters of one document; a longer text becomes several, cut at ends of lines where there are any."""
+_BLOCK = 1 << 20
+LONGEST_LINE = 1 << 28
+"""Bytes of one line of jsonl. A file of a few MB can unpack to one line of any length."""
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -39,25 +47,58 @@ def reader(*endings: str) -> Callable[[Reader], Reader]:
     return add
 
 
-def documents(sources: Sequence[str | Path], column: str = "text") -> Iterator[Document]:
+class NoText(Exception):
+    """A file of a folder that cannot be read as text; it says why."""
+
+
+Skip = Callable[[Path, str], Any]
+"""Called with each file that is left out, and why."""
+
+
+def documents(
+    sources: Sequence[str | Path], column: str = "text", skip: Skip = lambda path, why: None
+) -> Iterator[Document]:
     """All documents of all sources, in a fixed order. Empty ones are left out. Raises `UserError`."""
     for source in sources:
         if str(source).startswith("hf:"):
             found = _hugging_face(str(source), column)
         else:
-            found = _of_files(source, column)
+            found = _of_files(source, column, skip)
         for document in found:
-            if document.text:
-                yield document
+            yield from _cut(document)
 
 
-def _of_files(source: str | Path, column: str) -> Iterator[Document]:
+def _cut(document: Document) -> Iterator[Document]:
+    """The document, or its parts where it is too long; none where it is empty."""
+    for number, part in enumerate(_parts([document.text]), 1):
+        yield Document(document.name + f"#{number}" * (number > 1), part)
+
+
+def _parts(blocks: Iterable[str]) -> Iterator[str]:
+    """The text of all blocks in parts of at most `LONGEST` characters."""
+    left = ""
+    for block in blocks:
+        left += block
+        start = 0
+        while len(left) - start > LONGEST:
+            stop = left.rfind("\n", start + LONGEST // 2, start + LONGEST) + 1 or start + LONGEST
+            yield left[start:stop]
+            start = stop
+        left = left[start:]
+    if left:
+        yield left
+
+
+def _of_files(source: str | Path, column: str, skip: Skip) -> Iterator[Document]:
     """Documents of a file, a folder or `stdlib`, named from there: the same on any machine, wherever it lies."""
     root = Path(sysconfig.get_paths()["stdlib"]) if str(source) == "stdlib" else Path(source)
     for path in files([source]):
         name = str(path.relative_to(root)) if path != root else path.name
-        for document in _reader_of(path)(path, column):
-            yield Document(name + document.name.removeprefix(str(path)), document.text)
+        try:
+            for document in _reader_of(path)(path, column):
+                yield Document(name + document.name.removeprefix(str(path)), document.text)
+        except (NoText, PermissionError) as error:
+            skip(path, str(error) if isinstance(error, NoText) else "it may not be read")
 
 
 def files(sources: Sequence[str | Path]) -> list[Path]:
@@ -68,13 +109,39 @@ def files(sources: Sequence[str | Path]) -> list[Path]:
         if str(source) == "stdlib":
             result += _stdlib()
         elif path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
+            inside = (p for p in _walk(path) if not p.name.startswith("."))
             result += [p for p in inside if _ending(p) or p.suffix.lower() in TEXT_SUFFIXES]
         elif path.is_file():
             result.append(path)
         else:
             raise UserError(f"source {source}: no such file or folder (stdlib and hf:NAME are known too)")
     return result
+
+
+def _walk(root: Path) -> list[Path]:
+    """The files below a folder, in order of name. Links are followed, each real folder and file taken once."""
+    seen: set[str] = set()
+    found: list[Path] = []
+    waiting = [str(root)]
+    links: list[Path] = []
+    while waiting:
+        for folder, inside, names in os.walk(waiting.pop(0)):
+            if (real := os.path.realpath(folder)) in seen:
+                inside.clear()
+                continue
+            seen.add(real)
+            waiting += sorted(str(Path(folder, n)) for n in inside if Path(folder, n).is_symlink())
+            for path in (Path(folder, n) for n in names):
+                if path.is_symlink():
+                    links.append(path)
+                elif path.is_file():
+                    found.append(path)
+    real_files = {os.path.realpath(p) for p in found} if links else set()
+    for path in sorted(links):
+        if path.is_file() and (real := os.path.realpath(path)) not in real_files:
+            real_files.add(real)
+            found.append(path)
+    return sorted(found)
 
 
 def _stdlib() -> list[Path]:
@@ -96,42 +163,90 @@ def _reader_of(path: Path) -> Reader:
     return READERS[ending] if ending else _text
 
 
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
 def _text(path: Path, column: str) -> Iterator[Document]:
-    # Bytes that are not UTF-8 would make the byte count meaningless, so such a file is no text.
+    with path.open("rb") as file:
+        start = file.read(4)
+    encoding = next((name for mark, name in _MARKS if start.startswith(mark)), "utf-8")
+    # Bytes that are not UTF-8 would make the byte count meaningless, so such a file is no text. All of it is decoded
+    # before any of it is given out, a block at a time, so that a file of any size takes little memory.
+    read = 0
     try:
-        yield Document(str(path), path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError:
-        return
+        for block in _blocks(path, encoding):
+            read += len(block)
+    except UnicodeDecodeError as error:
+        raise NoText(f"not {encoding.upper()} after {read:,} characters") from error
+    for number, part in enumerate(_parts(_blocks(path, encoding)), 1):
+        yield Document(f"{path}" + f"#{number}" * (number > 1), part)
+
+
+def _blocks(path: Path, encoding: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
 
 
 @reader(".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 def jsonl(path: Path, column: str) -> Iterator[Document]:
     """One JSON object a line, its text under `column`."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[column]
-                if not isinstance(text, str):
-                    raise TypeError(f"{column} is no text")
-                yield Document(f"{path}:{number}", text)
-            except KeyError as error:
-                raise UserError(
-                    f"{path}:{number}: no key {column!r}; name the right one with --column"
-                ) from error
-            except (json.JSONDecodeError, TypeError) as error:
-                raise UserError(f"{path}:{number}: not a JSON object with text ({error})") from error
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[column]
+            if not isinstance(text, str):
+                raise TypeError(f"{column} is no text")
+            text.encode("utf-8")
+        except KeyError as error:
+            raise UserError(
+                f"{path}:{number}: no key {column!r}; name the right one with --column"
+            ) from error
+        except RecursionError as error:
+            raise UserError(f"{path}:{number}: nested too deeply") from error
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{path}:{number}: {column} holds half a surrogate pair, which no text has"
+            ) from error
+        except (ValueError, TypeError) as error:  # bad bytes and too many digits are ValueErrors
+            raise UserError(f"{path}:{number}: not a JSON object with text ({str(error)[:200]})") from error
+        yield Document(f"{path}:{number}", text)
 
 
-def _opened(path: Path) -> IO[str]:
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a plain or compressed file. Raises `UserError` where it is damaged, or one does not end."""
+    import zstandard
+
+    number = 0
+    try:
+        with _opened(path) as file:
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                if len(line) >= LONGEST_LINE and not line.endswith(b"\n"):
+                    raise UserError(
+                        f"{path}:{number}: a line of more than {LONGEST_LINE >> 20} MiB; cut it up"
+                    )
+                yield line
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise UserError(f"{path}: damaged or cut short after line {number} ({error})") from error
+
+
+def _opened(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
+        return io.BufferedReader(gzip.GzipFile(path))
     if path.suffix == ".zst":
         import zstandard
 
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(path.open("rb")), encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
+    return path.open("rb")
 
 
 @reader(".parquet")

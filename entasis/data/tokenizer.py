@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from entasis.errors import UserError
 from entasis.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
+_UNKNOWN = ("<unk>", "[UNK]", "<UNK>", "[unk]")
 _ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 
 
@@ -29,14 +31,18 @@ class Tokenizer:
         ids = library.get_vocab(with_added_tokens=True)
         self.vocabulary = max(ids.values()) + 1
         self.end_of_text: int | None = next((ids[name] for name in _ENDS if name in ids), None)
+        self.unknown: int | None = next((ids[name] for name in _UNKNOWN if name in ids), None)
+        """Stands for text that the tokenizer has no ids for."""
         self.hash = hashlib.blake2b(library.to_str().encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+        with _named():
+            return self.library.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text, on all cores."""
-        encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        """The ids of each text, on all cores. Raises `UserError` where the tokenizer itself gives up."""
+        with _named():
+            encoded = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.uint32) for e in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -45,6 +51,20 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Writes `tokenizer.json`."""
         write_text(Path(path), self.library.to_str())
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """The library raises bare Exception, and Rust panics, which are none, where a split pattern backtracks too far."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        words = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the tokenizer cannot split this text ({words}); look at its split pattern"
+        ) from error
 
 
 def load(source: str | Path) -> Tokenizer:

@@ -157,7 +157,8 @@ def test_near_duplicates_stay_on_one_side(tmp_path, texts):
 
 
 def test_unrelated_texts_are_no_near_duplicates(texts):
-    group = split.groups(np.stack([split.signature(t) for t in texts]))
+    minhashes, kept = zip(*map(split.signature, texts), strict=True)
+    group, _ = split.groups(np.stack(minhashes), kept)
     assert group.tolist() == list(range(len(texts)))
 
 
@@ -229,3 +230,161 @@ def test_bytes_and_gpt2_files_are_tokenizers(tmp_path, trained, texts):
     again = tokenizer.load(tmp_path)
     assert again.encode(texts[1]) == trained.encode(texts[1])
     assert again.end_of_text == trained.end_of_text
+
+
+@pytest.mark.slow
+def test_a_text_contained_in_a_longer_one_stays_with_it(tmp_path, texts):
+    """2.5 times as long or 20: what is held out was not read in training."""
+    source = tmp_path / "source"
+    source.mkdir()
+    parts = [t[:8_000] for t in texts] + [t[8_000:16_000] for t in texts]
+    for i, part in enumerate(parts[:12]):
+        (source / f"{i}.txt").write_text(part)
+        times = 20 if i % 2 else 1.5
+        around = "".join(f"line {j} of what is in no other text, {i * j}\n" for j in range(int(times * 190)))
+        (source / f"longer-{i}.txt").write_text(around + part)
+    for seed in range(3):
+        output = tmp_path / f"out{seed}"
+        prepare([source], output, tokenizer="bytes", validation=0.3, seed=seed)
+        sides = [decoded(Corpus(output / side)) for side in ("train", "validation")]
+        for part in parts[:12]:
+            assert sorted(sum(part in text for text in side) for side in sides) == [0, 2]
+
+
+def test_a_licence_in_every_file_does_not_join_them(tmp_path, texts):
+    source = tmp_path / "source"
+    source.mkdir()
+    licence = texts[0][:3_000]
+    (source / "LICENSE.txt").write_text(licence)
+    for i in range(40):
+        text = texts[1 + i % (len(texts) - 1)]
+        (source / f"{i}.txt").write_text(
+            licence + "".join(f"{i} {j} {i * j * j}, of its own\n" for j in range(500)) + text[: i * 9]
+        )
+    result = prepare([source], tmp_path / "out", tokenizer="bytes", validation=0.2)
+    assert result["validation"]["documents"] >= 4
+    assert licence in decoded(Corpus(tmp_path / "out" / "train"))
+
+
+def command(capsys, *arguments):
+    from entasis.cli import main
+
+    code = main(["data", "prepare", *map(str, arguments)])
+    caught = capsys.readouterr()
+    return code, caught.err
+
+
+def test_files_that_are_no_text_are_named_and_the_rest_is_read(tmp_path, capsys):
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    source.mkdir()
+    (elsewhere / "deep" / "linked.txt").write_text("through a linked folder")
+    (source / "link").symlink_to(elsewhere)
+    (source / "again").symlink_to(elsewhere / "deep")
+    (elsewhere / "round").symlink_to(source)
+    (source / "a.txt").write_text("plain")
+    (source / "same.txt").symlink_to(source / "a.txt")
+    for name in ("utf-16", "utf-32"):
+        (source / f"{name}.txt").write_bytes(f"décodé {name}".encode(name))
+    (source / "latin.txt").write_bytes(b"x" * 110_000 + b"\xe9" + b"y" * 99)
+    strange = source / os.fsdecode(b"\xff")
+    strange.mkdir()
+    (strange / "name.txt").write_text("a name that is not UTF-8")
+    code, said = command(
+        capsys, source, "--tokenizer", "bytes", "--validation", "0", "--output", tmp_path / "o"
+    )
+    assert code == 0
+    (line,) = [line for line in said.splitlines() if line.startswith("entasis:")]
+    assert "1 file could not be read as text" in line and "latin.txt: not UTF-8" in line
+    assert sorted(decoded(Corpus(tmp_path / "o" / "train"))) == [
+        "a name that is not UTF-8",
+        "décodé utf-16",
+        "décodé utf-32",
+        "plain",
+        "through a linked folder",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "a.jsonl:2: not a JSON object"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: text holds half a surrogate pair"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl:1: "),
+        ("a.jsonl", b'{"n": ' + b"9" * 5_000 + b', "text": "x"}\n', "a.jsonl:1: not a JSON object"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-20], "damaged or cut short"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfdnothing", "damaged or cut short"),
+    ],
+)
+def test_hostile_rows_are_refused_in_one_line(tmp_path, capsys, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    code, said = command(capsys, tmp_path / name, "--tokenizer", "bytes", "--output", tmp_path / "out")
+    assert code == 2
+    assert said.count("entasis:") == 1 and says in said and "Traceback" not in said
+
+
+def test_a_split_pattern_that_backtracks_without_end_is_named(tmp_path, trained, capsys):
+    made = json.loads(trained.library.to_str())
+    made["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    (tmp_path / "t.json").write_text(json.dumps(made))
+    (tmp_path / "a.txt").write_text("a" * 60 + "!")
+    code, said = command(
+        capsys,
+        tmp_path / "a.txt",
+        "--tokenizer",
+        tmp_path / "t.json",
+        "--output",
+        tmp_path / "o",
+        "--validation",
+        "0",
+    )
+    assert code == 2
+    assert "look at its split pattern" in said
+
+
+@pytest.mark.slow
+def test_one_huge_document_takes_bounded_memory_and_loses_nothing(tmp_path):
+    """A text of 8 MB without one line end becomes documents of at most 2 million characters."""
+    text = "".join(f"word{i % 977} " for i in range(1_000_000))
+    (tmp_path / "a.txt").write_text(text)
+    child = (
+        "import resource, sys; from entasis.cli import main; code = main(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10); sys.exit(code)"
+    )
+    options = ["--tokenizer", "bytes", "--validation", "0"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            child,
+            "data",
+            "prepare",
+            tmp_path / "a.txt",
+            "--output",
+            tmp_path / "out",
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1500
+    train = Corpus(tmp_path / "out" / "train")
+    assert "".join(decoded(train)) == text
+    assert train.documents == -(-len(text) // (1 << 21))
+
+
+def test_a_full_disk_is_one_line_and_freeing_it_goes_on(folder, tmp_path):
+    command = [sys.executable, "-m", "entasis", "data", "prepare", str(folder), "--train-tokenizer", "600"]
+    command += ["--output", str(tmp_path / "out")]
+    limited = ["bash", "-c", 'ulimit -f 300; exec "$0" "$@"', *command]
+    done = subprocess.run(limited, capture_output=True, text=True)
+    lines = [x for x in done.stderr.splitlines() if x.startswith("entasis:")]
+    assert (done.returncode, len(lines)) == (1, 1) and "Traceback" not in done.stderr
+    assert str(tmp_path / "out") in lines[0] and "needed" in lines[0] and "raise the limit" in lines[0]
+    assert subprocess.run(command, capture_output=True).returncode == 0
