@@ -23,6 +23,11 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM has come."""
 
 
+def name_of(error: KeyboardInterrupt) -> str:
+    """Which signal raised it."""
+    return "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
+
+
 @contextlib.contextmanager
 def raised(*, last: bool) -> Iterator[None]:
     """Inside, SIGINT raises `KeyboardInterrupt` and SIGTERM `Terminated`.
@@ -47,16 +52,23 @@ def raised(*, last: bool) -> Iterator[None]:
                 before[signal.SIGINT] = signal.SIG_IGN
 
 
+class Request(threading.Event):
+    """Set by the first signal, which it names."""
+
+    by = "Ctrl-C"
+
+
 @contextlib.contextmanager
-def requested() -> Iterator[threading.Event]:
+def requested() -> Iterator[Request]:
     """An event that the first signal sets; one that comes more than a second later acts as it did before."""
-    asked = threading.Event()
+    asked = Request()
     first = 0.0
 
     def ask(number: int, frame: object) -> None:
         nonlocal first
         if not asked.is_set():
             first = time.monotonic()
+            asked.by = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
             asked.set()
         elif time.monotonic() - first >= _TOGETHER:
             _act_as(before[number], number, frame)

@@ -82,9 +82,7 @@ def _run(argv: Sequence[str]) -> int:
         if os.environ.get("RANK", "0") != "0":
             return 1
         if isinstance(error, KeyboardInterrupt):
-            return _complain(
-                f"stopped by {'SIGTERM' if isinstance(error, signals.Terminated) else 'Ctrl-C'}", 1
-            )
+            return _complain(f"stopped by {signals.name_of(error)}", 1)
         return _complain(error, 1)
     except Failure as error:
         return _complain(error, 1)

@@ -18,9 +18,19 @@ from pathlib import Path
 
 from rich.console import Console
 
+from entasis import signals
 from entasis.errors import Failure, UserError
 from entasis.files import write_text
-from entasis.study import downstream, execute, judgement, live, machine, remote, results, throughput
+from entasis.study import (
+    downstream,
+    execute,
+    judgement,
+    live,
+    machine,
+    remote,
+    results,
+    throughput,
+)
 from entasis.study.definition import Study, read
 from entasis.study.judgement import Verdict
 from entasis.study.plan import Arm, Plan, PlannedRun, lay_out, preparatory, solve
@@ -50,6 +60,20 @@ def run(
         if launcher == "local"
         else remote.find(launcher)(folder / "logs", study.threads, options or {})
     )
+    try:
+        return _run(study, folder, console, place)
+    except KeyboardInterrupt as error:
+        raise Failure(
+            f"stopped by {signals.name_of(error)}; `entasis study resume {folder}` goes on from there"
+        ) from None
+
+
+def _run(
+    study: Study,
+    folder: Path,
+    console: Console,
+    place: contextlib.AbstractContextManager[Pool | None],
+) -> Verdict:
     begin(study, folder)
     with execute.only_one(folder), place as pool:
         _prepare(study, folder, console)

@@ -18,14 +18,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from entasis.errors import Failure, UserError
+from entasis import signals
+from entasis.errors import DiskFull, Failure, UserError
 from entasis.files import write_text
 from entasis.study.plan import PlannedRun
 from entasis.study.worker import Place, occupy, serve
 
 T = TypeVar("T")
-_PATIENCE = 60.0
-"""Seconds that runs get for their checkpoint after Ctrl-C."""
+_REUSED = Path("/proc/self/clear_refs").exists()
+"""Whether a process can forget the peak of its memory; else every run gets one of its own (`train.meter.forget_peak`)."""
 
 
 @dataclass(slots=True)
@@ -120,44 +121,43 @@ def finished(folder: Path, run: PlannedRun) -> bool:
 def execute(folder: Path, runs: Sequence[PlannedRun], where: Sequence[Place], watch: Watcher) -> list[State]:
     """Trains every run that has no result yet. A failed one is noted in its folder and stops no other.
 
-    `watch` is called some four times a second with the states of all runs. Ctrl-C lets running ones save a
-    checkpoint and raises `Failure`; the same call later goes on from there.
+    `watch` is called some four times a second with the states of all runs. Asked to stop (Ctrl-C, SIGTERM), and on a
+    disk too full to note a failure, running ones save a checkpoint, for as long as that takes, and `Failure` is
+    raised; the same call later goes on from there. A second request later waits for nothing.
     """
     states = [State(run, "done" if finished(folder, run) else "waiting") for run in runs]
     queue = [s for s in states if s.status == "waiting"]
     workers: list[_Worker] = []
-    try:
-        workers += [_start(place, folder) for place in where[: len(queue)]]
-        shown = 0.0
-        while queue or any(w.state for w in workers):
+    with signals.requested() as asked:
+        try:
+            workers += [_start(place, folder) for place in where[: len(queue)]]
+            shown = 0.0
+            while (queue or any(w.state for w in workers)) and not asked.is_set():
+                for worker in workers:
+                    if worker.state is None and queue:
+                        _give(worker, queue.pop(0), folder)
+                # A pipe is ready with messages, or because its worker has ended.
+                ready = connection.wait([w.pipe for w in workers], timeout=0.25)
+                for worker in [w for w in workers if w.pipe in ready]:
+                    if not _listen(worker, folder):
+                        _mourn(worker, folder)
+                        workers.remove(worker)
+                        if queue:
+                            workers.append(_start(worker.place, folder))
+                if time.monotonic() - shown > 0.25:
+                    shown = time.monotonic()
+                    watch(states)
+            if asked.is_set():
+                raise _stopped(f"stopped by {asked.by}", folder, states, workers, watch)
+        except DiskFull as error:
+            raise _stopped(str(error), folder, states, workers, watch) from error
+        finally:
             for worker in workers:
-                if worker.state is None and queue:
-                    _give(worker, queue.pop(0), folder)
-            # A pipe is ready with messages, or because its worker has ended.
-            ready = connection.wait([w.pipe for w in workers], timeout=0.25)
-            for worker in [w for w in workers if w.pipe in ready]:
-                if not _listen(worker, folder):
-                    _mourn(worker, folder)
-                    workers.remove(worker)
-                    if queue:
-                        workers.append(_start(worker.place, folder))
-            if time.monotonic() - shown > 0.25:
-                shown = time.monotonic()
-                watch(states)
-    except KeyboardInterrupt:
-        done = sum(s.status == "done" for s in states)
-        _save_and_stop(workers)
-        raise Failure(
-            f"stopped by Ctrl-C with {done} of {len(runs)} runs done; "
-            f"`entasis study resume {folder}` goes on from there"
-        ) from None
-    finally:
-        for worker in workers:
-            with contextlib.suppress(OSError):
-                worker.pipe.send(None)
-        for worker in workers:
-            worker.process.join(2)
-            worker.process.kill()
+                with contextlib.suppress(OSError):
+                    worker.pipe.send(None)
+            for worker in workers:
+                worker.process.join(2)
+                worker.process.kill()
     watch(states)
     return states
 
@@ -180,24 +180,29 @@ def _give(worker: _Worker, state: State, folder: Path) -> None:
 
 def _listen(worker: _Worker, folder: Path) -> bool:
     """Takes every message that has arrived; whether the worker is still there."""
-    try:
-        while worker.pipe.poll():
+    while True:
+        try:
+            if not worker.pipe.poll():
+                return True
             kind, content = worker.pipe.recv()
-            state = worker.state
-            if state is None:
-                continue
-            if kind == "event":
-                _note(state, content)
-                continue
-            if kind == "failed":
-                _fail(state, content, folder)
-            else:
-                state.status, state.loss = "done", content["loss"]
-                state.tokens_per_second = content["tokens_per_second"]
-            state.doing, worker.state = "", None
-    except (EOFError, OSError):
-        return False
-    return True
+        except (EOFError, OSError):
+            return False
+        state = worker.state
+        if state is None:
+            continue
+        if kind == "event":
+            _note(state, content)
+            continue
+        state.doing, worker.state = "", None
+        if kind == "failed":
+            _fail(state, content, folder)
+        else:
+            state.status, state.loss = "done", content["loss"]
+            state.tokens_per_second = content["tokens_per_second"]
+        if not _REUSED:
+            with contextlib.suppress(OSError):
+                worker.pipe.send(None)
+            return False
 
 
 def _note(state: State, event: dict[str, Any]) -> None:
@@ -212,6 +217,9 @@ def _note(state: State, event: dict[str, Any]) -> None:
 
 
 def _mourn(worker: _Worker, folder: Path) -> None:
+    # Its pipe is closed; one that lives on all the same serves nobody.
+    worker.process.join(5)
+    worker.process.kill()
     worker.process.join()
     code = worker.process.exitcode or 0
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -226,20 +234,30 @@ def _fail(state: State, message: str, folder: Path) -> None:
     write_text(failure_note(folder, state.run), message + "\n")
 
 
-def _save_and_stop(workers: Sequence[_Worker]) -> None:
-    """Asks running runs to stop after their step, and waits for their checkpoints."""
+def _stopped(
+    cause: str, folder: Path, states: Sequence[State], workers: Sequence[_Worker], watch: Watcher
+) -> Failure:
+    """What to raise, once the running runs have stopped after their step and saved their checkpoints."""
     waiting = [w for w in workers if w.state]
     for worker in waiting:
+        assert worker.state is not None
+        worker.state.doing = "saving, to stop"
         if worker.process.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _PATIENCE
-    while waiting and time.monotonic() < deadline:
+    watch(states)
+    while waiting:
         ready = connection.wait([w.pipe for w in waiting], timeout=0.25)
         for worker in [w for w in waiting if w.pipe in ready]:
             try:
-                stopped = worker.pipe.recv()[0] != "event"
+                kind, _ = worker.pipe.recv()
             except (EOFError, OSError):
-                stopped = True
-            if stopped:
+                kind = "gone"
+            if kind == "done" and worker.state:
+                worker.state.status = "done"  # it was at its end anyway
+            if kind != "event":
                 waiting.remove(worker)
+    done = sum(s.status == "done" for s in states)
+    return Failure(
+        f"{cause} with {done} of {len(states)} runs done; `entasis study resume {folder}` goes on from there"
+    )

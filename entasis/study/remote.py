@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from entasis import signals
 from entasis.errors import Failure, UserError
 from entasis.files import write_text
 from entasis.study.execute import State, Watcher, failure_note, finished
@@ -104,14 +105,15 @@ def execute(folder: Path, runs: Sequence[PlannedRun], pool: Pool, watch: Watcher
                 else:
                     _settle(folder, one.state, answer)
             watch(states)
-    except KeyboardInterrupt:
-        for one in active:
-            one.job.cancel()
+    except KeyboardInterrupt as error:
         done = sum(s.status == "done" for s in states)
         raise Failure(
-            f"stopped by Ctrl-C with {done} of {len(runs)} runs done, the other jobs cancelled; "
+            f"stopped by {signals.name_of(error)} with {done} of {len(runs)} runs done, the other jobs cancelled; "
             f"`entasis study resume {folder}` goes on from their checkpoints"
         ) from None
+    finally:
+        for one in active:  # none, unless something went wrong here
+            one.job.cancel()
     watch(states)
     return states
 

@@ -72,6 +72,7 @@ def train(
             for note in run.notes if reporter and parallel.is_main() else ():
                 reporter({"event": "note", "text": note})  # type: ignore[misc]
             return run.result
+        meter.forget_peak(device)
         loop = _Loop(run, folder, device, reporter if parallel.is_main() else None)
         try:
             with signals.requested() as loop.interrupt:

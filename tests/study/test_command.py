@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,27 @@ def test_seeds_that_agree_by_luck_do_not_make_an_arm_the_same(
     arm = verdict["protocols"]["params"]["arms"]["slope"]
     assert arm["difference"]["p_equivalent_holm"] < 0.05
     assert arm["judgement"] == "undecided" and arm["says"].startswith("no difference detected")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every run has a process of its own")
+def test_a_run_does_not_inherit_the_memory_of_the_one_before_it(
+    entasis: Command, corpus: Path, tmp_path: Path
+) -> None:
+    """Two arms in turn in one worker: a small one, and one whose batch takes much more."""
+    big = {"batch.tokens": 32_768, "batch.micro": 1024}
+    base = {"tokens": 32_768, "batch": {"tokens": 2048, "micro": 8}, "evaluation": {"tokens": 1000}}
+    file = write(tmp_path, corpus, base=base, arms={"plain": {}, "big": big})
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # so that there is one worker, with one thread
+    try:
+        code, _, errors = entasis("study", "run", file, "--output", tmp_path / "s")
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert code == 0, errors
+    peak = {
+        (arm, seed): json.loads((tmp_path / f"s/runs/{arm}/seed-{seed}/result.json").read_text())["peak_memory_bytes"]
+        for arm in ("plain", "big")
+        for seed in (0, 1)
+    }  # fmt: skip
+    extra = {seed: peak["big", seed] - peak["plain", seed] for seed in (0, 1)}
+    assert extra[0] > 100e6 and extra[1] > 0.8 * extra[0], peak
