@@ -150,13 +150,15 @@ def _precision(jobs: Sequence[tuple[Sequence[Measured], float]]) -> Any:
 
     A job counts where it was timed in both: one without tells nothing about the difference.
     """
-    total: dict[Settings, float] = {}
+    total: dict[Settings, tuple[float, float]] = {}
     for measured, steps in jobs:
         by = {p: [m for m in measured if m.settings.precision == p] for p in ("fp32", "bf16")}
         if all(by.values()):
             for p, some in by.items():
                 key = Settings(p, "sdpa", False)  # type: ignore[arg-type]
-                total[key] = total.get(key, 0.0) + min(m.seconds(steps) for m in some)
+                least = min(m.seconds(steps) for m in some)
+                so_far = total.get(key, (0.0, 0.0))
+                total[key] = (so_far[0] + least[0], so_far[1] + least[1])
     return fastest(total).precision if total else None
 
 

@@ -1,6 +1,6 @@
 """What a recipe leaves to `auto` (precision, attention, compile), chosen by timing its own step in each candidate.
 
-Candidates take turns, the shortest step of each counts, and a tie goes to the simpler (`entasis.train.candidates`).
+Candidates take turns, their shortest steps and their medians have to agree, and a tie goes to the simpler (`entasis.train.candidates`).
 Compiled steps are built and timed only where the run, by its measured eager speed, is long enough for it. The whole
 choice takes at most 5 % of the expected run: what does not fit is not timed, and a run too short for any timing takes
 the simplest settings.
