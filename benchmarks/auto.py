@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import os
 import statistics
@@ -28,6 +27,7 @@ from entasis.train import recipe as recipes
 from entasis.train import run_folder
 from entasis.train.candidates import Settings
 from entasis.train.loop import train
+from entasis.train.resolve import resolve
 
 CACHE = Path(__file__).parents[1] / ".cache/auto"
 WARM_UP = 5
@@ -74,10 +74,10 @@ def main() -> None:
 
 def ask(recipe: recipes.Recipe, compile: list[bool]) -> tuple[Settings, dict[str, Any]]:
     """What `auto` chooses of a recipe, and its record; with one way of compiling only, that is given."""
-    open_ = dataclasses.replace(
-        recipe, precision="auto", attention="auto", compile=compile[0] if len(compile) == 1 else "auto"
+    open_ = recipe.replaced(
+        precision="auto", attention="auto", compile=compile[0] if len(compile) == 1 else "auto"
     )
-    resolved, shape, _ = recipes.resolve(open_, recipe.shape["vocabulary"])
+    resolved, shape, _ = resolve(open_, recipe.shape["vocabulary"])
     chosen, auto = run_folder.choose(resolved, shape, torch.device("cpu"))
     assert auto is not None
     return Settings(chosen.precision, chosen.attention, bool(chosen.compile)), auto  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def speed(recipe: recipes.Recipe, settings: Settings, steps: int) -> float:
     given = recipe.replaced(**settings._asdict())
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
         train(given, Path(folder) / "run", reporter=listen)
-    return recipes.count(recipe.batch.tokens, "tokens") / statistics.median(seconds[WARM_UP:])
+    return recipe.batch.tokens / statistics.median(seconds[WARM_UP:])
 
 
 def recipe_of(name: str, tokens: int) -> recipes.Recipe:
