@@ -11,6 +11,7 @@ from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import ModelShape
 from entasis.train import optimizers
+from entasis.train.allocation import keep_freed_memory
 from entasis.train.loop import compiled
 from entasis.train.recipe import Optimizer
 
@@ -35,6 +36,8 @@ class Stepper:
         device: str = "cpu",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        if device == "cpu":
+            keep_freed_memory()
         self.clock = clock
         self.device, self.bf16, self.tokens = device, bf16, batch * sequence
         self.model = Transformer(shape, attention=attention).to(device)  # type: ignore[arg-type]

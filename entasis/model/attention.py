@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from entasis.model.cache import KVCache
 from entasis.model.normalisation import Norm
+from entasis.model.plain_attention import plain_attention
 from entasis.model.rotary import rotate
 from entasis.shape.shapes import LayerShape, ModelShape
 
@@ -115,17 +116,5 @@ class Attention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_BTS: torch.Tensor | None
     ) -> torch.Tensor:
         B, H, T, K = q.shape
-        S = k.shape[2]
-        q_BGRTK = q.view(B, self.n_kv_heads, H // self.n_kv_heads, T, K) * self.scale
-        scores_BGRTS = q_BGRTK @ k.unsqueeze(2).transpose(-1, -2)
-        if mask_BTS is not None:
-            allowed = mask_BTS[:, None, None]
-        else:
-            allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        weights = (
-            scores_BGRTS.to(torch.promote_types(v.dtype, torch.float32))
-            .masked_fill(~allowed, float("-inf"))
-            .softmax(-1)
-            .to(v.dtype)
-        )
-        return (weights @ v.unsqueeze(2)).view(B, H, T, K)
+        q_BGRTK = (q.view(B, self.n_kv_heads, H // self.n_kv_heads, T, K) * self.scale).contiguous()
+        return plain_attention(q_BGRTK, k.contiguous(), v.contiguous(), mask_BTS).view(B, H, T, K)

@@ -33,8 +33,25 @@ def frequencies(shape: ModelShape) -> torch.Tensor:
 
 def table(inverse_K: torch.Tensor, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos_TK, sin_TK), fp32, for positions start .. start + length."""
+    if torch.compiler.is_compiling():
+        cos_TK, sin_TK = _opaque(inverse_K, start, length)
+        return cos_TK, sin_TK
+    return _table(inverse_K, start, length)
+
+
+def _table(inverse_K: torch.Tensor, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     angles_TK = torch.outer(torch.arange(start, start + length, device=inverse_K.device).float(), inverse_K)
     return angles_TK.cos(), angles_TK.sin()
+
+
+# Compiled, the table is one operator: taken into the loops that use it, cosines would be computed for every head.
+_opaque = torch.library.custom_op("entasis::rotary_table", _table, mutates_args=())
+
+
+@_opaque.register_fake
+def _(inverse_K: torch.Tensor, start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (length, inverse_K.shape[0])
+    return inverse_K.new_empty(shape), inverse_K.new_empty(shape)
 
 
 def rotate(x_BHTK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """What layers keep of the forward pass for the backward pass, and which of them to compute twice instead.
 
 Bytes per token of one layer, d the model width, h and g query and KV heads, k the head width, f the FFN width, b bytes
-of a matrix product's operand (4 in fp32, 2 in bf16) and s the sequence length:
+of a matrix product's operand (4 in fp32, 2 in bf16) and s the keys that a query's block sees on average (`_keys`):
 
     norm (RMS; LayerNorm keeps half)    8·d          attention, fused    b·k·(3h + 2g) + 4h
-    input of query, key, value          b·d, fp32    attention, plain    b·4hk + s·h·(4, in bf16 6)
+    input of query, key, value          b·d, fp32    attention, plain    b·k·(2h + 2g) + b·s·h
                                         3b·d, bf16   SwiGLU              b·4f
     input of gate and up, up alone      b·d, fp32    GELU                b·2f
                                         b·d each, bf16
@@ -20,6 +20,7 @@ work come on top: measured, up to 0.4 of what that layer keeps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Literal
 
@@ -52,7 +53,7 @@ def layer_bytes_per_token(
         if attention != "plain":
             total += b * k * (3 * h + 2 * g) + 4 * h
         else:
-            total += b * 4 * h * k + sequence * h * (4 if precision == "fp32" else 6)
+            total += b * k * (2 * h + 2 * g) + math.ceil(b * h * _keys(sequence))
     if layer.d_ff:
         total += _norm(d, shape.norm) + inputs[1] * d * b
         total += ffn.kept(layout.axis_sizes(shape, layer)) * b
@@ -103,6 +104,12 @@ def to_recompute(
         f"recipe: activation_memory is {limit / 2**20:,.1f} MiB, but {tokens:,} tokens at once need "
         f"{least / 2**20:,.1f} MiB with every layer recomputed; lower batch.micro or raise activation_memory"
     )
+
+
+def _keys(sequence: int) -> float:
+    """Plain attention's attention weights per query: blocks of 128 queries, and no keys behind a block."""
+    ends = [min(sequence, t + 128) for t in range(0, sequence, 128)]
+    return sum(end * (end - 128 * i) for i, end in enumerate(ends)) / sequence
 
 
 def _norm(width: int, kind: str) -> int:

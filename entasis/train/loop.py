@@ -42,6 +42,7 @@ from entasis.train import (
     sharding,
     stages,
 )
+from entasis.train.allocation import keep_freed_memory
 from entasis.train.batches import Batch, batches
 from entasis.train.compilation import compiled
 from entasis.train.journal import METRICS, Journal, records
@@ -106,6 +107,7 @@ class _Loop:
         self.checkpoint = run.checkpoint
         self.environment, self.notes, self.reporter = run.environment, run.notes, reporter
         if device.type == "cpu":
+            keep_freed_memory()
             # Sums split over other numbers of threads round differently.
             torch.set_num_threads(run.environment["threads"])
         self.autocast = torch.bfloat16 if recipe.precision == "bf16" else None

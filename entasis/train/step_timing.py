@@ -19,6 +19,7 @@ from entasis.model.transformer import Transformer
 from entasis.shape import activations
 from entasis.shape.shapes import ModelShape
 from entasis.train import optimizers, parallel, sharding, stages
+from entasis.train.allocation import keep_freed_memory
 from entasis.train.candidates import Settings
 from entasis.train.compilation import compiled
 from entasis.train.recipe import Recipe
@@ -92,6 +93,8 @@ class Step:
     """
 
     def __init__(self, recipe: Recipe, shape: ModelShape, device: torch.device) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()  # as in the run whose steps are measured
         self.recipe, self.shape, self.device = recipe, shape, device
         self.micro = micro_sequences(recipe)
         sequence = recipe.data.sequence

@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 from entasis.errors import UserError
 from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
+from entasis.quantities import size
 from entasis.shape.activations import layer_bytes_per_token, peak_bytes_per_token, to_recompute
 from entasis.shape.shapes import LayerShape, ModelShape
 from entasis.train.journal import records
 from entasis.train.loop import compiled, train
-from entasis.train.recipe import size
 
 B, T = 2, 64
 SHAPE = ModelShape(
@@ -34,7 +34,7 @@ SHAPE = ModelShape(
 HOW = {"precision": "fp32", "attention": "sdpa"}
 
 
-def kept(model, precision: str) -> list[int]:
+def kept(model, precision: str, T: int = T) -> list[int]:
     """Bytes that each block keeps through `saved_tensors_hooks`, without weights (and copies of them) and rotations."""
     x_BTD = torch.randn(B, T, model.shape.d_model, requires_grad=True)
     rotation = model.rotation(0, T, x_BTD.device)
@@ -79,6 +79,15 @@ def test_the_cost_model_says_what_autograd_keeps(precision, attention, changes):
         for i in range(shape.n_layers)
     ]
     assert kept(model, precision) == predicted
+
+
+def test_plain_attention_keeps_no_weights_of_keys_behind_a_block():
+    predicted = [
+        B * 320 * layer_bytes_per_token(SHAPE, i, 320, precision="bf16", attention="plain")
+        for i in range(SHAPE.n_layers)
+    ]
+    found = kept(Transformer(SHAPE, attention="plain"), "bf16", 320)
+    assert found == pytest.approx(predicted, rel=1e-3)  # bytes per token are rounded up
 
 
 @pytest.mark.parametrize("changes", [{"norm_placement": "reordered"}, {"positions": "learned"}])
