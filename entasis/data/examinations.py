@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from entasis.data import round_trip
 from entasis.data import tokenizer as tokenizers
 
 _FEWEST = 16
@@ -290,7 +291,7 @@ def outside_the_vocabulary(specimen: Specimen) -> Iterator[Finding]:
         high < 1 << 16
         and vocabulary >= 70_000
         and (used := len(np.unique(ids[ids >= 1 << 15]))) >= 100
-        and (1 << 16) - high < 6 * (1 << 15) / used
+        and (used >= 500 or (1 << 16) - high < 6 * (1 << 15) / used)
     ):
         # Text that uses many of the rarer ids does not stop at 2^16. Numbers, or a few words, stop somewhere below.
         evidence = (
@@ -319,78 +320,37 @@ def wrong_tokenizer(specimen: Specimen) -> Iterator[Finding]:
         evidence = f"{missing:.1%} of the ids stand for what the tokenizer does not know"
         yield Finding("unknown text", evidence, "choose a tokenizer of bytes, or one trained on such text")
         return
+    marks = [i for i, token in chosen.library.get_added_tokens_decoder().items() if token.special]
+    marks = [i for i in marks if i not in (unknown, chosen.end_of_text)]
+    if (special := float(np.isin(ids, marks).mean())) > 0.15:
+        evidence = f"{special:.1%} of the ids are special tokens, which stand beside text and not for it"
+        yield Finding("wrong tokenizer", evidence, "name the tokenizer that made the file")
+        return
     kept, total, odd, characters, letters = 0, 0, 0, 0, ""
-    for piece in _pieces(ids, chosen.end_of_text):
-        piece, text = _whole_characters(chosen, piece)
+    for piece in round_trip.pieces(ids, chosen.end_of_text):
+        piece, text = round_trip.whole_characters(chosen, piece)
         kept_here, total_here = 0, 1
-        for reading in [text] if chosen.library.decoder else [text, _joined(chosen, piece)]:
+        for reading in [text] if chosen.library.decoder else [text, round_trip.joined(chosen, piece)]:
             again = [i for i in chosen.encode(reading) if i != unknown]
             known = [i for i in piece if i != unknown]
-            common, longest = _common(known, again), max(len(known), len(again), 1)
+            common = round_trip.common(known, again)
+            # What the tokenizer did not know may have cost its neighbours their blanks.
+            longest = max(common, max(len(known), len(again)) - 2 * (len(piece) - len(known)), 1)
             if common * total_here >= kept_here * longest:
                 kept_here, total_here = common, longest
         kept, total = kept + kept_here, total + total_here
         odd += sum(c == "\ufffd" or (unicodedata.category(c) == "Cc" and not c.isspace()) for c in text)
         characters += len(text)
         letters += "".join(filter(str.isalpha, text))
-    if total and kept / total < 0.95:
+    if total and kept / total < 0.975:
         evidence = f"decoded and encoded again, only {kept / total:.1%} of the ids come back"
         yield Finding("wrong tokenizer", evidence, "name the tokenizer that made the file")
     elif characters and odd / characters > 0.05:
         evidence = f"decoded, {odd / characters:.1%} of the characters are control characters or broken ones"
         yield Finding("wrong tokenizer", evidence, "name the tokenizer that made the file")
-    elif len(letters) >= 256 and (changes := _changes_of_script(letters)) > 0.3:
+    elif len(letters) >= 256 and (changes := round_trip.changes_of_script(letters)) > 0.3:
         evidence = f"decoded, {changes:.1%} of the letters are of another script than the one before"
         yield Finding("wrong tokenizer", evidence, "name the tokenizer that made the file")
-
-
-def _pieces(ids: np.ndarray, end: int | None) -> Iterator[list[int]]:
-    """Stretches of up to 512 ids from 16 places, each within a document and from its beginning where one begins."""
-    for start in np.linspace(0, max(0, len(ids) - 512), 16).astype(int):
-        stretch = ids[start : start + 512].astype(np.int64)
-        edges = np.flatnonzero(stretch == end) if end is not None else np.zeros(0, np.int64)
-        parts = np.split(stretch, edges + 1)
-        if start and len(parts) > 1:
-            parts = parts[1:]
-        for part in parts:
-            inside = part[part != end].tolist() if end is not None else part.tolist()
-            if inside:
-                yield inside
-
-
-def _changes_of_script(letters: str) -> float:
-    """How often a letter's script is not that of the one before; those that East Asian texts mix count as one."""
-    east = {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "BOPOMOFO", "IDEOGRAPHIC"}
-    kinds = {c: unicodedata.name(c, "-").split()[0] for c in set(letters)}
-    scripts = np.array(["CJK" if kinds[c] in east else kinds[c] for c in letters])
-    return float((scripts[1:] != scripts[:-1]).mean())
-
-
-def _whole_characters(chosen: tokenizers.Tokenizer, ids: list[int]) -> tuple[list[int], str]:
-    """The ids and their text, without those at the edges that are parts of a cut character.
-
-    One cut character spoils more than itself: a decoder of byte tokens gives up all that are in one run.
-    """
-    text = chosen.decode(ids)
-    if "\ufffd" not in text:
-        return ids, text
-    cuts = [(a, b) for a in range(4) for b in range(4)]
-    shorter = [(ids[a : len(ids) - b], chosen.decode(ids[a : len(ids) - b])) for a, b in cuts]
-    return min(shorter, key=lambda pair: (pair[1].count("\ufffd"), -len(pair[0])))
-
-
-def _joined(chosen: tokenizers.Tokenizer, ids: list[int]) -> str:
-    # Without a decoder the library puts blanks between tokens, which those of single characters do not mean.
-    return "".join(chosen.library.id_to_token(i) or "" for i in ids)
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """The length of the longest common subsequence, so that one token more or less moves nothing after it."""
-    other = np.array(b, np.int64)
-    best = np.zeros(len(b) + 1, np.int64)
-    for x in a:
-        best[1:] = np.maximum.accumulate(np.maximum(best[1:], best[:-1] + (other == x)))
-    return int(best[-1])
 
 
 def _entropy(values: np.ndarray) -> float:
