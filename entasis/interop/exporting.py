@@ -2,7 +2,7 @@
 
     entasis export runs/tiny --to hf --output exported/tiny
 
-A format takes a `Source` and writes into a folder that is renamed into place when it is whole.
+A format takes an `ExportRequest` and writes into a folder that is renamed into place when it is complete.
 """
 
 from __future__ import annotations
@@ -18,36 +18,27 @@ import torch
 from entasis.errors import UserError
 from entasis.interop import model_card
 from entasis.interop.aside import new_folder
-from entasis.interop.equivalent import Drawing, folded
+from entasis.interop.transforms import ShapedWeights, fold_scales
 from entasis.model import weights
+from entasis.registry import Registry
 from entasis.shape import cost, fields
 
-Writer = Callable[["Source", Path], dict[str, Any]]
-FORMATS: dict[str, Writer] = {}
+Writer = Callable[["ExportRequest", Path], dict[str, Any]]
+FORMATS: Registry[Writer] = Registry("--to")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is exported: where it lies, its drawing with all scales folded, and the dtype asked for."""
+class ExportRequest:
+    """What is exported: the folder it lies in, its weights with all scales folded, and the dtype asked for."""
 
     folder: Path
-    drawing: Drawing
+    weights: ShapedWeights
     dtype: str
 
     @property
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer.json"
-
-
-def register(name: str) -> Callable[[Writer], Writer]:
-    """Makes a format known by `name`."""
-
-    def add(write: Writer) -> Writer:
-        FORMATS[name] = write
-        return write
-
-    return add
 
 
 def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32") -> dict[str, Any]:
@@ -59,23 +50,22 @@ def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32
     `dtype` is f32, f16 or bf16, for GGUF also q8_0. Raises `UserError` when `output` exists, or when the format
     cannot hold the model: the message says why and which format can.
     """
-    from entasis.interop import gguf_export, hf_export  # noqa: F401  they register themselves
+    from entasis.interop import gguf_export, hf_export  # noqa: F401  (register the formats)
 
     source, output = Path(source), Path(output)
-    if to not in FORMATS:
-        raise UserError(f"--to {to!r} is not known; choose one of {', '.join(FORMATS)}")
+    write = FORMATS.find(to)
     if dtype not in DTYPES and not (to == "gguf" and dtype == "q8_0"):
         raise UserError(f"--dtype {dtype!r} is not known for {to}; choose f32, f16 or bf16 (gguf: q8_0 too)")
     if output.exists():
         raise UserError(f"{output} exists; name another folder")
     fields.require(weights.read_shape(source).layers, f"export --to {to}")
     model = weights.load(source, dtype=torch.float32)
-    drawing = folded(Drawing(model.shape, {n: p.detach() for n, p in model.named_parameters()}))
-    chosen = Source(source, drawing, dtype)
+    unfolded = ShapedWeights(model.shape, {n: p.detach() for n, p in model.named_parameters()})
+    request = ExportRequest(source, fold_scales(unfolded), dtype)
     own = cost.parameters(model.shape)
     need = None if to == "padded" else own * DTYPES.get(dtype, torch.int8).itemsize
     with new_folder(output, need) as aside:
-        written = FORMATS[to](chosen, aside)
+        written = write(request, aside)
         answer = {"format": to, "dtype": dtype, "model_parameters": own, **written}
         (aside / "README.md").write_text(model_card.write(source, model.shape, answer), encoding="utf-8")
         (aside / "entasis.json").write_text(

@@ -25,7 +25,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from entasis.errors import UserError
-from entasis.interop.settings import shown
+from entasis.interop.config_reader import shorten
 
 MOST_ENTRIES = 16_384
 """Keys, and tensors, that a file may have. Real ones have some hundreds; bounds what a hostile header
@@ -272,4 +272,4 @@ class GGUFFile:
 
 
 def _quoted(name: str) -> str:
-    return repr(shown(name))
+    return repr(shorten(name))

@@ -1,4 +1,4 @@
-"""Rebuilding `tokenizer.json` from the `tokenizer.ggml.*` keys of a GGUF file.
+"""`tokenizer.json` and the `tokenizer.ggml.*` keys of a GGUF file: read at import, written at export.
 
 GGUF keeps the pieces and scores of a SentencePiece BPE, which say all there is, and the vocabulary and
 merges of a byte-level BPE, but only the *name* of the rule that splits text before merging. The rules here are those of the models' own tokenizer.json; llama.cpp's regular
@@ -8,8 +8,10 @@ nearly right one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -17,7 +19,10 @@ from tokenizers.models import BPE
 from entasis.errors import UserError
 from entasis.interop.gguf_reader import GGUFFile, Strings
 from entasis.interop.hf_tokenizer import TokenizerFiles, with_config
-from entasis.interop.settings import Settings
+
+if TYPE_CHECKING:
+    import gguf
+from entasis.interop.config_reader import ConfigReader
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,9 +51,9 @@ _LLAMA3 = {"llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"}
 _QWEN2 = {"qwen2", "deepseek-r1-qwen"}
 
 
-def tokenizer_of(file: GGUFFile) -> TokenizerFiles:
+def read_tokenizer(file: GGUFFile) -> TokenizerFiles:
     """The tokenizer of a GGUF file; with a note instead where its kind cannot be rebuilt."""
-    settings = Settings(file.metadata, file.path.name)
+    settings = ConfigReader(file.metadata, file.path.name)
     model = settings.text("tokenizer.ggml.model", "none")
     pre = settings.text("tokenizer.ggml.pre", "default")
     if model == "llama":
@@ -67,7 +72,7 @@ def tokenizer_of(file: GGUFFile) -> TokenizerFiles:
     return with_config(tokenizer.to_str(pretty=False).encode(), config)
 
 
-def _sentencepiece(file: GGUFFile, settings: Settings) -> TokenizerFiles:
+def _sentencepiece(file: GGUFFile, settings: ConfigReader) -> TokenizerFiles:
     """The BPE of a SentencePiece model (Llama 1 and 2, Mistral): pieces with scores, and bytes for what has none.
 
     SentencePiece joins the two neighbours whose union has the highest score; as merges these are all ways to cut
@@ -153,16 +158,72 @@ def _byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str
     return tokenizer
 
 
-def _config(settings: Settings, tokens: list[str]) -> Mapping[str, Any]:
+def _config(settings: ConfigReader, tokens: list[str]) -> Mapping[str, Any]:
     """`tokenizer_config.json`: the special tokens by name, and the chat template."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         key = f"tokenizer.ggml.{theirs}_token_id"
         if settings.get(key) is not None:
-            index = settings.whole(key)
+            index = settings.integer(key)
             if index >= len(tokens):
                 raise settings.wrong(key, index, f"below {len(tokens)}, the number of tokens")
             config[f"{ours}_token"] = tokens[index]
     if settings.get("tokenizer.chat_template") is not None:
         config["chat_template"] = settings.text("tokenizer.chat_template")
     return config
+
+
+def write_tokenizer(
+    writer: gguf.GGUFWriter, folder: Path, vocabulary: int, refuse: Callable[[str], UserError]
+) -> None:
+    """Writes the byte-level BPE of a folder's tokenizer.json, and its chat template; `vocabulary` rows in all.
+
+    Raises what `refuse` makes of the reason where there is no tokenizer, or one that llama.cpp does not have.
+    """
+    from entasis.data.tokenizer import load
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise refuse(f"{folder} has no tokenizer.json, without which llama.cpp opens no file")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    model = content["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise refuse("only byte-level BPE tokenizers are written to GGUF")
+    tokens = [f"[unused{i}]" for i in range(vocabulary)]
+    types = [_UNUSED] * vocabulary
+    for token, i in model["vocab"].items():
+        tokens[i], types[i] = token, _NORMAL
+    for added in content.get("added_tokens", []):
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_name_split(content, refuse))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    # llama.cpp wants the list; one merge of two tokens that never stand together is none.
+    writer.add_token_merges(merges or [f"{tokens[0]} {tokens[0]}"])
+    if (end := load(path).end_of_text) is not None:
+        writer.add_bos_token_id(end)
+        writer.add_eos_token_id(end)
+    writer.add_add_bos_token(False)
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, str):
+            writer.add_chat_template(template)
+
+
+def _name_split(content: Mapping[str, Any], refuse: Callable[[str], UserError]) -> str:
+    """llama.cpp's name for how text is split before BPE."""
+    parts = content.get("pre_tokenizer") or {}
+    steps = parts.get("pretokenizers", [parts])
+    kinds = [step.get("type") for step in steps]
+    patterns = " ".join(str(step.get("pattern", "")) for step in steps)
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"]:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        return "llama-bpe" if "{1,3}" in patterns else "qwen2"
+    raise refuse(f"llama.cpp has no name for the tokenizer's splitting ({', '.join(map(str, kinds))})")

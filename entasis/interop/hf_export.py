@@ -17,63 +17,62 @@ from pathlib import Path
 from typing import Any
 
 from entasis.errors import UserError
-from entasis.interop import weights_writer
-from entasis.interop.equivalent import Drawing, padded, widest
-from entasis.interop.exporting import DTYPES, Source, register
-from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.interop import name_map, weights_writer
+from entasis.interop.exporting import DTYPES, FORMATS, ExportRequest
+from entasis.interop.hf_families import FAMILIES, Family
+from entasis.interop.hf_unequal import WIDTH_KEYS
+from entasis.interop.transforms import (
+    ShapedWeights,
+    fill_attention_biases,
+    fill_missing_halves,
+    find_widest,
+    pad_layers,
+)
+from entasis.shape import fields, layout
+from entasis.shape.shapes import ModelShape
 
 
 @dataclass(frozen=True)
 class _Class:
     """A transformers class that a shape fits."""
 
-    name: str
-    model_type: str
-    has_mlp_bias: bool
+    family: Family
+    biased_parts: tuple[str, ...]
+    """The parts that may have biases."""
     heads_must_divide: bool
     """Whether its config refuses head counts that do not divide the hidden size."""
-    norms: dict[str, str]
+
+    @property
+    def model_type(self) -> str:
+        return self.family.model_types[0]
+
+    @property
+    def name(self) -> str:
+        """`Llama`, with which the names of the family's classes begin."""
+        return self.family.architectures[0].removesuffix("ForCausalLM")
 
 
 NO_FORMAT = "no format here holds it; `entasis generate` and `entasis evaluate` open the model as it is"
-_PRE = {"attention_norm": "input_layernorm", "feedforward_norm": "post_attention_layernorm"}
-_REORDERED = {"attention_norm": "post_attention_layernorm", "feedforward_norm": "post_feedforward_layernorm"}
 _CLASSES = {
-    ("pre", "none"): _Class("Llama", "llama", True, True, _PRE),
-    ("pre", "head"): _Class("Qwen3", "qwen3", False, False, _PRE),
-    ("reordered", "full"): _Class("Olmo2", "olmo2", False, False, _REORDERED),
+    ("pre", "none"): _Class(FAMILIES["llama"], ("attention", "feedforward"), heads_must_divide=True),
+    ("pre", "head"): _Class(FAMILIES["qwen3"], ("attention",), heads_must_divide=False),
+    ("reordered", "full"): _Class(FAMILIES["olmo2"], ("attention",), heads_must_divide=False),
 }
-_PARTS = {
-    "attention.query_norm": "self_attn.q_norm",
-    "attention.key_norm": "self_attn.k_norm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "feedforward.gate": "mlp.gate_proj",
-    "feedforward.up": "mlp.up_proj",
-    "feedforward.down": "mlp.down_proj",
-}
-_WHOLE = {"embedding.tokens": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 
 
-@register("hf")
-def hf(source: Source, folder: Path) -> dict[str, Any]:
+@FORMATS.register("hf")
+def write_hf(request: ExportRequest, folder: Path) -> dict[str, Any]:
     """transformers' own class for equal layers, else a folder with its modeling file (remote code)."""
-    kind, shape = class_of(source.drawing.shape), source.drawing.shape
+    kind, shape = find_class(request.weights.shape), request.weights.shape
     one = shape.layers[0]
-    whole = one.n_heads and one.d_ff and (not kind.heads_must_divide or shape.d_model % one.n_heads == 0)
-    if shape.uniform and whole:
-        return _plain(source, source.drawing, kind, folder)
-    # A half that is missing becomes one of zeros: transformers' layers always have both.
-    filled = [
-        LayerShape(x.n_heads or 1, x.n_kv_heads or 1, x.d_ff or 1) if not (x.n_heads and x.d_ff) else x
-        for x in shape.layers
-    ]
-    drawing = padded(source.drawing, filled)
+    fits = one.n_heads and one.d_ff and (not kind.heads_must_divide or shape.d_model % one.n_heads == 0)
+    if shape.uniform and fits:
+        return _write_plain(request, request.weights, kind, folder)
+    # transformers' layers always have both halves.
+    weights = fill_missing_halves(request.weights, d_ff=1)
     # transformers before 5 keeps the code of folders of one name in one place: other code needs another name.
     code = f"modeling_entasis_{kind.model_type}"
-    config = _config(drawing.shape, kind, source) | {
+    config = _config(weights.shape, kind, request) | {
         "model_type": f"entasis_{kind.model_type}",
         "architectures": ["EntasisForCausalLM"],
         "auto_map": {
@@ -82,18 +81,14 @@ def hf(source: Source, folder: Path) -> dict[str, Any]:
             "AutoModelForCausalLM": f"{code}.EntasisForCausalLM",
         },
         "per_layer_config": {
-            str(i): {
-                "num_attention_heads": x.n_heads,
-                "num_key_value_heads": x.n_kv_heads,
-                "intermediate_size": x.d_ff,
-            }
-            for i, x in enumerate(drawing.shape.layers)
+            str(i): {key: getattr(x, name) for key, name in zip(WIDTH_KEYS, fields.WIDTHS, strict=True)}
+            for i, x in enumerate(weights.shape.layers)
         },
     }
     text = (resources.files("entasis.interop") / "modeling_template.py").read_text(encoding="utf-8")
     text = text.replace("llama", kind.model_type).replace("Llama", kind.name)
     (folder / f"{code}.py").write_text(text, encoding="utf-8")
-    held = _write(source, drawing, kind, config, folder)
+    held = _write(request, weights, kind, config, folder)
     return {
         "class": f"{code}.py over {kind.name}DecoderLayer",
         "remote_code": True,
@@ -101,31 +96,33 @@ def hf(source: Source, folder: Path) -> dict[str, Any]:
     }
 
 
-@register("padded")
-def uniform(source: Source, folder: Path) -> dict[str, Any]:
+@FORMATS.register("padded")
+def write_padded(request: ExportRequest, folder: Path) -> dict[str, Any]:
     """Every layer zero-padded to the widest: a plain folder that any tool opens, without the savings."""
-    kind, shape = class_of(source.drawing.shape), source.drawing.shape
+    kind, shape = find_class(request.weights.shape), request.weights.shape
 
-    def valid(heads: int) -> bool:
+    def is_valid(heads: int) -> bool:
         return not kind.heads_must_divide or shape.d_model % heads == 0
 
-    drawing = padded(source.drawing, [widest(shape, valid)] * shape.n_layers)
-    return _plain(source, drawing, kind, folder)
+    weights = pad_layers(request.weights, [find_widest(shape, is_valid)] * shape.n_layers)
+    return _write_plain(request, weights, kind, folder)
 
 
-def _plain(source: Source, drawing: Drawing, kind: _Class, folder: Path) -> dict[str, Any]:
-    config = _config(drawing.shape, kind, source) | {
+def _write_plain(
+    request: ExportRequest, weights: ShapedWeights, kind: _Class, folder: Path
+) -> dict[str, Any]:
+    config = _config(weights.shape, kind, request) | {
         "model_type": kind.model_type,
         "architectures": [f"{kind.name}ForCausalLM"],
     }
-    if drawing.shape.rope_scaling:
+    if weights.shape.rope_scaling:
         # Our own modeling file finds it in rope_parameters; transformers 5 warns of it in a config it does not know.
-        config["rope_scaling"] = dict(drawing.shape.rope_scaling)
-    held = _write(source, drawing, kind, config, folder)
+        config["rope_scaling"] = dict(weights.shape.rope_scaling)
+    held = _write(request, weights, kind, config, folder)
     return {"class": f"{kind.name}ForCausalLM", "remote_code": False, "parameters": held}
 
 
-def class_of(shape: ModelShape) -> _Class:
+def find_class(shape: ModelShape) -> _Class:
     """The class for a shape. Raises `UserError` naming what none of them has."""
     kind = _CLASSES.get((shape.norm_placement, shape.qk_norm))
     reason = None
@@ -133,23 +130,25 @@ def class_of(shape: ModelShape) -> _Class:
         reason = "Llama, Qwen3 and OLMo2 have RMSNorm, SwiGLU and rotary positions"
     elif kind is None:
         reason = f"no class there has {shape.norm_placement} norm with QK-norm {shape.qk_norm}"
-    elif shape.head_bias or (shape.ffn_bias and not kind.has_mlp_bias):
+    elif any(p.is_bias and p.part not in kind.biased_parts for p in layout.parameters(shape)):
         reason = f"{kind.name} has no bias there"
     if reason or kind is None:
         raise UserError(f"export: {reason}, and {NO_FORMAT}")
     return kind
 
 
-def _config(shape: ModelShape, kind: _Class, source: Source) -> dict[str, Any]:
-    end = _end_of_text(source)
+def _config(shape: ModelShape, kind: _Class, request: ExportRequest) -> dict[str, Any]:
+    end = _end_of_text(request)
     rope = {"rope_type": "default", **(shape.rope_scaling or {}), "rope_theta": shape.rope_theta}
+    widest = {
+        key: max(getattr(x, n) for x in shape.layers)
+        for key, n in zip(WIDTH_KEYS, fields.WIDTHS, strict=True)
+    }
     config = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.d_model,
-        "intermediate_size": max(x.d_ff for x in shape.layers),
         "num_hidden_layers": shape.n_layers,
-        "num_attention_heads": max(x.n_heads for x in shape.layers),
-        "num_key_value_heads": max(x.n_kv_heads for x in shape.layers),
+        **widest,
         "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": shape.context,
@@ -161,43 +160,40 @@ def _config(shape: ModelShape, kind: _Class, source: Source) -> dict[str, Any]:
         "rope_theta": shape.rope_theta,
         "bos_token_id": end,
         "eos_token_id": end,
-        "dtype": str(DTYPES[source.dtype]).removeprefix("torch."),
+        "dtype": str(DTYPES[request.dtype]).removeprefix("torch."),
         "use_cache": True,
     }
-    return config | ({"mlp_bias": shape.ffn_bias} if kind.has_mlp_bias else {})
+    return config | ({"mlp_bias": shape.ffn_bias} if "feedforward" in kind.biased_parts else {})
 
 
-def _write(source: Source, drawing: Drawing, kind: _Class, config: dict[str, Any], folder: Path) -> int:
+def _write(
+    request: ExportRequest, weights: ShapedWeights, kind: _Class, config: dict[str, Any], folder: Path
+) -> int:
     """Writes everything but code and card; returns how many numbers the weights are."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shape, tensors = drawing.shape, dict(drawing.tensors)
     if config["attention_bias"]:
-        # One switch there for all four, so those without a bias here get one of zeros.
-        like = tensors["norm.weight"]
-        for i in range(shape.n_layers):
-            for part in ("query", "key", "value", "output"):
-                rows = tensors[f"blocks.{i}.attention.{part}.weight"].shape[0]
-                tensors.setdefault(f"blocks.{i}.attention.{part}.bias", like.new_zeros(rows))
-    dtype = DTYPES[source.dtype]
-    named = {_name(name, kind): tensor for name, tensor in tensors.items()}
-    described = {name: (dtype, tuple(tensor.shape)) for name, tensor in named.items()}
-    rounded = ((name, tensor.to(dtype)) for name, tensor in named.items())
+        # One switch there for all four.
+        weights = fill_attention_biases(weights)
+    dtype = DTYPES[request.dtype]
+    stored = name_map.list_tensors(kind.family.names, weights.shape)
+    described = {tensor.name: (dtype, tensor.size) for tensor in stored}
+    rounded = ((tensor.name, tensor.join(weights.tensors).to(dtype)) for tensor in stored)
     weights_writer.write(folder / "model.safetensors", described, rounded)
-    if source.tokenizer.is_file():
-        shutil.copyfile(source.tokenizer, folder / "tokenizer.json")
-        settings = source.folder / "tokenizer_config.json"
-        if settings.is_file():
-            shutil.copyfile(settings, folder / "tokenizer_config.json")
+    if request.tokenizer.is_file():
+        shutil.copyfile(request.tokenizer, folder / "tokenizer.json")
+        config_file = request.folder / "tokenizer_config.json"
+        if config_file.is_file():
+            shutil.copyfile(config_file, folder / "tokenizer_config.json")
         else:
             from entasis.data.tokenizer import load
 
-            chosen = load(source.tokenizer)
+            chosen = load(request.tokenizer)
             end = None if chosen.end_of_text is None else chosen.library.id_to_token(chosen.end_of_text)
             answer = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": end,
                 "bos_token": end,
-                "model_max_length": shape.context,
+                "model_max_length": weights.shape.context,
                 "clean_up_tokenization_spaces": False,
             }
             (folder / "tokenizer_config.json").write_text(
@@ -206,20 +202,12 @@ def _write(source: Source, drawing: Drawing, kind: _Class, config: dict[str, Any
     if (end := config["eos_token_id"]) is not None:
         generation = {"eos_token_id": end, "bos_token_id": end}
         (folder / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
-    return sum(tensor.numel() for tensor in named.values())
+    return sum(tensor.count for tensor in stored)
 
 
-def _name(name: str, kind: _Class) -> str:
-    owner, _, leaf = name.rpartition(".")
-    if owner in _WHOLE:
-        return f"{_WHOLE[owner]}.{leaf}"
-    _, index, part = owner.split(".", 2)
-    return f"model.layers.{index}.{kind.norms.get(part) or _PARTS[part]}.{leaf}"
-
-
-def _end_of_text(source: Source) -> int | None:
-    if not source.tokenizer.is_file():
+def _end_of_text(request: ExportRequest) -> int | None:
+    if not request.tokenizer.is_file():
         return None
     from entasis.data.tokenizer import load
 
-    return load(source.tokenizer).end_of_text
+    return load(request.tokenizer).end_of_text

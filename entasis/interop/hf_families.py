@@ -1,6 +1,6 @@
-"""The families of Hugging Face checkpoints that can be imported: `config.json` → `Plan`.
+"""The families of Hugging Face checkpoints: their tensor names, and what `config.json` says of the model.
 
-One registered function a family. Defaults are those of transformers' configuration classes, because a key
+One registered function a family reads its config; export writes by the same names. Defaults are those of transformers' configuration classes, because a key
 that equals its default may be left out of a config.json. What a family's modeling code could do but our
 models do not is refused by name: a model that loads and computes something else is the worst outcome.
 """
@@ -8,16 +8,22 @@ models do not is refused by name: a model that loads and computes something else
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from entasis.interop import rope
-from entasis.interop.plan import Plan
-from entasis.interop.settings import Settings
+from entasis.interop.config_reader import (
+    ConfigReader,
+    Description,
+    note_skipped,
+    read_context,
+    read_layer_count,
+)
+from entasis.interop.name_map import NameMap
+from entasis.registry import Registry
 from entasis.shape.shapes import LayerShape, ModelShape
 
-MOST_POSITIONS = 2**27
-Reader = Callable[..., Plan]
+Reader = Callable[..., Description]
 """Given the config, the number of tensors of the checkpoint, which bounds its layers, and maybe the layers."""
 
 
@@ -28,32 +34,84 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     architectures: tuple[str, ...]
+    names: NameMap
     read: Reader
     reads: tuple[str, ...] = ()
     """Keys that it reads though others refuse them."""
 
 
-FAMILIES: dict[str, Family] = {}
+FAMILIES: Registry[Family] = Registry("family")
 
-HF_MODULES = {
-    "embedding.tokens": "model.embed_tokens",
-    "blocks.{i}.attention_norm": "model.layers.{i}.input_layernorm",
-    "blocks.{i}.attention.query": "model.layers.{i}.self_attn.q_proj",
-    "blocks.{i}.attention.key": "model.layers.{i}.self_attn.k_proj",
-    "blocks.{i}.attention.value": "model.layers.{i}.self_attn.v_proj",
-    "blocks.{i}.attention.query_norm": "model.layers.{i}.self_attn.q_norm",
-    "blocks.{i}.attention.key_norm": "model.layers.{i}.self_attn.k_norm",
-    "blocks.{i}.attention.output": "model.layers.{i}.self_attn.o_proj",
-    "blocks.{i}.feedforward_norm": "model.layers.{i}.post_attention_layernorm",
-    "blocks.{i}.feedforward.gate": "model.layers.{i}.mlp.gate_proj",
-    "blocks.{i}.feedforward.up": "model.layers.{i}.mlp.up_proj",
-    "blocks.{i}.feedforward.down": "model.layers.{i}.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-"""Ours → theirs in the Llama layout, which Mistral, Qwen2, Qwen3 and DeciLM share."""
-
-_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+LLAMA = NameMap(
+    outer={"embedding.tokens": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"},
+    layer="model.layers.{i}",
+    block={
+        "attention_norm": "input_layernorm",
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.query_norm": "self_attn.q_norm",
+        "attention.key_norm": "self_attn.k_norm",
+        "attention.output": "self_attn.o_proj",
+        "feedforward_norm": "post_attention_layernorm",
+        "feedforward.gate": "mlp.gate_proj",
+        "feedforward.up": "mlp.up_proj",
+        "feedforward.down": "mlp.down_proj",
+    },
+    ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+)
+"""The names that Mistral, Qwen2, Qwen3 and DeciLM share with Llama."""
+OLMO2 = replace(
+    LLAMA,
+    block={
+        **LLAMA.block,
+        "attention_norm": "post_attention_layernorm",
+        "feedforward_norm": "post_feedforward_layernorm",
+    },
+)
+OPENELM = NameMap(
+    outer={
+        "embedding.tokens": "transformer.token_embeddings",
+        "norm": "transformer.norm",
+        "head": "lm_head",
+    },
+    layer="transformer.layers.{i}",
+    block={
+        "attention_norm": "attn_norm",
+        "attention.query": "attn.qkv_proj",
+        "attention.key": "attn.qkv_proj",
+        "attention.value": "attn.qkv_proj",
+        "attention.query_norm": "attn.q_norm",
+        "attention.key_norm": "attn.k_norm",
+        "attention.output": "attn.out_proj",
+        "feedforward_norm": "ffn_norm",
+        "feedforward.gate": "ffn.proj_1",
+        "feedforward.up": "ffn.proj_1",
+        "feedforward.down": "ffn.proj_2",
+    },
+)
+GPT2 = NameMap(
+    outer={
+        "embedding.tokens": "transformer.wte",
+        "embedding.positions": "transformer.wpe",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    layer="transformer.h.{i}",
+    block={
+        "attention_norm": "ln_1",
+        "attention.query": "attn.c_attn",
+        "attention.key": "attn.c_attn",
+        "attention.value": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "feedforward_norm": "ln_2",
+        "feedforward.up": "mlp.c_fc",
+        "feedforward.down": "mlp.c_proj",
+    },
+    conv1d=True,
+    # Checkpoints from before transformers 4 hold the causal mask.
+    ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
+)
 
 # Keys that change what is computed, and the values at which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -73,18 +131,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def family(
-    name: str, *, model_types: tuple[str, ...], architectures: tuple[str, ...], reads: tuple[str, ...] = ()
+    name: str,
+    *,
+    names: NameMap,
+    model_types: tuple[str, ...],
+    architectures: tuple[str, ...],
+    reads: tuple[str, ...] = (),
 ) -> Callable[[Reader], Reader]:
-    """Registers a reader of configs whose `model_type` and `architectures` are among these."""
+    """A decorator that registers a reader of configs whose `model_type` and `architectures` are among these."""
 
     def register(read: Reader) -> Reader:
-        FAMILIES[name] = Family(name, model_types, architectures, read, reads)
+        FAMILIES.register(name)(Family(name, model_types, architectures, names, read, reads))
         return read
 
     return register
 
 
-def family_of(config: Settings) -> Family:
+def find_family(config: ConfigReader) -> Family:
     """The family of a config, by its `model_type` and `architectures`. Raises `UserError` for any other."""
     model_type = config.text("model_type")
     chosen = next((f for f in FAMILIES.values() if model_type in f.model_types), None)
@@ -103,28 +166,12 @@ def family_of(config: Settings) -> Family:
     return chosen
 
 
-def layer_count(config: Settings, key: str, n_tensors: int) -> int:
-    """The number of layers, refused where the checkpoint has fewer tensors than layers."""
-    count = config.whole(key)
-    if not 1 <= count <= n_tensors:
-        raise config.wrong(key, count, f"from 1 to {n_tensors}, the number of tensors in the checkpoint")
-    return count
-
-
-def context(config: Settings, key: str, default: int) -> int:
-    """The longest sequence the model is meant for, refused where it is absurd."""
-    length = config.whole(key, default)
-    if not 1 <= length <= MOST_POSITIONS:
-        raise config.wrong(key, length, f"from 1 to {MOST_POSITIONS}")
-    return length
-
-
-def _refuse_sliding_window(config: Settings, length: int, always: bool) -> None:
+def _refuse_sliding_window(config: ConfigReader, length: int, always: bool) -> None:
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(k not in ("full_attention", "sliding_attention") for k in kinds):
         raise config.wrong("layer_types", kinds, "a list of full_attention and sliding_attention")
     active = always or config.flag("use_sliding_window", False) or "sliding_attention" in kinds
-    if active and 0 < config.whole("sliding_window", 0) < length:
+    if active and 0 < config.integer("sliding_window", 0) < length:
         raise config.refuse(
             "sliding_window",
             f"layers here attend to everything, which differs beyond that length; the context is {length} "
@@ -132,7 +179,7 @@ def _refuse_sliding_window(config: Settings, length: int, always: bool) -> None:
         )
 
 
-def _expect(config: Settings, key: str, default: str, valid: dict[str, str]) -> Any:
+def _expect(config: ConfigReader, key: str, default: str, valid: dict[str, str]) -> Any:
     """What one of the values `valid` stands for."""
     value = config.text(key, default)
     if value not in valid:
@@ -144,68 +191,66 @@ _SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
 
 
 def _llama_shape(
-    config: Settings, n_tensors: int, *, layers: list[LayerShape] | None = None, **kinds: Any
+    config: ConfigReader, n_tensors: int, *, layers: list[LayerShape] | None = None, **kinds: Any
 ) -> ModelShape:
     """The fields that Llama's descendants share; `kinds` are those in which they differ."""
-    d_model, n_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    head_dim = config.whole("head_dim", d_model // n_heads if n_heads else 0)
+    d_model, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    head_dim = config.integer("head_dim", d_model // n_heads if n_heads else 0)
     _expect(config, "hidden_act", "silu", _SWIGLU)
     if layers is None:
         same = LayerShape(
-            n_heads, config.whole("num_key_value_heads", n_heads), config.whole("intermediate_size")
+            n_heads, config.integer("num_key_value_heads", n_heads), config.integer("intermediate_size")
         )
-        layers = [same] * layer_count(config, "num_hidden_layers", n_tensors)
-    length = context(config, "max_position_embeddings", 2048)
+        layers = [same] * read_layer_count(config, "num_hidden_layers", n_tensors)
+    length = read_context(config, "max_position_embeddings", 2048)
     _refuse_sliding_window(config, length, kinds.pop("always_sliding", False))
     return ModelShape(
         d_model=d_model,
         head_dim=head_dim,
-        vocabulary=config.whole("vocab_size"),
+        vocabulary=config.integer("vocab_size"),
         layers=tuple(layers),
         norm_eps=config.number("rms_norm_eps", kinds.pop("default_eps", 1e-6), least=0, most=1),
         tied_embeddings=config.flag("tie_word_embeddings", False),
         context=length,
-        **rope.of_config(config),
+        **rope.read_config(config),
         **kinds,
     )
 
 
-def _biases(config: Settings) -> dict[str, Any]:
+def _biases(config: ConfigReader) -> dict[str, Any]:
     bias = config.flag("attention_bias", False)
     return {"qkv_bias": bias, "attention_output_bias": bias, "ffn_bias": config.flag("mlp_bias", False)}
 
 
-@family("llama", model_types=("llama",), architectures=("LlamaForCausalLM",))
-def llama(config: Settings, n_tensors: int, layers: list[LayerShape] | None = None) -> Plan:
+@family("llama", names=LLAMA, model_types=("llama",), architectures=("LlamaForCausalLM",))
+def read_llama(config: ConfigReader, n_tensors: int, layers: list[LayerShape] | None = None) -> Description:
     """Llama 1–3, SmolLM, SmolLM2 and everything else built as a Llama."""
     shape = _llama_shape(config, n_tensors, layers=layers, **_biases(config))
-    return Plan(shape=shape, modules=HF_MODULES, ignored=_BUFFERS)
+    return Description(shape)
 
 
-@family("mistral", model_types=("mistral",), architectures=("MistralForCausalLM",))
-def mistral(config: Settings, n_tensors: int) -> Plan:
+@family("mistral", names=LLAMA, model_types=("mistral",), architectures=("MistralForCausalLM",))
+def read_mistral(config: ConfigReader, n_tensors: int) -> Description:
     """Mistral: a Llama whose every layer has the sliding window, where one is given."""
-    return Plan(
-        shape=_llama_shape(config, n_tensors, always_sliding=True), modules=HF_MODULES, ignored=_BUFFERS
-    )
+    return Description(_llama_shape(config, n_tensors, always_sliding=True))
 
 
-@family("qwen2", model_types=("qwen2",), architectures=("Qwen2ForCausalLM",))
-def qwen2(config: Settings, n_tensors: int) -> Plan:
+@family("qwen2", names=LLAMA, model_types=("qwen2",), architectures=("Qwen2ForCausalLM",))
+def read_qwen2(config: ConfigReader, n_tensors: int) -> Description:
     """Qwen2 and Qwen2.5: a Llama with biases on query, key and value."""
-    return Plan(shape=_llama_shape(config, n_tensors, qkv_bias=True), modules=HF_MODULES, ignored=_BUFFERS)
+    return Description(_llama_shape(config, n_tensors, qkv_bias=True))
 
 
-@family("qwen3", model_types=("qwen3",), architectures=("Qwen3ForCausalLM",))
-def qwen3(config: Settings, n_tensors: int, layers: list[LayerShape] | None = None) -> Plan:
+@family("qwen3", names=LLAMA, model_types=("qwen3",), architectures=("Qwen3ForCausalLM",))
+def read_qwen3(config: ConfigReader, n_tensors: int, layers: list[LayerShape] | None = None) -> Description:
     """Qwen3: query and key are normalised in each head, before the rotation."""
     biases = {**_biases(config), "ffn_bias": False}
     shape = _llama_shape(config, n_tensors, layers=layers, qk_norm="head", **biases)
-    return Plan(shape=shape, modules=HF_MODULES)
+    return Description(shape)
 
 
-@family("olmo2", model_types=("olmo2",), architectures=("Olmo2ForCausalLM",))
-def olmo2(config: Settings, n_tensors: int, layers: list[LayerShape] | None = None) -> Plan:
+@family("olmo2", names=OLMO2, model_types=("olmo2",), architectures=("Olmo2ForCausalLM",))
+def read_olmo2(config: ConfigReader, n_tensors: int, layers: list[LayerShape] | None = None) -> Description:
     """OLMo 2: norms after the branch, query and key normalised over their full width."""
     biases = {**_biases(config), "ffn_bias": False}
     shape = _llama_shape(
@@ -217,41 +262,31 @@ def olmo2(config: Settings, n_tensors: int, layers: list[LayerShape] | None = No
         default_eps=1e-5,
         **biases,
     )
-    modules = {
-        **HF_MODULES,
-        "blocks.{i}.attention_norm": "model.layers.{i}.post_attention_layernorm",
-        "blocks.{i}.feedforward_norm": "model.layers.{i}.post_feedforward_layernorm",
-    }
-    return Plan(shape=shape, modules=modules)
+    return Description(shape)
 
 
-@family("deci", model_types=("nemotron-nas", "deci"), architectures=("DeciLMForCausalLM",))
-def deci(config: Settings, n_tensors: int) -> Plan:
+@family("deci", names=LLAMA, model_types=("nemotron-nas", "deci"), architectures=("DeciLMForCausalLM",))
+def read_deci(config: ConfigReader, n_tensors: int) -> Description:
     """DeciLM / Nemotron-NAS: `block_configs` gives each layer its KV heads and FFN width, or leaves a
     part out.
 
     A block without attention and FFN changes nothing and is left out.
     """
-    count = layer_count(config, "num_hidden_layers", n_tensors)
+    count = read_layer_count(config, "num_hidden_layers", n_tensors)
     blocks = config.get("block_configs")
     if not isinstance(blocks, list) or len(blocks) != count or not all(isinstance(b, dict) for b in blocks):
         raise config.wrong("block_configs", blocks, f"a list of {count} blocks, one for each layer")
     layers = [_deci_layer(config, i, block) for i, block in enumerate(blocks)]
     kept = tuple(i for i, layer in enumerate(layers) if layer.n_heads or layer.d_ff)
-    notes = left_out(count - len(kept))
+    notes = note_skipped(count - len(kept))
     shape = _llama_shape(config, n_tensors, layers=[layers[i] for i in kept], **_biases(config))
-    return Plan(shape=shape, modules=HF_MODULES, layers=kept, ignored=_BUFFERS, notes=notes)
+    return Description(shape, kept, notes)
 
 
-def left_out(count: int) -> tuple[str, ...]:
-    """The note on blocks that had neither attention nor FFN."""
-    return (f"{count} blocks without attention and FFN were left out",) if count else ()
-
-
-def _deci_layer(config: Settings, index: int, block: dict[str, Any]) -> LayerShape:
+def _deci_layer(config: ConfigReader, index: int, block: dict[str, Any]) -> LayerShape:
     where = f"{config.where}: block_configs[{index}]"
     parts = [
-        Settings(Settings(block, where).mapping(part) or {}, f"{where}.{part}")
+        ConfigReader(ConfigReader(block, where).mapping(part) or {}, f"{where}.{part}")
         for part in ("attention", "ffn")
     ]
     for part in parts:
@@ -269,68 +304,51 @@ def _deci_layer(config: Settings, index: int, block: dict[str, Any]) -> LayerSha
     attention, ffn = parts
     n_heads = n_kv_heads = d_ff = 0
     if not attention.flag("no_op", False):
-        n_heads = config.whole("num_attention_heads")
-        group = attention.whole("n_heads_in_group")
+        n_heads = config.integer("num_attention_heads")
+        group = attention.integer("n_heads_in_group")
         if group == 0 or n_heads % group:
             raise attention.wrong("n_heads_in_group", group, f"a divisor of num_attention_heads {n_heads}")
         n_kv_heads = n_heads // group
     if not ffn.flag("no_op", False):
         if ffn.get("intermediate_size") is not None:
-            d_ff = ffn.whole("intermediate_size")
+            d_ff = ffn.integer("intermediate_size")
         else:
             # DeciLM's rule: two thirds of the multiple, rounded up to 256.
-            d_ff = -(-int(2 * ffn.number("ffn_mult") * config.whole("hidden_size") / 3) // 256) * 256
+            d_ff = -(-int(2 * ffn.number("ffn_mult") * config.integer("hidden_size") / 3) // 256) * 256
     return LayerShape(n_heads, n_kv_heads, d_ff)
 
 
-@family("openelm", model_types=("openelm",), architectures=("OpenELMForCausalLM",))
-def openelm(config: Settings, n_tensors: int) -> Plan:
+@family("openelm", names=OPENELM, model_types=("openelm",), architectures=("OpenELMForCausalLM",))
+def read_openelm(config: ConfigReader, n_tensors: int) -> Description:
     """OpenELM: heads and FFN width grow with depth; query, key and value are one matrix, gate and up
     another."""
-    count = layer_count(config, "num_transformer_layers", n_tensors)
-    d_model, divisor = config.whole("model_dim"), config.whole("ffn_dim_divisor", 256)
+    count = read_layer_count(config, "num_transformer_layers", n_tensors)
+    d_model, divisor = config.integer("model_dim"), config.integer("ffn_dim_divisor", 256)
     multipliers = config.get("ffn_multipliers")
     if not isinstance(multipliers, list) or len(multipliers) != count or divisor == 0:
         raise config.wrong(
             "ffn_multipliers", multipliers, f"a list of {count} numbers, with ffn_dim_divisor above 0"
         )
-    each = Settings({f"ffn_multipliers[{i}]": x for i, x in enumerate(multipliers)}, config.where)
+    each = ConfigReader({f"ffn_multipliers[{i}]": x for i, x in enumerate(multipliers)}, config.where)
     d_ffs = [_make_divisible(each.number(key) * d_model, divisor) for key in each.values]
-    heads = config.wholes("num_query_heads", count)
-    kv_heads = config.wholes("num_kv_heads", count)
+    heads = config.integers("num_query_heads", count)
+    kv_heads = config.integers("num_kv_heads", count)
     if not config.flag("ffn_with_glu", True):
         raise config.refuse("ffn_with_glu", "only the gated FFN is supported")
     _expect(config, "activation_fn_name", "swish", _SWIGLU)
     _expect(config, "normalization_layer_name", "rms_norm", {"rms_norm": "rmsnorm"})
     shape = ModelShape(
         d_model=d_model,
-        head_dim=config.whole("head_dim"),
-        vocabulary=config.whole("vocab_size"),
+        head_dim=config.integer("head_dim"),
+        vocabulary=config.integer("vocab_size"),
         layers=tuple(map(LayerShape, heads, kv_heads, d_ffs)),
         norm_eps=1e-6,  # not in the config: a constant of its modeling code
         qk_norm="head" if config.flag("normalize_qk_projections", False) else "none",
         tied_embeddings=config.flag("share_input_output_layers", False),
         rope_theta=config.number("rope_freq_constant", 10_000.0, least=1),
-        context=context(config, "max_context_length", 2048),
+        context=read_context(config, "max_context_length", 2048),
     )
-    at = "transformer.layers.{i}"
-    modules = {
-        "embedding.tokens": "transformer.token_embeddings",
-        "blocks.{i}.attention_norm": f"{at}.attn_norm",
-        "blocks.{i}.attention.query": f"{at}.attn.qkv_proj",
-        "blocks.{i}.attention.key": f"{at}.attn.qkv_proj",
-        "blocks.{i}.attention.value": f"{at}.attn.qkv_proj",
-        "blocks.{i}.attention.query_norm": f"{at}.attn.q_norm",
-        "blocks.{i}.attention.key_norm": f"{at}.attn.k_norm",
-        "blocks.{i}.attention.output": f"{at}.attn.out_proj",
-        "blocks.{i}.feedforward_norm": f"{at}.ffn_norm",
-        "blocks.{i}.feedforward.gate": f"{at}.ffn.proj_1",
-        "blocks.{i}.feedforward.up": f"{at}.ffn.proj_1",
-        "blocks.{i}.feedforward.down": f"{at}.ffn.proj_2",
-        "norm": "transformer.norm",
-        "head": "lm_head",
-    }
-    return Plan(shape=shape, modules=modules)
+    return Description(shape)
 
 
 def _make_divisible(value: float, divisor: int) -> int:
@@ -339,19 +357,19 @@ def _make_divisible(value: float, divisor: int) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
-@family("gpt2", model_types=("gpt2",), architectures=("GPT2LMHeadModel",))
-def gpt2(config: Settings, n_tensors: int) -> Plan:
+@family("gpt2", names=GPT2, model_types=("gpt2",), architectures=("GPT2LMHeadModel",))
+def read_gpt2(config: ConfigReader, n_tensors: int) -> Description:
     """GPT-2: learned positions, LayerNorm, biases everywhere, fused qkv, weights stored [in, out]."""
-    d_model, n_heads = config.whole("n_embd"), config.whole("n_head")
+    d_model, n_heads = config.integer("n_embd"), config.integer("n_head")
     if n_heads == 0 or d_model % n_heads:
         raise config.wrong("n_head", n_heads, f"a divisor of n_embd {d_model}")
-    layer = LayerShape(n_heads, n_heads, config.whole("n_inner", 4 * d_model))
+    layer = LayerShape(n_heads, n_heads, config.integer("n_inner", 4 * d_model))
     tanh = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
     shape = ModelShape(
         d_model=d_model,
         head_dim=d_model // n_heads,
-        vocabulary=config.whole("vocab_size"),
-        layers=(layer,) * layer_count(config, "n_layer", n_tensors),
+        vocabulary=config.integer("vocab_size"),
+        layers=(layer,) * read_layer_count(config, "n_layer", n_tensors),
         norm="layernorm",
         norm_bias=True,
         norm_eps=config.number("layer_norm_epsilon", 1e-5, least=0, most=1),
@@ -361,24 +379,7 @@ def gpt2(config: Settings, n_tensors: int) -> Plan:
         attention_output_bias=True,
         ffn_bias=True,
         positions="learned",
-        context=context(config, "n_positions", 1024),
+        context=read_context(config, "n_positions", 1024),
         attention_scale=None if config.flag("scale_attn_weights", True) else 1.0,
     )
-    at = "transformer.h.{i}"
-    modules = {
-        "embedding.tokens": "transformer.wte",
-        "embedding.positions": "transformer.wpe",
-        "blocks.{i}.attention_norm": f"{at}.ln_1",
-        "blocks.{i}.attention.query": f"{at}.attn.c_attn",
-        "blocks.{i}.attention.key": f"{at}.attn.c_attn",
-        "blocks.{i}.attention.value": f"{at}.attn.c_attn",
-        "blocks.{i}.attention.output": f"{at}.attn.c_proj",
-        "blocks.{i}.feedforward_norm": f"{at}.ln_2",
-        "blocks.{i}.feedforward.up": f"{at}.mlp.c_fc",
-        "blocks.{i}.feedforward.down": f"{at}.mlp.c_proj",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
-    }
-    # Checkpoints from before transformers 4 hold the causal mask.
-    ignored = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
-    return Plan(shape=shape, modules=modules, conv1d=True, ignored=ignored)
+    return Description(shape)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from entasis.errors import UserError
-from entasis.interop.settings import Settings, shown
+from entasis.interop.config_reader import ConfigReader, shorten
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_JSON = 64 * 2**20
@@ -33,8 +33,8 @@ class HFFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = Settings(read_json(member(path, "config.json")), "config.json")
-        self.files = [member(path, name) for name in self._shards()]
+        self.config = ConfigReader(read_json(find_member(path, "config.json")), "config.json")
+        self.files = [find_member(path, name) for name in self._shards()]
         self.sizes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Path] = {}
@@ -54,7 +54,7 @@ class HFFolder:
                     )
                 raise UserError(f"{self.path.name}: has neither {WHOLE} nor {INDEX}")
             return [WHOLE]
-        weight_map = read_json(member(self.path, INDEX)).get("weight_map")
+        weight_map = read_json(find_member(self.path, INDEX)).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
             raise UserError(f"{INDEX}: weight_map is not a mapping of tensors to files")
         self._weight_map = weight_map
@@ -66,12 +66,12 @@ class HFFolder:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (not a dict)
                     if not name.isprintable() or not name:
-                        raise UserError(f"{file.name}: tensor {shown(name)!r} has no printable name")
+                        raise UserError(f"{file.name}: tensor {shorten(name)!r} has no printable name")
                     if name in self._files:
-                        raise UserError(f"{file.name}: tensor {shown(name)} is in another shard too")
+                        raise UserError(f"{file.name}: tensor {shorten(name)} is in another shard too")
                     part = handle.get_slice(name)
                     if part.get_dtype() not in _DTYPES:
-                        found = f"tensor {shown(name)} is {part.get_dtype()}"
+                        found = f"tensor {shorten(name)} is {part.get_dtype()}"
                         raise UserError(f"{file.name}: {found}; weights must be F32, F16 or BF16")
                     self.sizes[name] = tuple(part.get_shape())
                     self._dtypes[name] = _DTYPES[part.get_dtype()]
@@ -87,7 +87,7 @@ class HFFolder:
             place = (
                 "the index but in no shard" if name in self._weight_map else "a shard but not in the index"
             )
-            raise UserError(f"{INDEX}: tensor {shown(name)!r} is in {place}")
+            raise UserError(f"{INDEX}: tensor {shorten(name)!r} is in {place}")
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype a tensor is stored in."""
@@ -120,14 +120,14 @@ def _described(file: Path) -> int:
     return header.count(b'"data_offsets"')
 
 
-def member(folder: Path, name: str) -> Path:
+def find_member(folder: Path, name: str) -> Path:
     """The regular file `name` of `folder`. Raises `UserError` for names that lead anywhere else."""
     if not name or name != Path(name).name or name in (".", "..") or "\\" in name or "\0" in name:
         raise UserError(
-            f"{folder.name}: file name {shown(name)!r} leads out of the folder; it must be a plain name"
+            f"{folder.name}: file name {shorten(name)!r} leads out of the folder; it must be a plain name"
         )
     if len(name.encode(errors="replace")) > 255:
-        raise UserError(f"{folder.name}: file name {shown(name)!r} is longer than any file's")
+        raise UserError(f"{folder.name}: file name {shorten(name)!r} is longer than any file's")
     path = folder / name
     if not path.exists():
         raise UserError(f"{folder.name}: {name} is missing")

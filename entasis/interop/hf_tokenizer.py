@@ -10,8 +10,8 @@ from typing import Any
 
 from entasis.data.tokenizer import from_gpt2
 from entasis.errors import UserError
-from entasis.interop.hf_folder import member, read_json
-from entasis.interop.settings import shown
+from entasis.interop.config_reader import shorten
+from entasis.interop.hf_folder import find_member, read_json
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TokenizerFiles:
     notes: tuple[str, ...] = ()
 
 
-def given(path: Path) -> TokenizerFiles:
+def read_given(path: Path) -> TokenizerFiles:
     """The tokenizer.json that the user named."""
     if not path.is_file():
         raise UserError(f"{path}: is not a tokenizer.json")
@@ -31,25 +31,25 @@ def given(path: Path) -> TokenizerFiles:
     return TokenizerFiles({"tokenizer.json": path.read_bytes()})
 
 
-def files_of_folder(folder: Path, family: str) -> TokenizerFiles:
+def read_folder(folder: Path, family: str) -> TokenizerFiles:
     """The tokenizer of a Hugging Face folder. A chat template of its own file is put into the config.
 
     Old GPT-2 checkpoints have a vocabulary and merges instead of a tokenizer.json; it is made of them. Other
     families' merges do not say how text is split before merging.
     """
     if (folder / "tokenizer.json").exists():
-        content = member(folder, "tokenizer.json").read_bytes()
+        content = find_member(folder, "tokenizer.json").read_bytes()
     elif family == "gpt2" and (folder / "vocab.json").exists():
-        made = from_gpt2(member(folder, "vocab.json"), member(folder, "merges.txt"))
+        made = from_gpt2(find_member(folder, "vocab.json"), find_member(folder, "merges.txt"))
         content = made.library.to_str().encode()
     else:
         return TokenizerFiles(notes=("the source has no tokenizer.json; give one with --tokenizer",))
     config: dict[str, Any] = {}
     if (folder / "tokenizer_config.json").exists():
-        config = dict(read_json(member(folder, "tokenizer_config.json")))
+        config = dict(read_json(find_member(folder, "tokenizer_config.json")))
         config.pop("auto_map", None)  # names code to run; ours runs none
     if (folder / "chat_template.jinja").exists():
-        config["chat_template"] = _text(member(folder, "chat_template.jinja"))
+        config["chat_template"] = _text(find_member(folder, "chat_template.jinja"))
     return with_config(content, config)
 
 
@@ -80,7 +80,7 @@ def check_vocabulary(files: TokenizerFiles, rows: int) -> None:
     token, highest = max(vocabulary.items(), key=lambda item: item[1])
     if highest >= rows:
         raise UserError(
-            f"tokenizer.json: token {shown(token)!r} is number {highest}, but the embedding has only {rows} rows; "
+            f"tokenizer.json: token {shorten(token)!r} is number {highest}, but the embedding has only {rows} rows; "
             "the tokenizer belongs to another model"
         )
 

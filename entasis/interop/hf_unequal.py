@@ -7,25 +7,25 @@ that equals the whole model's is left out, and so is a layer with none left. Fol
 
 from __future__ import annotations
 
-from entasis.interop.hf_families import Reader, family, layer_count, llama, olmo2, qwen3
-from entasis.interop.plan import Plan
-from entasis.interop.settings import Settings
+from entasis.interop.config_reader import ConfigReader, Description, read_layer_count
+from entasis.interop.hf_families import FAMILIES, Reader, family, read_llama, read_olmo2, read_qwen3
 from entasis.shape.shapes import LayerShape
 
-_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""What a layer's own config may say: its query heads, KV heads and FFN width."""
 
 
-def layers(config: Settings, n_tensors: int) -> list[LayerShape]:
+def read_layers(config: ConfigReader, n_tensors: int) -> list[LayerShape]:
     """The layers that a config describes. Raises `UserError` for anything in it that is not known."""
-    count = layer_count(config, "num_hidden_layers", n_tensors)
+    count = read_layer_count(config, "num_hidden_layers", n_tensors)
     if config.get("layer_shapes") is not None:
-        return _of_earlier_versions(config, count)
+        return _read_layer_shapes(config, count)
     given = config.mapping("per_layer_config")
     if given is None:
         raise config.wrong("per_layer_config", None, f"a mapping of layers, from 0 to {count - 1}")
-    heads = config.whole("num_attention_heads")
-    whole = [heads, config.whole("num_key_value_heads", heads), config.whole("intermediate_size")]
-    result = [_layer(whole)] * count
+    heads = config.integer("num_attention_heads")
+    default = [heads, config.integer("num_key_value_heads", heads), config.integer("intermediate_size")]
+    result = [_layer(default)] * count
     seen: set[int] = set()
     for key in given:
         index = int(key) if key.isdecimal() and len(key) < 10 else count
@@ -33,35 +33,36 @@ def layers(config: Settings, n_tensors: int) -> list[LayerShape]:
             raise config.wrong("per_layer_config", key, f"layers from 0 to {count - 1}, each once")
         seen.add(index)
         where = f"{config.where}: per_layer_config: {key}"
-        one = Settings(Settings(given, f"{config.where}: per_layer_config").mapping(key) or {}, where)
+        one = ConfigReader(ConfigReader(given, f"{config.where}: per_layer_config").mapping(key) or {}, where)
         for name in one.values:
-            if name not in _WIDTHS:
-                raise one.refuse(name, f"only {', '.join(_WIDTHS)} differ between layers here")
-        numbers = [one.whole(name, default) for name, default in zip(_WIDTHS, whole, strict=True)]
+            if name not in WIDTH_KEYS:
+                raise one.refuse(name, f"only {', '.join(WIDTH_KEYS)} differ between layers here")
+        numbers = [one.integer(name, value) for name, value in zip(WIDTH_KEYS, default, strict=True)]
         result[index] = _layer(numbers)
     return result
 
 
-def _of_earlier_versions(config: Settings, count: int) -> list[LayerShape]:
+def _read_layer_shapes(config: ConfigReader, count: int) -> list[LayerShape]:
     given = config.get("layer_shapes")
     if not isinstance(given, list) or len(given) != count or not all(isinstance(x, list) for x in given):
         raise config.wrong("layer_shapes", given, f"a list of {count} lists, one for each layer")
-    lists = Settings({f"layer_shapes[{i}]": numbers for i, numbers in enumerate(given)}, config.where)
-    return [_layer(lists.wholes(key, 3)) for key in lists.values]
+    lists = ConfigReader({f"layer_shapes[{i}]": numbers for i, numbers in enumerate(given)}, config.where)
+    return [_layer(lists.integers(key, 3)) for key in lists.values]
 
 
 def _layer(widths: list[int]) -> LayerShape:
-    heads, kv_heads, width = widths
-    return LayerShape(heads, kv_heads, width)
+    heads, kv_heads, d_ff = widths
+    return LayerShape(heads, kv_heads, d_ff)
 
 
-for _name, _read in (("llama", llama), ("qwen3", qwen3), ("olmo2", olmo2)):
+for _name, _read in (("llama", read_llama), ("qwen3", read_qwen3), ("olmo2", read_olmo2)):
 
     @family(
         f"entasis_{_name}",
+        names=FAMILIES[_name].names,
         model_types=(f"entasis_{_name}",),
         architectures=("EntasisForCausalLM",),
         reads=("per_layer_config", "layer_shapes"),
     )
-    def _(config: Settings, n_tensors: int, read: Reader = _read) -> Plan:
-        return read(config, n_tensors, layers(config, n_tensors))
+    def _(config: ConfigReader, n_tensors: int, read: Reader = _read) -> Description:
+        return read(config, n_tensors, read_layers(config, n_tensors))

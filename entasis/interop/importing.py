@@ -15,23 +15,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from entasis import __version__
 from entasis.errors import UserError
-from entasis.interop import gguf_families, hf_unequal, hub, weights_writer  # noqa: F401  (registers itself)
+from entasis.interop import hub, name_map, weights_writer
 from entasis.interop.aside import new_folder
-from entasis.interop.gguf_reader import GGUFFile
-from entasis.interop.gguf_tokenizer import tokenizer_of
-from entasis.interop.hf_families import family_of
+from entasis.interop.config_reader import Description, shorten
 from entasis.interop.hf_folder import HFFolder
-from entasis.interop.hf_tokenizer import TokenizerFiles, check_vocabulary, files_of_folder, given
-from entasis.interop.plan import Piece, Plan, pieces
-from entasis.interop.settings import shown
+from entasis.interop.hf_tokenizer import TokenizerFiles, check_vocabulary, read_folder, read_given
+from entasis.interop.name_map import NameMap, StoredTensor
 from entasis.model import weights
 from entasis.shape.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from entasis.interop.gguf_reader import GGUFFile
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -58,13 +58,13 @@ class ImportResult:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A source whose plan has been made and checked."""
+    """A source whose every tensor has been checked against its description."""
 
     source: HFFolder | GGUFFile
     family: str
     format: str
-    plan: Plan
-    pieces: dict[str, Piece]
+    description: Description
+    tensors: list[StoredTensor]
     tokenizer: TokenizerFiles
     files: list[Path]
 
@@ -108,51 +108,60 @@ def _open(source: Path, tokenizer: Path | None) -> _Opened:
 
 
 def _open_folder(path: Path, tokenizer: Path | None) -> _Opened:
+    from entasis.interop import hf_unequal  # noqa: F401  (registers its families)
+    from entasis.interop.hf_families import find_family
+
     source = HFFolder(path)
-    family = family_of(source.config)
-    plan = family.read(source.config, len(source.sizes))
+    family = find_family(source.config)
+    description = family.read(source.config, len(source.sizes))
+    tensors = name_map.list_tensors(family.names, description.shape, description.layers)
     sizes, tied = dict(source.sizes), None
-    if plan.shape.tied_embeddings:
+    if description.shape.tied_embeddings:
         # Some write the tied head too. It may be left out only when it really is the embedding.
-        tied = sizes.pop(f"{plan.modules['head']}.weight", None)
-    parts = pieces(plan, sizes, path.name)
+        tied = sizes.pop(f"{family.names.outer['head']}.weight", None)
+    name_map.check(tensors, sizes, path.name, family.names.ignored)
     if tied is not None:
-        _check_tied(source, plan)
-    files = given(tokenizer) if tokenizer else files_of_folder(path, family.name)
-    check_vocabulary(files, plan.shape.vocabulary)
-    return _Opened(
-        source, family.name, "huggingface", plan, parts, files, [path / "config.json", *source.files]
-    )
+        _check_tied(source, family.names)
+    files = read_given(tokenizer) if tokenizer else read_folder(path, family.name)
+    check_vocabulary(files, description.shape.vocabulary)
+    paths = [path / "config.json", *source.files]
+    return _Opened(source, family.name, "huggingface", description, tensors, files, paths)
 
 
-def _check_tied(source: HFFolder, plan: Plan) -> None:
-    head, embedding = (f"{plan.modules[m]}.weight" for m in ("head", "embedding.tokens"))
+def _check_tied(source: HFFolder, names: NameMap) -> None:
+    head, embedding = (f"{names.outer[module]}.weight" for module in ("head", "embedding.tokens"))
     if not torch.equal(source.read(head), source.read(embedding)):
         raise UserError(f"{source.path.name}: the config ties {head} to {embedding}, but the two differ")
 
 
 def _open_gguf(path: Path, tokenizer: Path | None) -> _Opened:
+    from entasis.interop import gguf_families
+    from entasis.interop.gguf_reader import GGUFFile
+    from entasis.interop.gguf_tokenizer import read_tokenizer
+
     source = GGUFFile(path)
     try:
-        family, plan = gguf_families.plan_of(source)
-        parts = pieces(plan, source.sizes, path.name)
-        files = given(tokenizer) if tokenizer else tokenizer_of(source)
-        check_vocabulary(files, plan.shape.vocabulary)
+        family, description = gguf_families.read_description(source)
+        names = gguf_families.ARCHITECTURES[family].names
+        tensors = name_map.list_tensors(names, description.shape, description.layers)
+        name_map.check(tensors, source.sizes, path.name, names.ignored)
+        files = read_given(tokenizer) if tokenizer else read_tokenizer(source)
+        check_vocabulary(files, description.shape.vocabulary)
     except BaseException:
         source.close()
         raise
-    return _Opened(source, family, "gguf", plan, parts, files, source.files)
+    return _Opened(source, family, "gguf", description, tensors, files, source.files)
 
 
 def _write(
     opened: _Opened, folder: Path, dtype: torch.dtype | None, progress: Callable[[int, int], None] | None
 ) -> ImportResult:
-    plan = opened.plan
-    kind, mixed = _dtype(opened, dtype)
-    described = {name: (kind, piece.size) for name, piece in opened.pieces.items()}
-    parameters = sum(torch.Size(piece.size).numel() for piece in opened.pieces.values())
+    shape = opened.description.shape
+    kind, mixed = _choose_dtype(opened, dtype)
+    described = {p.name: (kind, p.size) for tensor in opened.tensors for p in tensor.parameters}
+    parameters = sum(tensor.count for tensor in opened.tensors)
     with new_folder(folder, parameters * kind.itemsize) as aside:
-        _write_json(aside / "shape.json", plan.shape.to_dict())
+        _write_json(aside / "shape.json", shape.to_dict())
         for name, content in opened.tokenizer.contents.items():
             _write_bytes(aside / name, content)
         tensors = _tensors(opened, kind, parameters, progress)
@@ -163,25 +172,25 @@ def _write(
         folder=str(folder),
         family=opened.family,
         format=opened.format,
-        shape=plan.shape,
+        shape=shape,
         parameters=parameters,
         tensors=len(described),
         dtype=_name(kind),
         tokenizer=bool(opened.tokenizer.contents),
         chat_template=opened.tokenizer.chat_template,
-        notes=plan.notes + mixed + opened.tokenizer.notes,
+        notes=opened.description.notes + mixed + opened.tokenizer.notes,
     )
 
 
-def _dtype(opened: _Opened, asked: torch.dtype | None) -> tuple[torch.dtype, tuple[str, ...]]:
+def _choose_dtype(opened: _Opened, asked: torch.dtype | None) -> tuple[torch.dtype, tuple[str, ...]]:
     """The one dtype of the written weights, and a note where that rounds some of the source's.
 
     Unless asked otherwise it is that of most parameters; where any are quantised float32, which holds
     exactly what their blocks say. GGUF files of half precision keep their norms in float32.
     """
     counts: Counter[torch.dtype | None] = Counter()
-    for piece in opened.pieces.values():
-        counts[opened.source.dtype(piece.source)] += torch.Size(piece.size).numel()
+    for tensor in opened.tensors:
+        counts[opened.source.dtype(tensor.name)] += tensor.count
     if asked is not None:
         return asked, ()
     most = counts.most_common(1)[0][0]
@@ -203,28 +212,23 @@ def _tensors(
     total: int,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our parameters in order. One tensor of theirs is held, so a fused one is read once."""
-    held, tensor, done = "", torch.empty(0), 0
-    for name, piece in opened.pieces.items():
-        if piece.source != held:
-            tensor = torch.empty(0)  # lets the last one go before the next comes
-            held, tensor = piece.source, opened.source.read(piece.source)
-        part = piece.cut(tensor)
-        if not part.isfinite().all():
-            raise UserError(f"{_where(opened, piece)} holds numbers that are not finite (NaN or infinity)")
-        part = part.to(dtype)
-        if not part.isfinite().all():
-            raise UserError(
-                f"{_where(opened, piece)} has numbers too large for {_name(dtype)}; choose another --dtype"
-            )
-        yield name, part
-        done += part.numel()
+    """Our parameters, in the order of the tensors that hold them: each is read once, and one is held at a time."""
+    done = 0
+    for stored in opened.tensors:
+        where = f"{opened.source.path.name}: tensor {shorten(stored.name)}"
+        tensor = opened.source.read(stored.name)
+        if not tensor.isfinite().all():
+            raise UserError(f"{where} holds numbers that are not finite (NaN or infinity)")
+        tensor = tensor.to(dtype)
+        if not tensor.isfinite().all():
+            raise UserError(f"{where} has numbers too large for {_name(dtype)}; choose another --dtype")
+        for name, part in stored.split(tensor):
+            yield name, part
+            del part  # else it would hold its tensor while the next is read
+        done += stored.count
+        del tensor
         if progress:
             progress(done, total)
-
-
-def _where(opened: _Opened, piece: Piece) -> str:
-    return f"{opened.source.path.name}: tensor {shown(piece.source)}"
 
 
 def _provenance(opened: _Opened, digest: str) -> dict[str, Any]:
@@ -234,7 +238,7 @@ def _provenance(opened: _Opened, digest: str) -> dict[str, Any]:
         "family": opened.family,
         "source": [{"file": path.name, "sha256": _hash(path)} for path in opened.files],
         "model.safetensors": {"sha256": digest},
-        "notes": list(opened.plan.notes + opened.tokenizer.notes),
+        "notes": list(opened.description.notes + opened.tokenizer.notes),
     }
 
 

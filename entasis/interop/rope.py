@@ -6,16 +6,18 @@ The base and the factors are held to numbers that positions can be turned by: fr
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from entasis.errors import UserError
-from entasis.interop.gguf_reader import GGUFFile
-from entasis.interop.settings import Settings
+from entasis.interop.config_reader import ConfigReader
+
+if TYPE_CHECKING:
+    from entasis.interop.gguf_reader import GGUFFile
 
 
-def of_config(config: Settings) -> dict[str, Any]:
+def read_config(config: ConfigReader) -> dict[str, Any]:
     """From a Hugging Face config.
 
     transformers up to 4 keeps `rope_theta` and `rope_scaling` apart, 5 keeps both in `rope_parameters`.
@@ -23,7 +25,7 @@ def of_config(config: Settings) -> dict[str, Any]:
     """
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     asked = config.mapping(key) or {}
-    scaling = Settings(asked, f"{config.where}: {key}")
+    scaling = ConfigReader(asked, f"{config.where}: {key}")
     theta = scaling.number("rope_theta", config.number("rope_theta", 10_000.0, least=1), least=1)
     if scaling.number("partial_rotary_factor", 1) != 1:
         raise scaling.refuse("partial_rotary_factor", "only rotating the whole head is supported")
@@ -40,13 +42,13 @@ def of_config(config: Settings) -> dict[str, Any]:
         if numbers["high_freq_factor"] == low:
             raise scaling.refuse("high_freq_factor", "it must be above low_freq_factor")
         key = "original_max_position_embeddings"
-        if not (original := scaling.whole(key)):
+        if not (original := scaling.integer(key)):
             raise scaling.wrong(key, original, "at least 1")
         return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **numbers, key: original}}
     raise UserError(f"{config.where}: rope scaling {kind!r} is not supported; default, linear and llama3 are")
 
 
-def of_gguf(file: GGUFFile, settings: Settings, head_dim: int) -> dict[str, Any]:
+def read_gguf(file: GGUFFile, settings: ConfigReader, head_dim: int) -> dict[str, Any]:
     """From the keys of a GGUF file, and its tensor `rope_freqs.weight` where llama3's scaling is in it."""
     theta = settings.number("rope.freq_base", 10_000.0, least=1)
     kind = settings.text("rope.scaling.type", "none")

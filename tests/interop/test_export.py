@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from entasis.cli import main
 from entasis.data import tokenizer
 from entasis.errors import UserError
-from entasis.interop.equivalent import Drawing, folded, padded, widest
 from entasis.interop.exporting import export
 from entasis.interop.importing import import_model
+from entasis.interop.transforms import ShapedWeights, find_widest, fold_scales, pad_layers
 from entasis.model import weights
 from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
@@ -77,8 +77,8 @@ def ids(batch=2, length=30):
 
 
 def padded_model(model):
-    drawing = folded(Drawing(model.shape, {n: p.detach() for n, p in model.named_parameters()}))
-    drawing = padded(drawing, [widest(drawing.shape)] * drawing.shape.n_layers)
+    drawing = fold_scales(ShapedWeights(model.shape, {n: p.detach() for n, p in model.named_parameters()}))
+    drawing = pad_layers(drawing, [find_widest(drawing.shape)] * drawing.shape.n_layers)
     wide = Transformer(drawing.shape).to(model.norm.weight.dtype)
     wide.load_state_dict(drawing.tensors)
     return wide

@@ -86,8 +86,8 @@ def test_quantised_and_half_precision_gguf(tmp_path):
 
 def test_openelm_270m_has_the_published_heads_widths_and_count():
     """The numbers of apple/OpenELM-270M, from its config alone."""
-    from entasis.interop.hf_families import family_of
-    from entasis.interop.settings import Settings
+    from entasis.interop.config_reader import ConfigReader
+    from entasis.interop.hf_families import find_family
 
     multipliers = [round(0.5 + 3.5 * i / 15, 2) for i in range(16)]
     heads = [12] * 5 + [16] * 7 + [20] * 4
@@ -96,8 +96,8 @@ def test_openelm_270m_has_the_published_heads_widths_and_count():
         "num_query_heads": heads, "num_kv_heads": [h // 4 for h in heads], "ffn_multipliers": multipliers,
         "ffn_dim_divisor": 256, "max_context_length": 2048,
     }  # fmt: skip
-    settings = Settings(config, "config.json")
-    shape = family_of(settings).read(settings, 200).shape
+    settings = ConfigReader(config, "config.json")
+    shape = find_family(settings).read(settings, 200).shape
     assert (shape.layers[0].d_ff, shape.layers[-1].d_ff) == (768, 5120)
     count = sum(torch.Size(size).numel() for size in layout.sizes(shape).values())
     assert round(count / 1e6, 1) == 271.5
@@ -175,23 +175,16 @@ def test_memory_stays_at_the_largest_tensor(tmp_path):
         **tiny.SAME, "model_type": "llama", "hidden_size": width, "intermediate_size": 2 * width,
         "head_dim": 64, "num_attention_heads": 16, "num_key_value_heads": 16, "num_hidden_layers": n,
     }  # fmt: skip
-    from entasis.interop.hf_families import family_of
-    from entasis.interop.plan import pieces
-    from entasis.interop.settings import Settings
+    from entasis.interop.config_reader import ConfigReader
+    from entasis.interop.hf_families import find_family
+    from entasis.interop.name_map import list_tensors
 
-    settings = Settings(config, "config.json")
-    plan = family_of(settings).read(settings, 200)
-    sizes = layout.sizes(plan.shape)
-    theirs = dict.fromkeys(sizes, "")
-    for name in sizes:
-        module, _, kind = name.rpartition(".")
-        index = module.split(".")[1] if module.startswith("blocks.") else "0"
-        generic = (
-            module.replace(f"blocks.{index}.", "blocks.{i}.", 1) if module.startswith("blocks.") else module
-        )
-        theirs[name] = plan.modules[generic].format(i=index) + "." + kind
-    tiny.save_folder(tmp_path / "source", config, {theirs[k]: torch.zeros(v) for k, v in sizes.items()})
-    assert pieces(plan, {theirs[k]: v for k, v in sizes.items()}, "x").keys() == sizes.keys()
+    settings = ConfigReader(config, "config.json")
+    family = find_family(settings)
+    stored = list_tensors(family.names, family.read(settings, 200).shape)
+    tiny.save_folder(
+        tmp_path / "source", config, {tensor.name: torch.zeros(tensor.size) for tensor in stored}
+    )
     code = (
         "import resource, sys; from entasis.interop.importing import import_model\n"
         "import tokenizers, safetensors.torch\n"

@@ -26,7 +26,7 @@ NASTY = [
 LENGTHS = [0, 1, 2**16, 2**31, 2**32, 2**40, 2**60, 2**63, 2**64 - 1]
 
 
-# What reading even a sound file of this size takes: open files' buffers, the plan, Python's own tables.
+# What reading even a sound file of this size takes: open files' buffers, the description, Python's own tables.
 ALLOWANCE = 160 * 1024
 
 
@@ -78,15 +78,16 @@ def changed(config: object, rng: random.Random) -> object:
 
 
 def read(source: Path, tensors: bool = True) -> bool:
-    """Whether a source is accepted; the only error there may be is `UserError`. Its tensors are read and cut too."""
+    """Whether a source is accepted; the only error there may be is `UserError`. Its tensors are read and split too."""
     try:
         opened = importing._open(source, None)
     except UserError as error:
         assert "\n" not in str(error)
         assert len(str(error)) < 1000
         return False
-    for piece in opened.pieces.values() if tensors else ():
-        assert piece.cut(opened.source.read(piece.source)).shape == piece.size
+    for tensor in opened.tensors if tensors else ():
+        parts = tensor.split(opened.source.read(tensor.name))
+        assert [(name, part.shape) for name, part in parts] == [(p.name, p.size) for p in tensor.parameters]
     opened.source.close()
     return True
 
