@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from entasis.data.shards import Shard, open_shard, verify
+from entasis.data.shards import Shard, hash_of_document, open_shard, verify
 from entasis.errors import UserError
 from entasis.files import read_json
 
@@ -91,6 +92,18 @@ class Corpus:
         parts = [s.documents[:-1] + begin for s, begin in zip(self.shards, begins, strict=True)]
         return np.concatenate([*parts, np.array([self.tokens], np.int64)])
 
+    @cached_property
+    def document_hashes(self) -> np.ndarray:
+        """What each document is known by: uint64 [documents], of its text, or of its ids where no text was at hand."""
+        return np.concatenate([_hashes(shard) for shard in self.shards])
+
     def document_bytes(self) -> np.ndarray:
         """UTF-8 bytes of each document's text: int64 [documents]."""
         return np.concatenate([s.document_bytes for s in self.shards])
+
+
+def _hashes(shard: Shard) -> np.ndarray:
+    if shard.document_hashes is not None:
+        return shard.document_hashes
+    edges = itertools.pairwise(shard.documents.tolist())
+    return np.array([hash_of_document(shard.tokens[a:b].tobytes()) for a, b in edges], np.uint64)

@@ -63,6 +63,7 @@ def spoil(source: str | Path, output: str | Path, name: str) -> dict[str, Any]:
             np.asarray(shard.document_bytes),
             vocabulary=corpus.vocabulary,
             tokenizer_hash=corpus.tokenizer_hash,
+            document_hashes=shard.document_hashes,
         )
     shutil.copy(corpus.tokenizer_path, output / TOKENIZER)
     index = {

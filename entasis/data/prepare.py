@@ -24,7 +24,7 @@ import numpy as np
 from entasis.data import split
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, TOKENIZER, Corpus
-from entasis.data.shards import write_shard
+from entasis.data.shards import hash_of_document, write_shard
 from entasis.data.sources import Document, documents
 from entasis.errors import UserError
 from entasis.files import aside, read_json, write_json
@@ -216,6 +216,7 @@ class _Side:
     """Source documents up to here are in finished shards."""
     ids: list[np.ndarray] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
     waiting: int = 0
 
     def resume(self) -> None:
@@ -228,11 +229,12 @@ class _Side:
             if path.name not in self.shards:
                 path.unlink()  # written after the last entry in progress.json, or half-written
 
-    def add(self, ids: np.ndarray, size: int) -> None:
+    def add(self, ids: np.ndarray, size: int, text_hash: int) -> None:
         if self.chosen.end_of_text is not None:
             ids = np.append(ids, np.uint32(self.chosen.end_of_text))
         self.ids.append(ids)
         self.sizes.append(size)
+        self.hashes.append(text_hash)
         self.waiting += len(ids)
 
     def flush(self, finished: int) -> None:
@@ -247,8 +249,9 @@ class _Side:
                 np.array(self.sizes, np.int64),
                 vocabulary=self.chosen.vocabulary,
                 tokenizer_hash=self.chosen.hash,
+                document_hashes=np.array(self.hashes, np.uint64),
             )
-        self.ids, self.sizes, self.waiting, self.finished = [], [], 0, finished
+        self.ids, self.sizes, self.hashes, self.waiting, self.finished = [], [], [], 0, finished
         write_json(self.folder / "progress.json", {"shards": self.shards, "finished": finished})
 
     def close(self) -> None:
@@ -282,9 +285,13 @@ def _write_tokens(
         half.resume()
     done = 0
 
-    def encode(batch: list[tuple[int, int, Document]]) -> list[tuple[int, int, int, np.ndarray]]:
+    def encode(batch: list[tuple[int, int, Document]]) -> list[tuple[int, int, int, int, np.ndarray]]:
         ids = chosen.encode_batch([d.text for _, _, d in batch])
-        return [(i, side, len(d.text.encode("utf-8")), x) for (i, side, d), x in zip(batch, ids, strict=True)]
+        texts = [d.text.encode("utf-8") for _, _, d in batch]
+        return [
+            (i, side, len(text), hash_of_document(text), x)
+            for (i, side, _), text, x in zip(batch, texts, ids, strict=True)
+        ]
 
     def wanted() -> Iterator[tuple[int, int, Document]]:
         for i, document in enumerate(documents(sources, column)):
@@ -300,9 +307,9 @@ def _write_tokens(
     # while the ids of one become an array and the one before is stored.
     with ThreadPoolExecutor(2) as pool:
         for encoded in _ahead(pool, 2, encode, _batches(wanted())):
-            for i, side, size, ids in encoded:
+            for i, side, size, text_hash, ids in encoded:
                 half = halves[side]
-                half.add(ids, size)
+                half.add(ids, size, text_hash)
                 done += size
                 if half.waiting >= shard_tokens:
                     half.flush(i + 1)

@@ -3,6 +3,7 @@
     tokens           uint16 or uint32 [n]         the ids, documents one after another
     documents        int64 [m + 1]                where each document begins; the last entry is n
     document_bytes   int64 [m]                    UTF-8 bytes of each document's text
+    document_hashes  uint64 [m], may be missing   hash of each document's text, the same under every tokenizer
     metadata         format, vocabulary, tokenizer (its hash), tokens, bytes, content (a hash)
 
 The dtype stands in the file and is read from it. An id outside the vocabulary is refused when written.
@@ -45,6 +46,7 @@ class Shard:
     vocabulary: int
     tokenizer_hash: str
     content_hash: str
+    document_hashes: np.ndarray | None = None
 
 
 def write_shard(
@@ -55,6 +57,7 @@ def write_shard(
     *,
     vocabulary: int,
     tokenizer_hash: str,
+    document_hashes: np.ndarray | None = None,
 ) -> str:
     """Writes a shard aside, syncs and renames it; returns its content hash.
 
@@ -74,6 +77,9 @@ def write_shard(
         "document_bytes": document_bytes.astype("<i8"),
     }
     content = content_hash(tensors["tokens"], tensors["documents"], tensors["document_bytes"])
+    if document_hashes is not None:
+        assert len(document_hashes) == len(document_bytes)
+        tensors["document_hashes"] = document_hashes.astype("<u8")
     metadata = {
         "format": FORMAT,
         "vocabulary": str(vocabulary),
@@ -87,6 +93,11 @@ def write_shard(
     with aside(path, need=need, locked=True) as partial:
         save_file(tensors, partial, metadata=metadata)
     return content
+
+
+def hash_of_document(content: bytes) -> int:
+    """64 bits: few enough to keep for every document, and enough to tell 10⁸ of them apart."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def content_hash(*arrays: np.ndarray) -> str:
@@ -107,11 +118,12 @@ def open_shard(path: Path) -> Shard:
                 raise UserError(
                     f"{path}: not a token shard of this version (format {metadata.get('format')!r})"
                 )
-            if names != {"tokens", "documents", "document_bytes"}:
+            if names - {"document_hashes"} != {"tokens", "documents", "document_bytes"}:
                 raise UserError(
                     f"{path}: holds {sorted(names)}; a shard has tokens, documents, document_bytes"
                 )
             documents, document_bytes = file.get_tensor("documents"), file.get_tensor("document_bytes")
+            hashes = file.get_tensor("document_hashes") if "document_hashes" in names else None
             kind = file.get_slice("tokens").get_dtype()
     except FileNotFoundError as error:
         raise UserError(f"{path}: the shard is missing; prepare the corpus again") from error
@@ -127,11 +139,19 @@ def open_shard(path: Path) -> Shard:
         and documents[-1] == len(tokens) == int(metadata["tokens"])
         and bool((np.diff(documents) >= 0).all())
         and int(document_bytes.sum()) == int(metadata["bytes"])
+        and (hashes is None or len(hashes) == len(document_bytes))
     )
     if not whole:
         raise UserError(f"{path}: its counts contradict one another; prepare the corpus again")
     return Shard(
-        path, tokens, documents, document_bytes, vocabulary, metadata["tokenizer"], metadata["content"]
+        path,
+        tokens,
+        documents,
+        document_bytes,
+        vocabulary,
+        metadata["tokenizer"],
+        metadata["content"],
+        hashes,
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from entasis.data.corpus import Corpus
+from entasis.data.held_out import Part, choose_documents
 from entasis.data.tokenizer import Tokenizer
 from entasis.model.transformer import Transformer
 
@@ -35,7 +36,7 @@ FEWEST_BLOCKS = 10
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What was measured, document by document; all else follows from the three arrays."""
+    """What was measured, document by document; all else follows from the arrays."""
 
     document_nll: np.ndarray
     """float64 [documents], nats."""
@@ -43,10 +44,12 @@ class Score:
     """int64 [documents], UTF-8."""
     document_tokens: np.ndarray
     """int64 [documents], end-of-text included."""
+    document_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    """uint64 [documents]: what each is known by; empty for blocks."""
     blocks: Score | None = None
     """A lone document's consecutive blocks, as if they were documents; None where there are too few."""
 
-    ARRAYS: ClassVar = ("document_nll", "document_bytes", "document_tokens")
+    ARRAYS: ClassVar = ("document_nll", "document_bytes", "document_tokens", "document_hashes")
 
     @property
     def nll_sum(self) -> float:
@@ -70,16 +73,6 @@ class Score:
         return math.exp(min(self.nll_sum / self.tokens, 700.0))
 
 
-def choose_documents(corpus: Corpus, max_tokens: int | None) -> np.ndarray:
-    """Ascending document numbers: all, or a fixed random choice up to `max_tokens` (at least one)."""
-    sizes = np.diff(corpus.document_offsets())
-    if max_tokens is None or sizes.sum() <= max_tokens:
-        return np.arange(len(sizes))
-    shuffled = np.random.default_rng(0).permutation(len(sizes))
-    fitting = np.searchsorted(np.cumsum(sizes[shuffled]), max_tokens, side="right")
-    return np.sort(shuffled[: max(1, fitting)])
-
-
 @torch.no_grad()
 def evaluate(
     model: Transformer,
@@ -90,6 +83,8 @@ def evaluate(
     device: torch.device,
     autocast: torch.dtype | None = None,
     max_tokens: int | None = None,
+    max_bytes: int | None = None,
+    part: Part = "all",
     document_masking: bool = False,
     rank: int = 0,
     world: int = 1,
@@ -103,7 +98,7 @@ def evaluate(
     `progress(done, total)` is called with numbers of tokens.
     """
     offsets = corpus.document_offsets()
-    chosen = choose_documents(corpus, max_tokens)
+    chosen = choose_documents(corpus, max_tokens, max_bytes=max_bytes, part=part)
     sizes = np.diff(offsets)[chosen]
     lone = tokenizer is not None and len(chosen) == 1
     if lone and max_tokens is not None:
@@ -142,16 +137,17 @@ def evaluate(
             progress(stop, total)
     model.train(was_training)
     sized = corpus.document_bytes()[chosen]
+    hashes = corpus.document_hashes[chosen]
     if tokenizer is None or not lone:
-        return Score(nll, sized, sizes)
+        return Score(nll, sized, sizes, hashes)
     whole = int(offsets[chosen[0] + 1] - offsets[chosen[0]]) == total
     block_bytes = _bytes_of_blocks(read(0, total), block, tokenizer, corpus.end_of_text)
     if not whole:
         sized = block_bytes.sum(keepdims=True)
     if len(block_nll) < FEWEST_BLOCKS:
-        return Score(nll, sized, sizes)
+        return Score(nll, sized, sizes, hashes)
     ends_of_blocks = np.minimum(np.arange(1, len(block_nll) + 1) * block, total)
-    return Score(nll, sized, sizes, Score(block_nll, block_bytes, np.diff(ends_of_blocks, prepend=0)))
+    return Score(nll, sized, sizes, hashes, Score(block_nll, block_bytes, np.diff(ends_of_blocks, prepend=0)))
 
 
 def _bytes_of_blocks(

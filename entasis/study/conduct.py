@@ -19,11 +19,12 @@ from pathlib import Path
 from rich.console import Console
 
 from entasis import signals
-from entasis.errors import Failure, UserError
+from entasis.errors import Damaged, Failure, UserError
 from entasis.files import write_text
 from entasis.study import (
     downstream,
     execute,
+    held_out,
     judgement,
     live,
     machine,
@@ -78,8 +79,9 @@ def _run(
     with execute.only_one(folder), place as pool:
         _prepare(study, folder, console)
         study = _settled(study, folder, console, pool)
-        arms = solve(study, vocabulary(study, folder))
+        arms = held_out.agree(study, folder, solve(study, vocabulary(study, folder)))
         prepared = preparatory(study, arms)
+        _recognise(folder, prepared)
         _train(study, folder, prepared, console, "preparing: learning rates", pool)
         if "time" in study.protocols and not arms.keys() <= throughput.rounds(folder).keys():
             console.print("measuring the throughput of all arms in turn", markup=False, highlight=False)
@@ -101,8 +103,9 @@ def report(folder: Path, console: Console) -> Verdict:
     """Judges and reports what is in a study's folder, without running anything."""
     folder = folder.resolve()
     study = machine.applied(stored(folder), folder)
-    arms = solve(study, vocabulary(study, folder))
+    arms = held_out.agree(study, folder, solve(study, vocabulary(study, folder)))
     prepared = preparatory(study, arms)
+    _recognise(folder, prepared)
     plan = _lay_out(study, folder, arms, prepared)
     return _report(study, plan, folder, judgement.judge(study, plan, folder), prepared, console)
 
@@ -220,7 +223,29 @@ def _lay_out(study: Study, folder: Path, arms: dict[str, Arm], prepared: Sequenc
             raise Failure(f"study {study.name}: no run of the learning-rate sweep of {arm} was finished")
         if "time" in study.protocols and arm not in found.tokens_per_second:
             raise Failure(f"study {study.name}: the throughput of {arm} could not be measured")
-    return lay_out(study, arms, found)
+    plan = lay_out(study, arms, found)
+    _recognise(folder, plan.runs)
+    return plan
+
+
+def _recognise(folder: Path, runs: Sequence[PlannedRun]) -> None:
+    """Sees to it that the runs there are those that the study plans. Raises `UserError`."""
+    from entasis.train import recipe, run_folder
+    from entasis.train.resolve import resolve
+
+    for run in runs:
+        if not (folder / run.folder / "recipe.yaml").is_file():
+            continue
+        wanted, _, _ = resolve(recipe.from_dict(run.recipe), run.recipe["shape"]["vocabulary"])
+        try:
+            run_folder.recognise(wanted, folder / run.folder)
+        except Damaged:
+            raise
+        except UserError as error:
+            told = str(error).removesuffix("; choose another --output")
+            raise UserError(
+                f"{told}: study.yaml has changed since it ran; undo that, or run the new study in another folder"
+            ) from error
 
 
 def _report(

@@ -39,9 +39,10 @@ class Sweep:
     """Learning rates tried for every arm before the study proper, each as a multiple of the base recipe's."""
 
     multipliers: list[float]
+    seeds: list[int]
+    """None of them the study's."""
     changes: dict[str, Any] = field(default_factory=dict)
     """The stated small size: dot-keys changed in the recipe for the sweep only."""
-    seeds: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,8 @@ class Study:
         return yaml.safe_dump(plain, sort_keys=False, width=110, allow_unicode=True)
 
 
+_SWEEP_SEEDS = 1000
+"""Where the sweep's seeds begin, so that a study may be given more seeds."""
 _OTHER_KEYS = ("sizes", "size", "extends")
 
 
@@ -181,7 +184,7 @@ def from_dict(
             raise UserError(f"{where}: arm {arm!r} names a folder; use letters, digits, - and _")
     plain["seeds"] = _seeds(plain.get("seeds", 3), f"{where}: seeds")
     plain["protocols"] = _protocols(plain.get("protocols", ["params"]), where)
-    plain["sweep"] = _sweep(plain.get("sweep"), where)
+    plain["sweep"] = _sweep(plain.get("sweep"), plain["seeds"], where)
     plain["downstream"] = _downstream(plain.get("downstream"), f"{where}: downstream")
     plain["corpora"] = _corpora(plain.get("corpora") or {}, where)
     for key, least in (("margin", 0.0), ("tolerance", 0.0), ("hours", 0.0), ("noise", 0.0)):
@@ -254,7 +257,7 @@ def _load(text: str) -> Any:
     return jsonargparse.get_loader("yaml")(text)
 
 
-def _sweep(value: Any, where: str) -> Sweep | None:
+def _sweep(value: Any, seeds: Sequence[int], where: str) -> Sweep | None:
     if value is None:
         return None
     if isinstance(value, list):
@@ -270,7 +273,7 @@ def _sweep(value: Any, where: str) -> Sweep | None:
     return Sweep(
         multipliers=sorted(_number(m, 0.0, f"{where}: sweep.multipliers") for m in multipliers),
         changes=dict(value.get("changes") or {}),
-        seeds=_seeds(value.get("seeds", [0]), f"{where}: sweep.seeds"),
+        seeds=_sweep_seeds(value.get("seeds", 1), seeds, f"{where}: sweep.seeds"),
     )
 
 
@@ -312,6 +315,19 @@ def _corpora(value: Any, where: str) -> dict[str, Corpus]:
         entry["validation"] = _number(entry.get("validation", 0.05), 0.0, f"{inside}: validation")
         result[str(name)] = Corpus(**entry)
     return result
+
+
+def _sweep_seeds(value: Any, others: Sequence[int], where: str) -> list[int]:
+    """Seeds of the sweep, none of them the study's: a rate chosen on a seed would fit that seed's luck."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        first = max(_SWEEP_SEEDS, max(others) + 1)
+        return list(range(first, first + value))
+    own = _seeds(value, where)
+    if shared := sorted(set(own) & set(others)):
+        raise UserError(
+            f"{where} holds {shared[0]}, a seed of the study too; choose others, or say how many (2)"
+        )
+    return own
 
 
 def _seeds(value: Any, where: str) -> list[int]:

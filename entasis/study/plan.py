@@ -121,8 +121,9 @@ def preparatory(study: Study, arms: Mapping[str, Arm]) -> list[PlannedRun]:
             for name in arms:
                 changes = {**study.arms[name], **study.sweep.changes}
                 arm = _arm(study, name, changes, arms[name].shape.vocabulary, arms[study.baseline].shape)
+                recipe = changed(arm.recipe, {"evaluation.part": "selection"})
                 for multiplier in study.sweep.multipliers:
-                    plain = _with_rate(arm.recipe, multiplier)
+                    plain = _with_rate(recipe, multiplier)
                     runs.append(
                         _run(
                             arm,
@@ -199,6 +200,9 @@ def _arm(
         solution = with_mup_scales(solution, wanted, optimizer)
         shape = solution.shape
     plain["shape"] = shape.to_dict()
+    if study.sweep:
+        # The rates are chosen on the other documents.
+        plain = changed(plain, {"evaluation.part": "test"})
     sequence = plain["data"].get("sequence", 1024)
     if plain.get("tokens") is None:
         raise UserError("tokens is missing; say how many tokens the base is trained on, such as 5M")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from entasis import quantities
 from entasis.report.tables import Column, Table
-from entasis.study import conduct, execute, machine, results, statistics, throughput
+from entasis.study import conduct, execute, held_out, machine, results, statistics, throughput
 from entasis.study.definition import Study
 from entasis.study.live import duration
 from entasis.study.plan import Arm, Findings, Plan, PlannedRun, batch_tokens, lay_out, preparatory, solve
@@ -35,7 +35,7 @@ def estimate(
     vocabulary = conduct.vocabulary(study, folder) or next(
         (c.train_tokenizer for c in study.corpora.values() if c.train_tokenizer), None
     )
-    arms = solve(study, vocabulary)
+    arms = held_out.agree(study, folder, solve(study, vocabulary))
     prepared = preparatory(study, arms)
     # Until speeds are measured, equal time is taken as equal FLOPs.
     found = results.findings(study, folder, prepared, throughput.speeds(folder))

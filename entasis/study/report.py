@@ -249,7 +249,7 @@ def _sweep(page: Page, study: Study, prepared: Sequence[PlannedRun], folder: Pat
     done = list(results.outcomes(folder, prepared).values())
     rows = []
     for arm in study.arms:
-        scores = results.sweep_scores(done, arm)
+        scores = results.sweep_scores(done, arm, study.sweep)
         best = min(scores, key=lambda m: scores[m]) if scores else None
         rows += [
             {"arm": arm, "multiplier": m, "score": s, "chosen": "chosen" if m == best else ""}
@@ -281,6 +281,21 @@ def _sweep(page: Page, study: Study, prepared: Sequence[PlannedRun], folder: Pat
                     f"Distrust: against {study.baseline} the sign flips inside the sweep for {', '.join(flips)}."
                 )
             )
+    if study.sweep:
+        blocks.append(
+            page.note(
+                f"Chosen on {len(study.sweep.seeds)} other seeds and on a third of the held-out documents, drawn by "
+                "hash; the verdict is on the rest."
+            )
+        )
+        lost = [
+            f"{arm} × {m:g}"
+            for arm in study.arms
+            for m in study.sweep.multipliers
+            if m not in results.sweep_scores(done, arm, study.sweep)
+        ]
+        if lost:
+            blocks.append(page.note(f"Not finished for every seed, so not to be chosen: {', '.join(lost)}."))
     return [*blocks, page.folded("All of the sweep", page.table(_save(table, folder, "learning-rates")))]
 
 

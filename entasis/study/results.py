@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from entasis.errors import UserError
-from entasis.study.definition import Study
+from entasis.errors import Damaged, UserError
+from entasis.files import read_json
+from entasis.study.definition import Study, Sweep
 from entasis.study.execute import failure_note
 from entasis.study.plan import Findings, Plan, PlannedRun
 
@@ -33,11 +35,38 @@ class Outcome:
 
     @cached_property
     def documents(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(NLL in nats, UTF-8 bytes) of each held-out document."""
+        """(NLL in nats, UTF-8 bytes) of each held-out document, in the order of what they are known by."""
+        arrays = self._arrays
+        order = slice(None) if self.identity is None else np.argsort(self.identity, kind="stable")
+        nll, size = arrays["document_nll"][order], arrays["document_bytes"][order]
+        return nll.astype(np.float64), size.astype(np.float64)
+
+    @property
+    def identity(self) -> NDArray[np.uint64] | None:
+        """What the held-out documents are known by, in the file's order; None in runs of earlier versions."""
+        return self._arrays.get("document_hashes")
+
+    @cached_property
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        arrays = load_file(self.folder / "validation.safetensors")
-        return arrays["document_nll"].astype(np.float64), arrays["document_bytes"].astype(np.float64)
+        try:
+            return load_file(self.folder / "validation.safetensors")
+        except (SafetensorError, FileNotFoundError) as error:
+            raise Damaged(f"damaged: {self.folder / 'validation.safetensors'}: {error}") from error
+
+    def check(self) -> None:
+        """Compares the told score with the documents' own. Raises `Damaged`."""
+        if not self.result["validation"]:
+            return
+        nll, size = self.documents
+        found = float(nll.sum() / (size.sum() * math.log(2)))
+        if not math.isclose(found, self.bits_per_byte, rel_tol=1e-9):
+            raise Damaged(
+                f"damaged: {self.folder / 'result.json'} says {self.bits_per_byte:.6f} bits per byte, the documents in "
+                f"validation.safetensors {found:.6f}; remove the run's folder to train it again"
+            )
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, one a step."""
@@ -50,9 +79,13 @@ class Outcome:
 
 
 def outcome(folder: Path, run: PlannedRun) -> Outcome | None:
-    """The finished run, or None."""
+    """The finished run, or None. Raises `Damaged` where its files contradict one another."""
     path = folder / run.folder / "result.json"
-    return Outcome(run, folder / run.folder, json_of(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    found = Outcome(run, folder / run.folder, read_json(path))
+    found.check()
+    return found
 
 
 def outcomes(folder: Path, runs: Iterable[PlannedRun]) -> dict[str, Outcome]:
@@ -72,28 +105,43 @@ def findings(study: Study, folder: Path, runs: Iterable[PlannedRun], speeds: Map
     done = list(outcomes(folder, runs).values())
     rates: dict[str, float] = {}
     for arm in study.arms:
-        scores = sweep_scores(done, arm)
+        scores = sweep_scores(done, arm, study.sweep)
         if scores:
             rates[arm] = min(scores, key=lambda multiplier: scores[multiplier])
     return Findings(multiplier=rates, tokens_per_second=dict(speeds))
 
 
-def sweep_scores(done: Iterable[Outcome], arm: str) -> dict[float, float]:
-    """Mean bits per byte of one arm at each multiplier of the learning rate."""
+def sweep_scores(done: Iterable[Outcome], arm: str, sweep: Sweep | None) -> dict[float, float]:
+    """Mean bits per byte of one arm at each multiplier of the learning rate that all seeds of the sweep finished.
+
+    One that diverged for a seed would be judged by the survivors.
+    """
     scores: dict[float, list[float]] = {}
     for o in done:
         if o.run.kind == "sweep" and o.run.arm == arm:
             scores.setdefault(o.run.multiplier, []).append(o.bits_per_byte)
-    return {multiplier: float(np.mean(values)) for multiplier, values in sorted(scores.items())}
+    seeds = len(sweep.seeds) if sweep else 0
+    return {m: float(np.mean(values)) for m, values in sorted(scores.items()) if len(values) == seeds}
 
 
 def paired(
     plan_runs: dict[str, list[PlannedRun]], done: dict[str, Outcome], arm: str, baseline: str
 ) -> list[tuple[Outcome, Outcome]]:
-    """(baseline's run, arm's run) for every seed that both have finished."""
+    """(baseline's run, arm's run) for every seed that both have finished.
+
+    Raises `UserError` where the two were scored on different documents.
+    """
     base = {run.seed: done.get(run.folder) for run in plan_runs[baseline]}
     pairs = ((base[run.seed], done.get(run.folder)) for run in plan_runs[arm])
-    return [(b, a) for b, a in pairs if b is not None and a is not None]
+    both = [(b, a) for b, a in pairs if b is not None and a is not None]
+    for b, a in both:
+        known = b.identity is not None and a.identity is not None
+        ids = known and not np.array_equal(np.sort(b.identity), np.sort(a.identity))  # type: ignore[arg-type]
+        if ids or not np.array_equal(b.documents[1], a.documents[1]):
+            raise UserError(
+                f"{a.folder} and {b.folder} were scored on different documents; their scores cannot be compared"
+            )
+    return both
 
 
 def seeds_of(plan: Plan) -> list[int]:

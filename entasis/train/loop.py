@@ -261,7 +261,7 @@ class _Loop:
         """The score of the held-out corpus, each rank doing a share of it."""
         if self.held_out is None:
             return None
-        limit = self.recipe.evaluation.tokens
+        wanted = self.recipe.evaluation
         score = evaluate(
             sharding.whole(self.model),
             self.held_out,
@@ -269,14 +269,16 @@ class _Loop:
             batch=self.micro,
             device=self.device,
             autocast=self.autocast,
-            max_tokens=None if limit is None else int(limit),
+            max_tokens=wanted.tokens,
+            max_bytes=wanted.bytes,
+            part=wanted.part,
             document_masking=self.recipe.data.document_masking,
             rank=parallel.rank(),
             world=parallel.world(),
             progress=lambda done, total: self.report("validating", done=done, total=total),
         )
         nll = parallel.sum_over_ranks(torch.from_numpy(score.document_nll)).numpy()
-        score = Score(nll, score.document_bytes, score.document_tokens)
+        score = Score(nll, score.document_bytes, score.document_tokens, score.document_hashes)
         self.report("validation", bits_per_byte=score.bits_per_byte, nll=score.nll_sum / score.tokens)
         return score
 

@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field
 
 from entasis.configuration import Count, Settings, Size, Steps, load_yaml, parse, read_yaml
+from entasis.data.held_out import Part
 from entasis.errors import UserError
 from entasis.train.schedule import Schedule
 
@@ -67,6 +68,10 @@ class Evaluation(Settings):
     """Validate every so many steps; always at the end."""
     tokens: Count | None = None
     """Whole documents up to so many tokens, the same ones each time; null is the whole corpus."""
+    bytes: Count | None = None
+    """The same by bytes of text, instead of `tokens`: the same documents under every tokenizer."""
+    part: Part = "all"
+    """`selection`: a third of the documents, drawn by hash, to choose settings by; `test`: the others."""
 
 
 class Checkpoint(Settings):

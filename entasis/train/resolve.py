@@ -27,6 +27,8 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
     if recipe.optimizer.parametrisation == "mup":
         solution = with_mup_scales(solution, wanted, recipe.optimizer)
     _check(recipe, solution.shape)
+    if recipe.evaluation.tokens is not None and recipe.evaluation.bytes is not None:
+        raise UserError("recipe: evaluation has tokens and bytes; give one limit")
     stages, tokens = _resolve_stages(recipe, solution.shape)
     result = recipe.replaced(shape=solution.shape.to_dict(), stages=stages, tokens=tokens)
     total = result.total_steps

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from entasis import files
 from entasis.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
@@ -61,6 +62,8 @@ def write(folder: Path, corpus: Path, **changes: Any) -> Path:
         "evaluation": {"tokens": "6k"},
         "logging": {"tensorboard": False},
         "precision": "fp32",
+        "attention": "sdpa",
+        "compile": False,
     }  # fmt: skip
     source = {
         "arms": {"plain": {}, "slope": {"shape.profile": "vanilla"}},
@@ -107,14 +110,15 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def set_score(run: Path, bits_per_byte: float) -> None:
     """Gives a finished run another score: the documents' losses and what follows from them."""
     arrays = load_file(run / "validation.safetensors")
-    result = json.loads((run / "result.json").read_text())
+    result = files.read_json(run / "result.json")
     told = result["validation"]
     arrays["document_nll"] *= bits_per_byte / told["bits_per_byte"]
     told["nll"] = float(arrays["document_nll"].sum())
     told["bits_per_byte"] = told["nll"] / (told["bytes"] * math.log(2))
     told["perplexity"] = math.exp(told["nll"] / told["tokens"])
     save_file(arrays, run / "validation.safetensors")
-    (run / "result.json").write_text(json.dumps(result))
+    result["files"]["validation.safetensors"] = files.hash_of(run / "validation.safetensors")
+    files.write_json(run / "result.json", {k: v for k, v in result.items() if k != files.SEAL})
 
 
 def reported(
@@ -182,3 +186,107 @@ def test_a_run_does_not_inherit_the_memory_of_the_one_before_it(
     }  # fmt: skip
     extra = {seed: peak["big", seed] - peak["plain", seed] for seed in (0, 1)}
     assert extra[0] > 100e6 and extra[1] > 0.8 * extra[0], peak
+
+
+def test_a_learning_rate_edited_after_the_runs_is_noticed(
+    entasis: Command, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "s")
+    path = tmp_path / "s/study.yaml"
+    source = yaml.safe_load(path.read_text())
+    source["base"]["optimizer"]["lr"] = 4e-3
+    path.write_text(yaml.safe_dump(source, sort_keys=False))
+    for verb in ("resume", "report"):
+        code, _, errors = entasis("study", verb, tmp_path / "s")
+        assert code == 2 and "optimizer.lr" in errors and "study.yaml has changed since it ran" in errors
+        assert errors.count("\n") == 1
+
+
+def test_a_number_changed_in_a_result_is_noticed(entasis: Command, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "s")
+    path = tmp_path / "s/runs/slope/seed-1/result.json"
+    result = json.loads(path.read_text())
+    result["validation"]["bits_per_byte"] -= 0.05
+    path.write_text(json.dumps(result))
+    code, _, errors = entasis("study", "report", tmp_path / "s")
+    assert code == 2 and f"damaged: {path} was changed after it was written" in errors
+    del result[files.SEAL]
+    path.write_text(json.dumps(result))
+    code, _, errors = entasis("study", "report", tmp_path / "s")
+    assert (
+        code == 2
+        and f"damaged: {path} says" in errors
+        and "the documents in validation.safetensors" in errors
+    )
+
+
+def documents(run: Path) -> set[int]:
+    return {int(x) for x in load_file(run / "validation.safetensors")["document_hashes"]}
+
+
+def test_a_sweep_has_seeds_and_documents_of_its_own_and_no_rate_wins_on_survivors(
+    entasis: Command, corpus: Path, tmp_path: Path
+) -> None:
+    sweep = {"multipliers": [0.5, 1], "seeds": 2, "changes": {"tokens": 1024}}
+    file = write(tmp_path, corpus, arms={"plain": {}}, sweep=sweep, base={"evaluation": {}, "tokens": 1024})
+    folder = tmp_path / "s"
+    code, out, errors = entasis("study", "run", file, "--output", folder, "--json")
+    assert code == 0, errors
+    tried, main_runs = sorted(folder.glob("sweep/*/*/*/")), sorted(folder.glob("runs/*/*/"))
+    assert {p.name for p in tried} == {"seed-1000", "seed-1001"}
+    chosen_on, judged_on = documents(tried[0]), documents(main_runs[0])
+    assert not chosen_on & judged_on and len(judged_on) == pytest.approx(2 * len(chosen_on), abs=2)
+    best = json.loads(out)["protocols"]["params"]["arms"]["plain"]["learning_rate_multiplier"]
+    other = {0.5: "1", 1.0: "0.5"}[best]
+    set_score(folder / f"sweep/plain/lr-{other}/seed-1000", 0.5)
+    (folder / f"sweep/plain/lr-{other}/seed-1001/result.json").unlink()  # as of a run that diverged
+    code, out, errors = entasis("study", "report", folder, "--json")
+    assert code == 0, errors
+    assert json.loads(out)["protocols"]["params"]["arms"]["plain"]["learning_rate_multiplier"] == best
+    assert f"Not finished for every seed, so not to be chosen: plain × {other}." in (
+        folder / "report.html"
+    ).read_text(encoding="utf-8")
+
+
+def test_a_sweep_on_a_seed_of_the_study_is_refused(entasis: Command, corpus: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, corpus, sweep={"multipliers": [0.5, 1], "seeds": [1, 2]})
+    code, _, errors = entasis("study", "plan", file)
+    assert code == 2 and "sweep.seeds holds 1, a seed of the study too" in errors
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(corpus: Path) -> Path:
+    command = ["data", "prepare", str(corpus / "text"), "--train-tokenizer", "400", "--validation", "0.4"]
+    assert main([*command, "--output", str(corpus / "coarse")]) == 0
+    return corpus / "coarse"
+
+
+def test_arms_of_different_tokenizers_are_judged_on_the_same_documents(
+    entasis: Command, corpus: Path, other_tokenizer: Path, tmp_path: Path
+) -> None:
+    data = {
+        "data.train": str(other_tokenizer / "train"),
+        "data.validation": str(other_tokenizer / "validation"),
+    }
+    arms = {"plain": {}, "coarse": {**data, "shape.vocabulary": 400}}
+    file = write(tmp_path, corpus, arms=arms, base={"evaluation": {"tokens": "60k"}, "tokens": 1024})
+    code, out, errors = entasis("study", "run", file, "--output", tmp_path / "s", "--json")
+    assert code == 0, errors
+    runs = tmp_path / "s/runs"
+    chosen = documents(runs / "plain/seed-0")
+    assert documents(runs / "coarse/seed-0") == chosen and 1 < len(chosen) < 8
+    assert json.loads(out)["protocols"]["params"]["arms"]["coarse"]["difference"]["evaluation_error"] > 0
+
+
+def test_arms_with_other_held_out_documents_are_refused_before_anything_runs(
+    entasis: Command, corpus: Path, tmp_path: Path
+) -> None:
+    command = ["data", "prepare", str(corpus / "text"), "--train-tokenizer", "400", "--validation", "0.2"]
+    assert entasis(*command, "--output", tmp_path / "less")[0] == 0
+    data = {"data.train": str(tmp_path / "less/train"), "data.validation": str(tmp_path / "less/validation")}
+    arms = {"plain": {}, "less": {**data, "shape.vocabulary": 400}}
+    file = write(tmp_path, corpus, arms=arms, base={"evaluation": {}})
+    for verb in ("plan", "run"):
+        code, _, errors = entasis("study", verb, file, "--output", tmp_path / "s")
+        assert code == 2 and "arm less would be judged on" in errors and "of them the same" in errors
+    assert not (tmp_path / "s/runs").exists()

@@ -74,7 +74,7 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     sweep = {k: v["validation"]["bits_per_byte"] for k, v in results.items() if k.startswith("sweep/")}
     assert len(sweep) == 4
     for arm in ("plain", "deep"):
-        best = min((0.1, 1.0), key=lambda m: sweep[f"sweep/{arm}/lr-{m:g}/seed-0"])
+        best = min((0.1, 1.0), key=lambda m: sweep[f"sweep/{arm}/lr-{m:g}/seed-1000"])
         assert verdict["protocols"]["params"]["arms"][arm]["learning_rate_multiplier"] == best
     flops = {arm: x["training_flops"] for arm, x in verdict["protocols"]["flops"]["arms"].items()}
     batch = 256 * verdict["protocols"]["flops"]["arms"]["deep"]["flops_per_token"]
