@@ -20,7 +20,7 @@ from entasis.anatomy.stream import clean_nll, sweep
 from entasis.anatomy.subject import Subject
 from entasis.anatomy.substitutes import skipped
 from entasis.anatomy.text import Text
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
 
@@ -56,7 +56,7 @@ def main() -> None:
         layers=(LayerShape(args.d_model // 64, args.d_model // 64, args.d_model * 8 // 3),) * args.layers,
     )  # fmt: skip
     model = Transformer(shape)
-    initialise(model, 0)
+    init_weights(model, 0)
     stream = np.random.default_rng(0).integers(0, args.vocabulary, args.tokens + 1)
     text = Text(stream, np.zeros(args.tokens, int), np.array([args.tokens]), ("random",), dissection.SEQUENCE)
     subject = Subject(model.eval(), text)

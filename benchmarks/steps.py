@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import torch
 
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import ModelShape
 from entasis.train import optimizers
 from entasis.train.allocation import keep_freed_memory
-from entasis.train.loop import compiled
+from entasis.train.compilation import compiled
 from entasis.train.recipe import Optimizer
 
 
@@ -41,7 +41,7 @@ class Stepper:
         self.clock = clock
         self.device, self.bf16, self.tokens = device, bf16, batch * sequence
         self.model = Transformer(shape, attention=attention).to(device)  # type: ignore[arg-type]
-        initialise(self.model, 0)
+        init_weights(self.model, 0)
         names = [name for name, _ in self.model.named_parameters()]
         self.rules = optimizers.build(self.model, Optimizer(), names)
         generator = torch.Generator().manual_seed(0)

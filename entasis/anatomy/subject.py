@@ -14,7 +14,7 @@ import torch
 
 from entasis.anatomy.text import Batch, Text
 from entasis.files import write_bytes
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import ModelShape
 
@@ -77,7 +77,7 @@ class Subject:
         with torch.device(self.device):
             model = Transformer(self.shape)
         # A seed that nobody trains with: the control must not share the model's own initial values.
-        initialise(model, self.seed + 0x1234567)
+        init_weights(model, self.seed + 0x1234567)
         return replace(self, model=model.eval(), most_batches=1, progress=lambda done, total: None)
 
     def remember(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -128,12 +128,18 @@ def apply(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of the new model, one at a time, in the model's order.
 
-    `tensors` are the old model's, or a function that reads one of them. What does not change is passed on, not copied.
+    `tensors` are the old model's, or a function that reads one of them. What does not change is passed on, and copied
+    only where it goes to two places.
     """
     read = tensors.__getitem__ if isinstance(tensors, Mapping) else tensors
-    like = read("norm.weight")
+    like, given = read("norm.weight"), set[str]()
     for name, entry in plan.parameters.items():
-        yield name, entry.make(None if entry.source is None else read(entry.source), like)
+        if entry.source is None:
+            yield name, entry.make(None, like)
+            continue
+        made = entry.make(read(entry.source), like)
+        yield name, made.clone() if entry.source in given else made
+        given.add(entry.source)
 
 
 def _plan_layer(

@@ -33,7 +33,7 @@ STD = 0.02
 
 
 @torch.no_grad()
-def initialise(
+def init_weights(
     model: Transformer, seed: int, *, parametrisation: str = "standard", base_width: int | None = None
 ) -> None:
     """Fills every parameter of `model` in place; drawn on the CPU in fp32, so the device does not matter."""

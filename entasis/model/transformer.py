@@ -22,7 +22,7 @@ from entasis.shape.shapes import ModelShape
 class Transformer(nn.Module):
     """A decoder-only language model of any `ModelShape`.
 
-    Parameters are uninitialised numbers until `initialisation.initialise` or `weights.load` fills them.
+    Parameters are uninitialised numbers until `initialisation.init_weights` or `weights.load` fills them.
     """
 
     def __init__(self, shape: ModelShape, *, attention: Literal["sdpa", "plain", "flex"] = "sdpa") -> None:

@@ -105,6 +105,19 @@ def load(
     return model
 
 
+def fingerprint(folder: str | Path) -> str:
+    """The hash of the weights in a folder: of the tensors where the file says it, else of the file. Raises `UserError`."""
+    path = Path(folder) / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = json.loads((file.metadata() or {}).get(BELONGS, "{}"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no {WEIGHTS}; is it a finished run or an imported model?") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise Damaged(f"damaged: {path} is no longer a safetensors file, or cut short ({error})") from error
+    return told.get(CONTENT) or files.hash_of(path)
+
+
 def read_shape(folder: str | Path) -> ModelShape:
     """The `shape.json` of a folder. Raises `UserError`."""
     path = Path(folder) / SHAPE

@@ -149,7 +149,7 @@ class ModelShape:
             raise UserError(f"shape: {missing[0]} is missing")
         if not isinstance(source["layers"], Sequence) or isinstance(source["layers"], str):
             raise UserError("shape: layers must be a list of {n_heads, n_kv_heads, d_ff}")
-        return cls(**{**source, "layers": tuple(_read_layer(i, x) for i, x in enumerate(source["layers"]))})
+        return cls(**{**source, "layers": read_layers(source["layers"])})
 
 
 _CHOICES: dict[str, Any] = {
@@ -169,6 +169,11 @@ def _ffn_kind(where: str, name: object) -> ffn_kinds.FFNKind:
 def _positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"shape: {name} is {value!r}; it must be a whole number of at least 1")
+
+
+def read_layers(source: Sequence[object]) -> tuple[LayerShape, ...]:
+    """Layers from mappings {n_heads, n_kv_heads, d_ff}. Raises `UserError` naming the layer."""
+    return tuple(_read_layer(i, layer) for i, layer in enumerate(source))
 
 
 def _read_layer(index: int, source: object) -> LayerShape:

@@ -110,7 +110,7 @@ def measure(
     """
     from entasis.train import auto_settings, hardware, recipe, run_folder
     from entasis.train.resolve import resolve
-    from entasis.train.step_timing import micro_sequences
+    from entasis.train.stage_runner import micro_sequences
 
     hardware.set_threads()
     found = hardware.device(device)

@@ -22,7 +22,8 @@ from entasis.shape.shapes import ModelShape
 from entasis.train import faults, hardware, parallel
 from entasis.train.candidates import MARGIN, Measured, Settings, fastest
 from entasis.train.recipe import Recipe
-from entasis.train.step_timing import Step, Timing, interleave, micro_sequences, recomputed_layers
+from entasis.train.stage_runner import micro_sequences, recomputed_layers
+from entasis.train.step_timing import Step, Timing, interleave
 
 SHARE = 0.05
 """The most of the expected run that the choice may take."""

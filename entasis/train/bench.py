@@ -29,15 +29,15 @@ from entasis.data.corpus import Corpus
 from entasis.data.windows import Windows
 from entasis.errors import UserError
 from entasis.model.attention import attention_mask
-from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
-from entasis.train import hardware, meter, optimizers, run_folder, stages
+from entasis.train import hardware, meter, run_folder, stages
 from entasis.train import recipe as recipes
 from entasis.train.loop import train
 from entasis.train.recipe import Recipe
 from entasis.train.resolve import resolve
+from entasis.train.stage_runner import StageRunner
 
 Reporter = Callable[[str, int, int], None]
 """Told what is being measured, how much of it is done, and of how much."""
@@ -163,11 +163,8 @@ def _parts(
     recipe: Recipe, shape: ModelShape, corpus: Corpus, device: torch.device, repeats: int, say: Reporter
 ) -> tuple[list[Part], float]:
     """Each part's share of a step, and the seconds of the first eager step."""
-    model = Transformer(shape, attention=recipe.attention).to(device)  # type: ignore[arg-type]
-    scheme = recipe.optimizer
-    initialise(model, recipe.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width)
-    learning = stages.select(model, recipe.stages[0])
-    rules = optimizers.build(model, scheme, learning, precision=str(recipe.precision))
+    runner = StageRunner(stages.lay_out(recipe.replaced(compile=False), shape)[0], device)
+    model, rules = runner.model, runner.optimizers
     windows = Windows(corpus, recipe.data.sequence)
     micro = int(recipe.batch.micro)
     chosen = torch.arange(micro).numpy() % len(windows)

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or do not exist.
 
-    checkpoints/step-00000100/   __0_0.distcp …  .metadata   state.json   [model.safetensors  shape.json]
+    checkpoints/step-00000100/   __0_0.distcp …  .metadata   state.json   [model.safetensors  shape.json  optimizer.safetensors]
     checkpoints/step-00000100/complete           written last, with a hash of every other file
 
 Everything is written into `step-00000100.partial`, synced to disk, renamed, and only then marked with
@@ -28,7 +28,7 @@ from entasis import files
 from entasis.errors import Damaged
 from entasis.model import weights
 from entasis.model.transformer import Transformer
-from entasis.train import parallel, sharding
+from entasis.train import moments, parallel, sharding
 
 MARK, STATE = "complete", "state.json"
 
@@ -61,6 +61,7 @@ def save(
     final = run / "checkpoints" / f"step-{step:08d}"
     partial = final.with_name(final.name + ".partial")
     kept = bool(keep_every and step % keep_every == 0)
+    optimizers = list(optimizers)
     tensors = _tensors(model, optimizers)
     try:
         if parallel.is_main():
@@ -71,10 +72,12 @@ def save(
         with _quiet():
             dcp.save(tensors, checkpoint_id=partial, no_dist=parallel.world() == 1)
         gathered = sharding.whole(model) if kept else model
+        remembered = moments.gather(model, optimizers) if kept else {}
         if parallel.is_main():
             files.write_json(partial / STATE, state, locked=True)
             if kept:
                 weights.save(gathered, partial)
+                moments.save(partial, remembered, state["positions"])
             for file in partial.iterdir():
                 files.sync(file)
             files.sync(partial)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,27 @@ from entasis.data.corpus import Corpus
 from entasis.data.order import Order
 from entasis.data.windows import Windows
 from entasis.errors import Failure, Stopped, UserError
-from entasis.evaluate.bits_per_byte import Score, evaluate
+from entasis.evaluate.bits_per_byte import Score
+from entasis.grow import transitions
 from entasis.model import weights
-from entasis.model.initialisation import initialise
-from entasis.model.transformer import Transformer
 from entasis.shape import cost
 from entasis.train import (
     checkpoint,
     faults,
     hardware,
     meter,
-    optimizers,
+    moments,
     parallel,
     run_folder,
-    schedule,
-    sharding,
     stages,
 )
 from entasis.train.allocation import keep_freed_memory
-from entasis.train.batches import Batch, batches
-from entasis.train.compilation import compiled
+from entasis.train.batches import batches
 from entasis.train.journal import METRICS, Journal, records
+from entasis.train.moments import Moments
 from entasis.train.recipe import Recipe
 from entasis.train.run_folder import Run
-from entasis.train.step_timing import micro_sequences, recomputed_layers
+from entasis.train.stage_runner import StageRunner
 
 Reporter = Callable[[dict[str, Any]], None]
 _WARMING = 5
@@ -74,10 +71,10 @@ def train(
                 reporter({"event": "note", "text": note})  # type: ignore[misc]
             return run.result
         meter.forget_peak(device)
-        loop = _Loop(run, folder, device, reporter if parallel.is_main() else None)
+        loop = _Run(run, folder, device, reporter if parallel.is_main() else None)
         try:
             with signals.requested() as loop.interrupt:
-                return loop.run()
+                return loop.train()
         except Failure:
             raise
         except (RuntimeError, MemoryError, OSError) as error:
@@ -91,221 +88,182 @@ def train(
             loop.close()
 
 
-class _Loop:
-    """The state of a run under way."""
+class _Run:
+    """A run under way: its folder, its place in the data, its metrics. Models belong to the stage runners."""
 
     interrupt: threading.Event
 
     def __init__(self, run: Run, folder: Path, device: torch.device, reporter: Reporter | None) -> None:
-        recipe = run.recipe
-        if recipe.sequences % parallel.world():
-            raise UserError(
-                f"recipe: batch.tokens {recipe.batch.tokens} is {recipe.sequences} sequences, which "
-                f"{parallel.world()} processes cannot share equally"
-            )
-        self.recipe, self.shape, self.folder, self.device = recipe, run.shape, folder, device
+        self.recipe, self.folder, self.device = run.recipe, folder, device
+        self.spans = stages.lay_out(run.recipe, run.shape)
+        for span in self.spans:
+            if span.recipe.sequences % parallel.world():
+                raise UserError(
+                    f"recipe: batch.tokens {span.recipe.batch.tokens} is {span.recipe.sequences} sequences, which "
+                    f"{parallel.world()} processes cannot share equally"
+                )
         self.checkpoint = run.checkpoint
         self.environment, self.notes, self.reporter = run.environment, run.notes, reporter
         if device.type == "cpu":
             keep_freed_memory()
             # Sums split over other numbers of threads round differently.
             torch.set_num_threads(run.environment["threads"])
-        self.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
-        self.model = Transformer(run.shape, attention=recipe.attention)  # type: ignore[arg-type]
-        scheme = recipe.optimizer
-        initialise(
-            self.model, recipe.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width
-        )
-        self.micro = micro_sequences(recipe)
-        self.recomputed = recomputed_layers(recipe, run.shape)
-        for i in self.recomputed:
-            self.model.blocks[i].recompute = True  # type: ignore[assignment]
-        if recipe.parallel.kind != "ddp" and parallel.world() > 1:
-            sharding.shard(self.model, recipe.parallel, device, str(recipe.precision))
-        else:
-            self.model.to(device)
-        self.windows = Windows(Corpus(recipe.data.train), recipe.data.sequence)
-        self.order = Order(len(self.windows), recipe.seed)
-        self.held_out = Corpus(recipe.data.validation) if recipe.data.validation is not None else None
-        self.flops_per_token = cost.flops_per_token(run.shape, recipe.data.sequence)
-        self.step, self.steps = 0, recipe.total_steps
+        held_out = run.recipe.data.validation
+        self.held_out = Corpus(held_out) if held_out is not None else None
+        self.step, self.steps = 0, run.recipe.total_steps
+        self.positions: dict[str, int] = {}
+        """Sequences read of each corpus at each length of sequence."""
+        self.span = self.spans[0]
         self.journal: Journal | None = None
         self.started_at = 0
-        self.score: Score | None = None
 
-    def run(self) -> dict[str, Any]:
-        whole = self.checkpoint
-        state = checkpoint.state_of(whole) if whole else {"step": 0, "stage": 0}
+    def train(self) -> dict[str, Any]:
+        last = self.checkpoint
+        state: dict[str, Any] = checkpoint.state_of(last) if last else {"step": 0, "stage": 0}
         self.step = self.started_at = state["step"]
+        if last and "positions" not in state:
+            raise UserError(
+                f"{self.folder} was begun by an earlier version of entasis; finish it with that one, or choose another "
+                "--output"
+            )
+        self.positions = dict(state["positions"]) if last else {}
         if parallel.is_main():
             self.journal = Journal(self.folder, self.recipe.logging, state)
-        self.report(
-            "start",
-            parameters=cost.parameters(self.shape),
-            device=str(self.device),
-            notes=self.notes,
-            recomputed_layers=self.recomputed,
-            auto=self.environment.get("auto"),
-            **{k: self.environment[k] for k in ("precision", "compile", "attention", "distinct_layers")},
-        )
-        for stretch in stages.lay_out(self.recipe)[state["stage"] :]:
-            learning = stages.select(self.model, stretch.stage)
-            rules = optimizers.build(
-                self.model, self.recipe.optimizer, learning, precision=str(self.recipe.precision)
-            )
-            if whole and stretch.index == state["stage"]:
-                checkpoint.load(whole, self.model, rules)
-            self.train_stretch(stretch, rules)
-        return self.finish()
+        runner: StageRunner | None = None
+        for span in self.spans[state["stage"] :]:
+            self.span = span
+            resumes = span.index == state["stage"]
+            runner = self.begin(runner, last if resumes else None)
+            if resumes:
+                self.report_start(runner)
+            self.train_stage(runner)
+        assert runner is not None, "a recipe has a stage"
+        return self.finish(runner)
 
-    def train_stretch(self, stretch: stages.Stretch, rules: list[torch.optim.Optimizer]) -> None:
+    def begin(self, before: StageRunner | None, resumes: Path | None) -> StageRunner:
+        """The runner of this stage: from its checkpoint, from the stage before, from other weights, or drawn."""
+        span, start = self.span, self.recipe.start
+        tensors: Mapping[str, torch.Tensor] | None = None
+        found: Moments = {}
+        if before is not None:
+            if span.optimizer_state == "keep":
+                found = before.moments()
+            tensors = {name: p.detach() for name, p in before.gathered().named_parameters()}
+            before.close()
+        elif start is not None and resumes is None:
+            folder = Path(start.folder)
+            tensors = dict(weights.load(folder, dtype=torch.float32).named_parameters())
+            if start.optimizer_state == "keep":
+                found, self.positions = moments.load(folder)
+        if span.transition is not None and tensors is not None:
+            transition, plan = span.transition
+            tensors, found = dict(transition.weights(plan, tensors)), moments.resized(found, plan)
+        runner = StageRunner(span, self.device, tensors=tensors)
+        if resumes is not None:
+            checkpoint.load(resumes, runner.model, runner.optimizers)
+        elif found:
+            runner.take_moments(found)
+        return runner
+
+    def train_stage(self, runner: StageRunner) -> None:
         """Trains to the end of one stage, validating and saving on the way."""
-        recipe = self.recipe
-        plan = stretch.stage.schedule
-        assert plan is not None, "the recipe is resolved"
-        loss_of = compiled(self.model) if recipe.compile else self.model.loss
-        learning = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else learning)
+        span, recipe = self.span, self.span.recipe
+        corpus = Corpus(recipe.data.train)
+        windows = Windows(corpus, recipe.data.sequence)
+        place = f"{corpus.fingerprint}/{recipe.data.sequence}"
+        self.positions.setdefault(place, 0)
         supply = batches(
-            self.windows,
-            self.order,
-            position=self.step * recipe.sequences,
+            windows,
+            Order(len(windows), recipe.seed),
+            position=self.positions[place],
             sequences=recipe.sequences,
-            steps=stretch.stop - self.step,
+            steps=span.stop - self.step,
             device=self.device,
             document_masking=recipe.data.document_masking,
         )
         begun = time.perf_counter()
         for batch in supply:
-            factor = schedule.factor(plan, self.step - stretch.start, stretch.steps)
-            for rule in rules:
-                for group in rule.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-            loss, norm, stop = self.update(batch, loss_of, rules, learning, gradients)
+            lr = recipe.optimizer.lr * runner.lr_factor(self.step)
+            loss, norm, stop = runner.update(batch, self.step, self.interrupt)
             self.step += 1
-            record = self.record(
-                loss, norm, recipe.optimizer.lr * factor, batch.waited, time.perf_counter() - begun
-            )
+            self.positions[place] += recipe.sequences
+            record = self.record(loss, norm, lr, batch.waited, time.perf_counter() - begun)
             if _due(recipe.evaluation.every, self.step) and self.step < self.steps:
-                score = self.validate()
+                score = self.validate(runner)
                 if score is not None:
                     record["validation_bits_per_byte"] = score.bits_per_byte
             if self.journal:
                 self.journal.write(record)
             self.report("step", **record)
-            last = self.step == stretch.stop
+            last = self.step == span.stop
             if stop or last or _due(recipe.checkpoint.every, self.step):
-                self.save(stretch, rules)
+                self.save(runner)
             if stop and not last:
                 raise Stopped(
                     f"stopped at step {self.step} of {self.steps}; a checkpoint is saved, and the same "
                     f"command with --output {self.folder} goes on from there"
                 )
             begun = time.perf_counter()
-        gradients.close()
-
-    def update(
-        self,
-        batch: Batch,
-        loss_of: Callable[..., torch.Tensor],
-        rules: list[torch.optim.Optimizer],
-        learning: list[torch.nn.Parameter],
-        gradients: parallel.GradientSum,
-    ) -> tuple[float, float, bool]:
-        """One optimizer step: (mean loss in nats per token, gradient norm, whether to stop after it)."""
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        tokens = self.recipe.sequences * self.recipe.data.sequence
-        for i in range(0, len(batch.tokens_BT), self.micro):
-            rows = slice(i, i + self.micro)
-            gradients.sending = i + self.micro == len(batch.tokens_BT)
-            sharding.reduce_between_copies(self.model, gradients.sending)
-            ids_BT = None if batch.ids_BT is None else batch.ids_BT[rows]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast is not None):
-                loss = loss_of(batch.tokens_BT[rows], batch.targets_BT[rows], document_ids_BT=ids_BT)
-            (loss / tokens).backward()
-            total += loss.detach()
-        gradients.wait()
-        norm = sharding.full(torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
-        stop = torch.tensor(float(self.interrupt.is_set()), device=self.device)
-        mean, interrupted = parallel.sum_over_ranks(torch.stack([total / tokens, stop])).tolist()
-        size = norm.item()
-        if not (abs(mean) < float("inf") and size < float("inf")):
-            raise faults.non_finite(self.model, self.step + 1, mean, batch.tokens_BT, self.micro)
-        if self.recipe.optimizer.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(learning, self.recipe.optimizer.max_grad_norm, norm)
-        for rule in rules:
-            rule.step()
-        for rule in rules:
-            rule.zero_grad(set_to_none=True)
-        return mean, size, interrupted > 0
 
     def record(self, loss: float, norm: float, lr: float, waited: float, seconds: float) -> dict[str, Any]:
-        tokens = int(self.recipe.batch.tokens)
-        speed = tokens / seconds
+        span = self.span
+        speed = span.recipe.batch.tokens / seconds
         ceiling = self.environment["matmul_flops_per_second"]
         return {
             "step": self.step,
-            "tokens": self.step * tokens,
+            **({"stage": span.index} if len(self.spans) > 1 else {}),
+            "tokens": span.tokens(self.step),
             "loss": loss,
             "lr": lr,
             "gradient_norm": norm,
             "seconds": seconds,
             "tokens_per_second": speed,
-            "mfu": meter.utilisation(speed, self.flops_per_token, ceiling, parallel.world()),
+            "mfu": meter.utilisation(speed, span.flops_per_token, ceiling, parallel.world()),
             "data_wait": waited / seconds,
             "memory_bytes": meter.peak_memory(self.device),
             "warming": self.step - self.started_at <= _WARMING,
         }
 
-    def validate(self) -> Score | None:
-        """The score of the held-out corpus, each rank doing a share of it."""
+    def validate(self, runner: StageRunner) -> Score | None:
+        """The score of the held-out corpus."""
         if self.held_out is None:
             return None
-        wanted = self.recipe.evaluation
-        score = evaluate(
-            sharding.whole(self.model),
+        score = runner.evaluate(
             self.held_out,
             sequence=self.recipe.data.sequence,
-            batch=self.micro,
-            device=self.device,
-            autocast=self.autocast,
-            max_tokens=wanted.tokens,
-            max_bytes=wanted.bytes,
-            part=wanted.part,
-            document_masking=self.recipe.data.document_masking,
-            rank=parallel.rank(),
-            world=parallel.world(),
             progress=lambda done, total: self.report("validating", done=done, total=total),
         )
-        nll = parallel.sum_over_ranks(torch.from_numpy(score.document_nll)).numpy()
-        score = Score(nll, score.document_bytes, score.document_tokens, score.document_hashes)
         self.report("validation", bits_per_byte=score.bits_per_byte, nll=score.nll_sum / score.tokens)
         return score
 
-    def save(self, stretch: stages.Stretch, rules: list[torch.optim.Optimizer]) -> None:
+    def save(self, runner: StageRunner) -> None:
         state = {
             "step": self.step,
-            "stage": stretch.index,
-            "position": self.step * self.recipe.sequences,
-            "tokens": self.step * int(self.recipe.batch.tokens),
+            "stage": self.span.index,
+            "positions": self.positions,
+            "tokens": self.span.tokens(self.step),
             "metrics": self.journal.mark() if self.journal else None,
-            "provenance": {"data": self.environment["data"], "versions": self.environment["versions"]},
+            "provenance": {
+                "data": self.environment["data"],
+                "versions": self.environment["versions"],
+                "layers": provenance(self.spans[: self.span.index + 1]),
+            },
         }
         path = checkpoint.save(
             self.folder,
             self.step,
-            self.model,
-            rules,
+            runner.model,
+            runner.optimizers,
             state,
             keep_last=self.recipe.checkpoint.keep_last,
             keep_every=self.recipe.checkpoint.keep_every,
         )
         self.report("checkpoint", path=str(path))
 
-    def finish(self) -> dict[str, Any]:
-        """Validates, writes the weights and last of all `result.json`."""
-        score = self.validate()
-        model = sharding.whole(self.model)
+    def finish(self, runner: StageRunner) -> dict[str, Any]:
+        """Validates, writes weights and moments, and last of all `result.json`."""
+        score = self.validate(runner)
+        model, found = runner.gathered(), runner.moments()
         if not parallel.is_main():
             parallel.barrier()
             return parallel.agree({})
@@ -313,6 +271,8 @@ class _Loop:
         hashes: dict[str, str | None] = {METRICS: self.journal.mark()["hash"]}
         weights.save(model, self.folder)
         hashes[weights.WEIGHTS] = None  # its own metadata says
+        moments.save(self.folder, found, self.positions)
+        hashes[moments.OPTIMIZER] = files.hash_of(self.folder / moments.OPTIMIZER)
         if score is not None:
             path = self.folder / "validation.safetensors"
             arrays = {name: torch.from_numpy(getattr(score, name).copy()) for name in Score.ARRAYS}
@@ -339,10 +299,11 @@ class _Loop:
                 "perplexity": score.perplexity,
             }
         return {
-            "parameters": cost.parameters(self.shape),
-            "flops_per_token": self.flops_per_token,
-            "tokens": self.steps * int(self.recipe.batch.tokens),
+            "parameters": cost.parameters(self.span.shape),
+            "flops_per_token": stages.flops_per_token(self.spans),
+            "tokens": self.span.tokens(self.step),
             "steps": self.steps,
+            "layers": provenance(self.spans),
             "validation": validation,
             "loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
             "seconds": sum(row["seconds"] for row in rows),
@@ -357,12 +318,23 @@ class _Loop:
             },
         }
 
+    def report_start(self, runner: StageRunner) -> None:
+        self.report(
+            "start",
+            parameters=cost.parameters(self.span.shape),
+            device=str(self.device),
+            notes=self.notes,
+            recomputed_layers=runner.recomputed,
+            auto=self.environment.get("auto"),
+            **{k: self.environment[k] for k in ("precision", "compile", "attention", "distinct_layers")},
+        )
+
     def report(self, event: str, **what: Any) -> None:
         if self.reporter:
             place = {
                 "step": self.step,
                 "steps": self.steps,
-                "tokens": self.step * int(self.recipe.batch.tokens),
+                "tokens": self.span.tokens(self.step),
             }
             if "seconds" in what:
                 what["eta_seconds"] = what["seconds"] * (self.steps - self.step)
@@ -371,6 +343,24 @@ class _Loop:
     def close(self) -> None:
         if self.journal:
             self.journal.close()
+
+
+def provenance(spans: Sequence[stages.StageSpan]) -> list[dict[str, Any]]:
+    """For each layer of the last of these stages: its id, the layer of the stage before that it was made from, by what,
+    whether it is new, and whether it learns."""
+    span = spans[-1]
+    made, plan = span.transition if span.transition else (None, None)
+    learning = {name.split(".")[1] for name in span.trainable if name.startswith("blocks.")}
+    return [
+        {
+            "id": layer_id,
+            "source": plan.layers[i] if plan else None,
+            "operator": transitions.name_of(made) if made else None,
+            "new": i in span.newest,
+            "frozen": str(i) not in learning,
+        }
+        for i, layer_id in enumerate(span.ids)
+    ]
 
 
 def _due(every: int | str | None, step: int) -> bool:

@@ -28,7 +28,7 @@ from entasis.train.recipe import Optimizer
 def build(
     model: Transformer, recipe: Optimizer, learning: list[str], *, precision: str = "fp32"
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of the parameters named in `learning`; each group has its `peak_lr` for the schedule.
+    """The optimizers of the parameters named in `learning`; each group has its `initial_lr` for the schedule.
 
     Muon scales its update to AdamW's root mean square, so that one learning rate serves both; it orthogonalises in
     the recipe's `precision`.
@@ -50,7 +50,7 @@ def build(
         gathered[key].append(parameter)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for (kind, lr, decay), members in gathered.items():
-        groups[kind].append({"params": members, "lr": lr, "peak_lr": lr, "weight_decay": decay})
+        groups[kind].append({"params": members, "lr": lr, "initial_lr": lr, "weight_decay": decay})
     total = sum(p.numel() for kind in groups.values() for group in kind for p in group["params"])
     assert total == sum(parameters[name].numel() for name in learning), "a parameter is in no group or in two"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

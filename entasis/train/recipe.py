@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from entasis.configuration import Count, Settings, Size, Steps, load_yaml, parse, read_yaml
 from entasis.data.held_out import Part
@@ -95,6 +95,25 @@ class Logging(Settings):
     wandb: bool = False
 
 
+class Start(Settings):
+    """Weights to begin with, instead of drawing them."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    folder: str = Field(alias="from")
+    """A finished run, one of its checkpoints that were kept (`checkpoint.keep_every`), or an imported model."""
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """`keep` goes on with the run's moments and its place in the data."""
+
+
+class StageData(Settings):
+    train: str
+
+
+class StageBatch(Settings):
+    tokens: Count
+
+
 class Stage(Settings):
     """A stretch of training. What is null is taken from the recipe."""
 
@@ -104,11 +123,22 @@ class Stage(Settings):
     """What learns, in the language of `entasis.shape.selectors`: `all`, `blocks[2:].attention`, `not embedding`."""
     tokens: Count | None = None
     schedule: Schedule | None = None
+    lr: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Short for optimizer.lr."""
+    optimizer: dict[str, Any] | None = None
+    """Changes to the recipe's optimizer."""
+    data: StageData | None = None
+    sequence: Positive | None = None
+    batch: StageBatch | None = None
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    """`keep` takes the moments over from the stage before."""
+    transition: dict[str, Any] | None = None
+    """What turns the model of the stage before into this one's; see `entasis.grow.transitions`."""
 
 
 class Recipe(Settings):
-    shape: dict[str, Any]
-    """A preset, a profile with a budget, or the explicit layer list; see `entasis.shape.specification`."""
+    shape: dict[str, Any] | None = None
+    """May be left out with `start`, whose shape it then is. A preset, a profile with a budget, or the explicit layer list; see `entasis.shape.specification`."""
     data: Data
     tokens: Count | None = None
     """Tokens to train on; may be left out when every stage has its own."""
@@ -127,6 +157,7 @@ class Recipe(Settings):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    start: Start | None = None
     stages: list[Stage] = Field(default_factory=list)
 
     @property
@@ -137,7 +168,7 @@ class Recipe(Settings):
     def steps(self, stage: Stage) -> int:
         """Optimizer steps of one stage (of a resolved recipe), at least one."""
         assert stage.tokens is not None, "the recipe is resolved"
-        return max(1, round(stage.tokens / self.batch.tokens))
+        return max(1, round(stage.tokens / (stage.batch or self.batch).tokens))
 
     @property
     def total_steps(self) -> int:
@@ -201,12 +232,14 @@ def from_dict(source: Mapping[str, Any]) -> Recipe:
     """A recipe from a plain dictionary. Raises `UserError`."""
     if isinstance(data := source.get("data"), dict) and "train" not in data:
         raise UserError("recipe: data.train is missing; name a corpus folder made by `entasis data prepare`")
+    if source.get("shape") is None and source.get("start") is None:
+        raise UserError("recipe: shape is missing; draw one, or give start: {from: FOLDER}")
     return parse(Recipe, dict(source), "recipe")
 
 
 def to_yaml(recipe: Recipe) -> str:
     """YAML that `read` reads back to an equal recipe; one line for each layer."""
-    plain = recipe.model_dump()
+    plain = recipe.model_dump(by_alias=True)
     plain["optimizer"]["betas"] = list(plain["optimizer"]["betas"])
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, width=110)
 
@@ -225,7 +258,7 @@ def difference(a: Recipe, b: Recipe) -> str | None:
             return next(filter(None, parts), None)
         return None if x == y else f"{key} is {x!r} there and {y!r} here"
 
-    return walk(a.model_dump(), b.model_dump(), "")
+    return walk(a.model_dump(by_alias=True), b.model_dump(by_alias=True), "")
 
 
 def _assign(target: Any, key: str, value: Any) -> None:

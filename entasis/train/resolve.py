@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from entasis import quantities
 from entasis.errors import UserError
-from entasis.shape import selectors, specification
+from entasis.files import read_json
+from entasis.shape import specification
 from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
 from entasis.train.recipe import Optimizer, Recipe, Stage
+from entasis.train.stages import lay_out
 
 
 def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[str]]:
@@ -20,17 +23,17 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
 
     `vocabulary` is the corpus's; a shape that names none gets it. Raises `UserError`.
     """
-    wanted = dict(recipe.shape)
-    if "preset" not in wanted:
-        wanted.setdefault("vocabulary", vocabulary)
-    solution = specification.resolve(wanted)
-    if recipe.optimizer.parametrisation == "mup":
-        solution = with_mup_scales(solution, wanted, recipe.optimizer)
-    _check(recipe, solution.shape)
+    solution = _solve(recipe, vocabulary)
     if recipe.evaluation.tokens is not None and recipe.evaluation.bytes is not None:
         raise UserError("recipe: evaluation has tokens and bytes; give one limit")
-    stages, tokens = _resolve_stages(recipe, solution.shape)
+    if recipe.parallel.shard is not None and recipe.parallel.kind != "hsdp":
+        raise UserError(
+            f"recipe: parallel.shard is {recipe.parallel.shard} under parallel.kind {recipe.parallel.kind}; "
+            "it is a number of processes, and only for hsdp"
+        )
+    stages, tokens = _resolve_stages(recipe)
     result = recipe.replaced(shape=solution.shape.to_dict(), stages=stages, tokens=tokens)
+    lay_out(result, solution.shape)
     total = result.total_steps
     return (
         result.replaced(
@@ -44,6 +47,32 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
         solution.shape,
         list(solution.notes),
     )
+
+
+def _solve(recipe: Recipe, vocabulary: int) -> Solution:
+    """The first stage's shape: drawn, or that of the weights to start from. Raises `UserError`."""
+    wanted = dict(recipe.shape or {})
+    if recipe.start is not None:
+        path = Path(recipe.start.folder) / "shape.json"
+        try:
+            there = Solution(ModelShape.from_dict(read_json(path)))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"recipe: start.from is {recipe.start.folder}, which holds no {path.name}; name a finished run, a "
+                "checkpoint that was kept, or an imported model"
+            ) from error
+        if recipe.shape is None:
+            return there
+    if "preset" not in wanted:
+        wanted.setdefault("vocabulary", vocabulary)
+    solution = specification.resolve(wanted)
+    if recipe.optimizer.parametrisation == "mup":
+        solution = with_mup_scales(solution, wanted, recipe.optimizer)
+    if recipe.start is not None and solution.shape != there.shape:
+        raise UserError(
+            f"recipe: shape is another than that of {recipe.start.folder}; leave it out, and change it by a transition"
+        )
+    return solution
 
 
 def with_mup_scales(solution: Solution, wanted: Mapping[str, Any], optimizer: Optimizer) -> Solution:
@@ -71,27 +100,7 @@ def with_mup_scales(solution: Solution, wanted: Mapping[str, Any], optimizer: Op
     return dataclasses.replace(solution, shape=shape, notes=(*solution.notes, *notes))
 
 
-def _check(recipe: Recipe, shape: ModelShape) -> None:
-    """Refuses numbers that do not go together. Raises `UserError`."""
-    tokens, sequence = recipe.batch.tokens, recipe.data.sequence
-    if tokens < sequence or tokens % sequence:
-        nearest = max(1, round(tokens / sequence)) * sequence
-        raise UserError(
-            f"recipe: batch.tokens is {tokens}, not a multiple of data.sequence {sequence}; the nearest is {nearest}"
-        )
-    if sequence > shape.context:
-        raise UserError(
-            f"recipe: data.sequence is {sequence}, longer than the shape's context {shape.context}; "
-            "set shape.context"
-        )
-    if recipe.parallel.shard is not None and recipe.parallel.kind != "hsdp":
-        raise UserError(
-            f"recipe: parallel.shard is {recipe.parallel.shard} under parallel.kind {recipe.parallel.kind}; "
-            "it is a number of processes, and only for hsdp"
-        )
-
-
-def _resolve_stages(recipe: Recipe, shape: ModelShape) -> tuple[list[Stage], int]:
+def _resolve_stages(recipe: Recipe) -> tuple[list[Stage], int]:
     """The stages with their tokens and schedules, and all tokens."""
     stages, total = [], 0
     for i, stage in enumerate(recipe.stages or [Stage()]):
@@ -101,15 +110,7 @@ def _resolve_stages(recipe: Recipe, shape: ModelShape) -> tuple[list[Stage], int
         if tokens is None:
             missing = f"stages[{i}].tokens" if recipe.stages else "tokens"
             raise UserError(f"recipe: {missing} is missing; say how many tokens to train on, such as 5M")
-        selectors.select(shape, stage.trainable, where=f"recipe: stages[{i}].trainable")
-        schedule = stage.schedule or recipe.schedule
-        stage = stage.replaced(tokens=tokens, schedule=schedule)
-        steps = recipe.steps(stage)
-        warmup = quantities.steps(schedule.warmup, steps, "recipe: schedule.warmup")
-        decay = quantities.steps(schedule.decay, steps, "recipe: schedule.decay")
-        if schedule.name == "warmup-stable-decay" and warmup + decay > steps:
-            raise UserError(f"recipe: schedule.warmup {warmup} and decay {decay} exceed the {steps} steps")
-        stages.append(stage)
+        stages.append(stage.replaced(tokens=tokens, schedule=stage.schedule or recipe.schedule))
         total += tokens
     if recipe.tokens is not None and recipe.tokens != total:
         raise UserError(f"recipe: tokens is {recipe.tokens}, but the stages add up to {total}; leave one out")

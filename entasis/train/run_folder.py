@@ -21,11 +21,12 @@ from filelock import FileLock, Timeout
 from entasis import files
 from entasis.data.corpus import Corpus
 from entasis.data.doctor import examine
+from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import Damaged, UserError
 from entasis.model import weights
 from entasis.shape.shapes import ModelShape
 from entasis.train import auto_settings, checkpoint, hardware, parallel
-from entasis.train.recipe import Recipe, difference, read_stored, to_yaml
+from entasis.train.recipe import Recipe, Stage, difference, read_stored, to_yaml
 from entasis.train.resolve import resolve
 
 RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
@@ -179,15 +180,21 @@ def doubts(folder: Path, result: dict[str, Any]) -> list[str]:
 
 
 def check_data(recipe: Recipe) -> Corpus:
-    """Opens and examines both corpora; returns the one to train on. Raises `UserError`."""
+    """Opens and examines all corpora, those of later stages too; returns the first one to train on. Raises `UserError`."""
     corpus = Corpus(recipe.data.train)
-    corpora = {recipe.data.train: corpus}
-    if recipe.data.validation is not None:
-        held_out = corpora[recipe.data.validation] = Corpus(recipe.data.validation)
-        if held_out.tokenizer_hash != corpus.tokenizer_hash:
+    corpora = {path: Corpus(path) for path in _paths(recipe)}
+    for path, other in corpora.items():
+        if other.tokenizer_hash != corpus.tokenizer_hash:
             raise UserError(
-                f"data: {recipe.data.validation} was made with another tokenizer than {recipe.data.train}; "
+                f"data: {path} was made with another tokenizer than {recipe.data.train}; "
                 "prepare both with the same tokenizer.json"
+            )
+    if recipe.start is not None:
+        tokenizer = _tokenizer_of(Path(recipe.start.folder))
+        if load_tokenizer(tokenizer).hash != corpus.tokenizer_hash:
+            raise UserError(
+                f"data: {recipe.data.train} was made with another tokenizer than the model in {recipe.start.folder} "
+                f"has; prepare it with --tokenizer {tokenizer}"
             )
     for path, opened in corpora.items():
         if danger := opened.danger:
@@ -202,12 +209,32 @@ def check_data(recipe: Recipe) -> Corpus:
             raise UserError(f"data: {path} is diseased: {worst.name}: {worst.evidence}; {worst.cure}")
     for opened in corpora.values():
         opened.verify()
-    if corpus.tokens < recipe.data.sequence + 1:
-        raise UserError(
-            f"data: {recipe.data.train} has {corpus.tokens} tokens, "
-            f"fewer than data.sequence {recipe.data.sequence} + 1"
-        )
+    for stage in recipe.stages or [Stage()]:
+        path = stage.data.train if stage.data else recipe.data.train
+        sequence = stage.sequence or recipe.data.sequence
+        if corpora[path].tokens < sequence + 1:
+            raise UserError(
+                f"data: {path} has {corpora[path].tokens} tokens, fewer than data.sequence {sequence} + 1"
+            )
     return corpus
+
+
+def _tokenizer_of(start: Path) -> Path:
+    """The tokenizer of a model to start from; a checkpoint's is its run's. Raises `UserError`."""
+    folder = start.parent.parent if start.parent.name == "checkpoints" else start
+    if not (start / weights.WEIGHTS).is_file() or not (folder / weights.TOKENIZER).is_file():
+        raise UserError(
+            f"recipe: start.from is {start}, which holds no model; name a finished run, a checkpoint that was kept "
+            "(checkpoint.keep_every), or an imported model"
+        )
+    return folder / weights.TOKENIZER
+
+
+def _paths(recipe: Recipe) -> dict[str, None]:
+    """Every corpus that a recipe names, once, the first to train on first."""
+    stages = [stage.data.train for stage in recipe.stages if stage.data]
+    held_out = [recipe.data.validation] if recipe.data.validation is not None else []
+    return dict.fromkeys([recipe.data.train, *stages, *held_out])
 
 
 def check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
@@ -279,6 +306,9 @@ def _fingerprints(corpus: Corpus, recipe: Recipe) -> dict[str, str]:
     data = {"train": corpus.fingerprint, "tokenizer": corpus.tokenizer_hash}
     if recipe.data.validation is not None:
         data["validation"] = Corpus(recipe.data.validation).fingerprint
+    for path in _paths(recipe):
+        if path not in (recipe.data.train, recipe.data.validation):
+            data[path] = Corpus(path).fingerprint
     return data
 
 
@@ -300,6 +330,11 @@ def _begin(
         "distinct_layers": shape.distinct_layers,
         "data": _fingerprints(corpus, recipe),
     }
+    if recipe.start is not None:
+        environment["start"] = {
+            "from": recipe.start.folder,
+            "weights": weights.fingerprint(recipe.start.folder),
+        }
     return files.write_json(folder / ENVIRONMENT, environment, locked=True)
 
 

@@ -1,42 +1,152 @@
-"""Stages: which parameters learn in a stretch of training, and where in the run it lies."""
+"""Stages: stretches of a run, each with a model, an optimizer, a schedule and a budget of its own. Needs no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from entasis.model.transformer import Transformer
-from entasis.shape import selectors
-from entasis.train.recipe import Recipe, Stage
+from entasis import quantities
+from entasis.configuration import parse
+from entasis.errors import UserError
+from entasis.grow import transitions
+from entasis.grow.resize import Plan
+from entasis.grow.transitions import Transition
+from entasis.shape import cost, selectors
+from entasis.shape.shapes import ModelShape
+from entasis.train.recipe import Optimizer, Recipe, Stage
+from entasis.train.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """One stage laid out: steps `start` to `stop` of the run."""
+class StageSpan:
+    """One stage laid out: steps `start` to `stop` of the run, and the model that is trained in them."""
 
     index: int
-    stage: Stage
+    recipe: Recipe
+    """The run's recipe as this stage sees it: its data, batch, optimizer and schedule are the stage's."""
     start: int
     stop: int
+    tokens_before: int
+    """Tokens of all stages before."""
+    shape: ModelShape
+    ids: tuple[int, ...]
+    """For each layer the id that it keeps when layers are inserted before it."""
+    newest: tuple[int, ...]
+    """Positions of the layers that the last transition added."""
+    trainable: tuple[str, ...]
+    """Names of the parameters that learn."""
+    transition: tuple[Transition, Plan] | None
+    optimizer_state: str
 
     @property
     def steps(self) -> int:
         return self.stop - self.start
 
+    @property
+    def schedule(self) -> Schedule:
+        return self.recipe.schedule
 
-def lay_out(recipe: Recipe) -> list[Stretch]:
-    """The stages of a resolved recipe, one after another."""
-    result, start = [], 0
+    @property
+    def flops_per_token(self) -> int:
+        """Forward of all, backward of what learns."""
+        return cost.stage_flops_per_token(self.shape, self.trainable, self.recipe.data.sequence)
+
+    def tokens(self, step: int) -> int:
+        """Tokens of the whole run after its first `step` steps."""
+        return self.tokens_before + (step - self.start) * self.recipe.batch.tokens
+
+
+def lay_out(recipe: Recipe, shape: ModelShape) -> list[StageSpan]:
+    """The stages of a recipe that says the tokens of each, one after another; `shape` is the first one's.
+
+    Raises `UserError` for whatever any of them gets wrong.
+    """
+    result: list[StageSpan] = []
+    start = tokens = 0
+    ids, newest = tuple(range(shape.n_layers)), tuple[int, ...]()
     for index, stage in enumerate(recipe.stages):
-        stop = start + recipe.steps(stage)
-        result.append(Stretch(index, stage, start, stop))
-        start = stop
+        where = f"recipe: stages[{index}]"
+        own = _recipe_of(recipe, stage, where)
+        changed = None
+        if stage.transition is not None:
+            transition = transitions.read(stage.transition, f"{where}.transition")
+            if index == 0 and recipe.start is None:
+                raise UserError(f"{where}.transition: there is no model before it; draw the shape instead")
+            plan = transition.plan(shape)
+            changed, shape = (transition, plan), plan.shape
+            ids, newest = _identify(ids, plan.layers)
+        _check(own, shape, where)
+        steps = recipe.steps(stage)
+        _check_schedule(own.schedule, steps)
+        names = selectors.select(shape, stage.trainable, newest=newest, where=f"{where}.trainable")
+        result.append(
+            StageSpan(
+                index, own, start, start + steps, tokens, shape, ids, newest, tuple(names), changed,
+                stage.optimizer_state,
+            )
+        )  # fmt: skip
+        start, tokens = start + steps, tokens + steps * own.batch.tokens
     return result
 
 
-def select(model: Transformer, stage: Stage) -> list[str]:
-    """Sets `requires_grad` as the stage says; returns the names of the parameters that learn. Raises `UserError`."""
-    chosen = selectors.select(model.shape, stage.trainable, where="recipe: trainable")
-    learns = set(chosen)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in learns)
-    return chosen
+def flops_per_token(spans: Sequence[StageSpan]) -> int:
+    """Of a whole run: its FLOPs over its tokens."""
+    total = sum(span.steps * span.recipe.batch.tokens for span in spans)
+    return round(sum(s.steps * s.recipe.batch.tokens * s.flops_per_token for s in spans) / total)
+
+
+def _recipe_of(recipe: Recipe, stage: Stage, where: str) -> Recipe:
+    optimizer = recipe.optimizer
+    if stage.optimizer is not None:
+        if stage.lr is not None and "lr" in stage.optimizer:
+            raise UserError(f"{where}: gives both lr and optimizer.lr, which are the same")
+        optimizer = parse(Optimizer, {**optimizer.model_dump(), **stage.optimizer}, f"{where}.optimizer")
+    if stage.lr is not None:
+        optimizer = optimizer.replaced(lr=stage.lr)
+    return recipe.replaced(
+        optimizer=optimizer,
+        schedule=stage.schedule or recipe.schedule,
+        data=recipe.data.replaced(
+            train=stage.data.train if stage.data else recipe.data.train,
+            sequence=stage.sequence or recipe.data.sequence,
+        ),
+        batch=recipe.batch.replaced(tokens=(stage.batch or recipe.batch).tokens),
+    )
+
+
+def _identify(ids: tuple[int, ...], sources: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids of the next model's layers and the positions of new ones: the first layer made from an old one is that one."""
+    result: list[int] = []
+    newest = []
+    fresh = max(ids) + 1
+    for position, source in enumerate(sources):
+        if ids[source] in result:
+            result.append(fresh)
+            newest.append(position)
+            fresh += 1
+        else:
+            result.append(ids[source])
+    return tuple(result), tuple(newest)
+
+
+def _check(recipe: Recipe, shape: ModelShape, where: str) -> None:
+    """Refuses numbers that do not go together. Raises `UserError`."""
+    where = "recipe" if len(recipe.stages) == 1 else where
+    tokens, sequence = recipe.batch.tokens, recipe.data.sequence
+    if tokens < sequence or tokens % sequence:
+        nearest = max(1, round(tokens / sequence)) * sequence
+        raise UserError(
+            f"{where}: batch.tokens is {tokens}, not a multiple of data.sequence {sequence}; the nearest is {nearest}"
+        )
+    if sequence > shape.context:
+        raise UserError(
+            f"{where}: data.sequence is {sequence}, longer than the shape's context {shape.context}; "
+            "set shape.context"
+        )
+
+
+def _check_schedule(schedule: Schedule, steps: int) -> None:
+    warmup = quantities.steps(schedule.warmup, steps, "recipe: schedule.warmup")
+    decay = quantities.steps(schedule.decay, steps, "recipe: schedule.decay")
+    if schedule.name == "warmup-stable-decay" and warmup + decay > steps:
+        raise UserError(f"recipe: schedule.warmup {warmup} and decay {decay} exceed the {steps} steps")

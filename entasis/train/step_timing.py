@@ -14,15 +14,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from entasis.model.initialisation import initialise
 from entasis.model.transformer import Transformer
-from entasis.shape import activations
 from entasis.shape.shapes import ModelShape
-from entasis.train import optimizers, parallel, sharding, stages
+from entasis.train import parallel, stages
 from entasis.train.allocation import keep_freed_memory
 from entasis.train.candidates import Settings
 from entasis.train.compilation import compiled
 from entasis.train.recipe import Recipe
+from entasis.train.stage_runner import StageRunner, micro_sequences, recomputed_layers
 
 K = TypeVar("K")
 
@@ -52,39 +51,6 @@ class Timing:
         return micro_batches * micro + statistics.median(s.update for s in self.steps)
 
 
-def micro_sequences(recipe: Recipe) -> int:
-    """Sequences in one forward pass of one process (of a resolved recipe): batch.micro, or less to divide its share."""
-    n = recipe.sequences // parallel.world()
-    return next(d for d in range(max(1, min(n, int(recipe.batch.micro))), 0, -1) if n % d == 0)
-
-
-def recomputed_layers(recipe: Recipe, shape: ModelShape) -> list[int]:
-    """The layers whose forward pass runs twice, to stay within the recipe's `activation_memory`.
-
-    Raises `UserError` where that does not suffice.
-    """
-    if recipe.activation_memory is None:
-        return []
-    return activations.to_recompute(
-        shape,
-        int(recipe.activation_memory),
-        tokens=micro_sequences(recipe) * recipe.data.sequence,
-        sequence=recipe.data.sequence,
-        precision=recipe.precision,  # type: ignore[arg-type]
-        attention=recipe.attention,  # type: ignore[arg-type]
-    )
-
-
-@dataclass(slots=True)
-class _Model:
-    model: Transformer
-    rules: list[torch.optim.Optimizer]
-    learning: list[torch.nn.Parameter]
-    gradients: parallel.GradientSum
-    loss_of: dict[bool, Callable[..., torch.Tensor]]
-    """Eager and, once asked for, compiled."""
-
-
 class Step:
     """A resolved recipe's model, optimizer and one micro-batch, to be stepped in any settings.
 
@@ -107,103 +73,82 @@ class Step:
         if recipe.data.document_masking:
             documents = torch.arange(sequence, device=device) * 4 // sequence
             self.ids_BT = documents.expand(self.micro, sequence)
-        self._models: dict[Any, _Model] = {}
+        self._runners: dict[Any, StageRunner] = {}
+        self._compiled: dict[Any, Callable[..., torch.Tensor]] = {}
 
     def __call__(self, settings: Settings) -> Seconds:
         """Makes one step."""
-        built = self._model(settings)
+        runner = self._runner(settings)
         self._wait()
         parallel.barrier()
         begun = time.perf_counter()
-        built.gradients.sending = True
-        with self._autocast(settings):
-            loss = built.loss_of[settings.compile](
-                self.tokens_BT, self.targets_BT, document_ids_BT=self.ids_BT
-            )
-        (loss / self.targets_BT.numel()).backward()
+        runner.accumulate(
+            self.tokens_BT, self.targets_BT, self.ids_BT, tokens=self.targets_BT.numel(), last=True
+        )
         self._wait()
         middle = time.perf_counter()
-        built.gradients.wait()
-        gradients = [p.grad for p in built.learning if p.grad is not None]
-        norm = sharding.full(torch.nn.utils.get_total_norm(gradients))
+        norm = runner.gradient_norm()
         norm.item()
-        if self.recipe.optimizer.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(built.learning, self.recipe.optimizer.max_grad_norm, norm)
-        for rule in built.rules:
-            rule.step()
-            rule.zero_grad(set_to_none=True)
+        runner.step(norm)
         self._wait()
         return Seconds(middle - begun, time.perf_counter() - middle)
 
     @torch.no_grad()
     def forward(self, settings: Settings) -> float:
         """Seconds of one micro-batch's loss alone, eager: what validation takes."""
-        built = self._model(settings._replace(compile=False))
+        runner = self._runner(settings._replace(compile=False))
         self._wait()
         begun = time.perf_counter()
-        with self._autocast(settings):
-            built.loss_of[False](self.tokens_BT, self.targets_BT, document_ids_BT=self.ids_BT)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=runner.autocast is not None):
+            runner.loss(self.tokens_BT, self.targets_BT, document_ids_BT=self.ids_BT)
         self._wait()
         return time.perf_counter() - begun
 
     def close(self) -> None:
         """Gives the memory back."""
-        for built in self._models.values():
-            built.gradients.close()
-        if any(True in built.loss_of for built in self._models.values()):
+        for runner in self._runners.values():
+            runner.close()
+        if self._compiled:
             torch._dynamo.reset()
-        self._models.clear()
+        self._runners.clear()
+        self._compiled.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-
-    def _autocast(self, settings: Settings) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _model(self, settings: Settings) -> _Model:
-        """The model, switched to what `settings` say."""
-        recipe = self.recipe
-        shared_out = recipe.parallel.kind != "ddp" and parallel.world() > 1
+    def _runner(self, settings: Settings) -> StageRunner:
+        """The first stage's runner, switched to what `settings` say."""
+        shared_out = self.recipe.parallel.kind != "ddp" and parallel.world() > 1
         alone = parallel.world() == 1
         key = (settings.precision if shared_out else None, None if alone else settings)
-        built = self._models.get(key)
-        if built is None:
+        wanted = self.recipe.replaced(
+            precision=settings.precision, attention=settings.attention, compile=False
+        )
+        if key not in self._runners:
             # What building draws must not reach the run that follows.
             with torch.random.fork_rng(devices=[]):
-                built = self._models[key] = self._build(settings, shared_out)
-        if settings.compile and True not in built.loss_of:
-            built.loss_of[True] = compiled(built.model, forget=False)
-        _switch(built.model, settings.attention)
-        for rule in built.rules:
-            if hasattr(rule, "dtype"):  # Muon orthogonalises in the precision of the run
-                rule.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        chosen = recomputed_layers(_with(recipe, settings), self.shape)
-        for i, block in enumerate(built.model.blocks):
+                runner = StageRunner(stages.lay_out(wanted, self.shape)[0], self.device)
+            for optimizer in runner.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.0
+            self._runners[key] = runner
+        runner = self._runners[key]
+        if settings.compile and key not in self._compiled:
+            self._compiled[key] = compiled(runner.model, forget=False)
+        runner.loss = self._compiled[key] if settings.compile else runner.model.loss
+        runner.autocast = torch.bfloat16 if settings.precision == "bf16" else None
+        _switch_attention(runner.model, settings.attention)
+        for optimizer in runner.optimizers:
+            if hasattr(optimizer, "dtype"):  # Muon orthogonalises in the precision of the run
+                optimizer.dtype = runner.autocast or torch.float32
+        chosen = recomputed_layers(wanted, self.shape)
+        for i, block in enumerate(runner.model.blocks):
             block.recompute = i in chosen  # type: ignore[assignment]
-        return built
-
-    def _build(self, settings: Settings, shared_out: bool) -> _Model:
-        recipe, scheme = self.recipe, self.recipe.optimizer
-        model = Transformer(self.shape, attention=settings.attention)
-        initialise(model, recipe.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width)
-        if shared_out:
-            sharding.shard(model, recipe.parallel, self.device, settings.precision)
-        else:
-            model.to(self.device)
-        rules = optimizers.build(
-            model, scheme, stages.select(model, recipe.stages[0]), precision=settings.precision
-        )
-        for rule in rules:
-            for group in rule.param_groups:
-                group["lr"] = 0.0
-        learning = [p for p in model.parameters() if p.requires_grad]
-        return _Model(
-            model, rules, learning, parallel.GradientSum([] if shared_out else learning), {False: model.loss}
-        )
+        return runner
 
 
 def interleave(
@@ -228,12 +173,8 @@ def interleave(
             break
 
 
-def _switch(model: Transformer, attention: Any) -> None:
+def _switch_attention(model: Transformer, attention: Any) -> None:
     model.attention = attention
     for block in model.blocks:
         if block.attention is not None:
             block.attention.implementation = attention  # type: ignore[union-attr]
-
-
-def _with(recipe: Recipe, settings: Settings) -> Recipe:
-    return recipe.replaced(precision=settings.precision, attention=settings.attention)

@@ -6,7 +6,7 @@ import random
 
 from entasis.data import tokenizer
 from entasis.evaluate.loading import Loaded
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
 
@@ -29,7 +29,7 @@ def sentences(number: int, seed: int) -> list[str]:
 
 def untrained(shape: ModelShape = SHAPE, seed: int = 0) -> Loaded:
     model = Transformer(shape)
-    initialise(model, seed)
+    init_weights(model, seed)
     return Loaded(model.eval(), tokenizer.from_bytes())
 
 

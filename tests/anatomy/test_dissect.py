@@ -162,9 +162,9 @@ def test_a_plan_trains_the_important_layers_first(trained, tmp_path: Path) -> No
     assert shape == trained.shape and recipe.tokens == 1_000_000 and len(recipe.stages) == 4
     assert [s for s in recipe.stages[0].trainable if s.startswith("blocks")] == ["blocks.0.*", "blocks.4.*"]
     assert recipe.stages[-1].trainable == "all"
-    from entasis.train.stages import select
+    from entasis.shape.selectors import select
 
-    assert "blocks.0.attention.query.weight" in select(trained.model, recipe.stages[0])
+    assert "blocks.0.attention.query.weight" in select(trained.shape, recipe.stages[0].trainable)
 
 
 def test_a_change_in_loss_counts_by_its_logarithm(trained) -> None:

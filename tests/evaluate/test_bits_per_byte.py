@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from entasis.data.corpus import Corpus
 from entasis.data.prepare import prepare
 from entasis.evaluate.bits_per_byte import choose_documents, evaluate
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
 
@@ -44,7 +44,7 @@ def model(corpus) -> Transformer:
     model = Transformer(
         ModelShape(d_model=16, head_dim=8, vocabulary=corpus.vocabulary, context=SEQUENCE, layers=layers)
     )
-    initialise(model, 0)
+    init_weights(model, 0)
     with torch.no_grad():
         # Far from the near-silence of initial weights, so that what is attended to matters.
         model.embedding.tokens.weight.mul_(50)

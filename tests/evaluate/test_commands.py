@@ -15,7 +15,7 @@ from entasis import cli
 from entasis.data import tokenizer
 from entasis.interop.exporting import export
 from entasis.model import weights
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import LayerShape, ModelShape
 
@@ -27,7 +27,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     layers = (LayerShape(2, 1, 32), LayerShape(1, 1, 48))
     made = Transformer(ModelShape(d_model=32, head_dim=16, vocabulary=400, layers=layers, context=128))
-    initialise(made, 0)
+    init_weights(made, 0)
     weights.save(made, folder)
     tokenizer.train([(STDLIB / "argparse.py").read_text()], 400).save(folder / "tokenizer.json")
     return folder

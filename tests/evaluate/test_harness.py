@@ -15,7 +15,7 @@ from entasis.errors import UserError
 from entasis.evaluate.bits_per_byte import Score, interval
 from entasis.interop.exporting import export
 from entasis.model import weights
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import LayerShape, ModelShape
 
@@ -64,7 +64,7 @@ def model(tmp_path_factory):
     layers = (LayerShape(4, 2, 64), LayerShape(2, 1, 96))
     shape = ModelShape(d_model=64, head_dim=16, vocabulary=400, layers=layers, context=256)
     made = Transformer(shape)
-    initialise(made, 0)
+    init_weights(made, 0)
     with torch.no_grad():
         for p in made.parameters():
             p.mul_(3)

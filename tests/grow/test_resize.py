@@ -122,6 +122,7 @@ def test_layers_are_dropped_and_repeated():
     for new, old in enumerate((2, 0, 0)):
         for name, p in other.blocks[new].named_parameters():
             assert torch.equal(p, model.blocks[old].get_parameter(name))
+    assert len({p.data_ptr() for p in other.parameters()}) == len(list(other.parameters()))
 
 
 @settings(max_examples=30, deadline=None)

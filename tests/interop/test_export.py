@@ -15,7 +15,7 @@ from entasis.interop.exporting import export
 from entasis.interop.importing import import_model
 from entasis.interop.transforms import ShapedWeights, find_widest, fold_scales, pad_layers
 from entasis.model import weights
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import LayerShape, ModelShape
 
@@ -62,7 +62,7 @@ def trained():
 def made(folder, trained, layers, changes):
     size = {"d_model": 96, "head_dim": 16, "vocabulary": 384, "context": 128, "norm_eps": 1e-6}
     model = Transformer(ModelShape(**{**size, "layers": layers, **changes}))
-    initialise(model, 0)
+    init_weights(model, 0)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.mul_(3).add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))

@@ -10,7 +10,7 @@ from entasis.errors import UserError
 from entasis.evaluate.generation import Sampling, choose, generate
 from entasis.model import loss, parametrisation, weights
 from entasis.model.cache import KVCache
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.loss import summed_nll
 from entasis.model.transformer import Transformer
 from entasis.shape import LayerShape, ModelShape
@@ -26,7 +26,7 @@ def shape(**changes):
 
 def built(seed=0, attention="sdpa", **changes):
     model = Transformer(shape(**changes), attention=attention)
-    initialise(model, seed)
+    init_weights(model, seed)
     with torch.no_grad():
         for p in model.parameters():  # large enough that a mistake is not lost in rounding
             p.mul_(3)
@@ -203,20 +203,20 @@ def test_the_same_name_and_shape_starts_from_the_same_values():
     crown = Transformer(shape())
     other = Transformer(shape(layers=(LayerShape(4, 2, 96), LayerShape(2, 1, 0), *UNEQUAL[2:])))
     for model in (crown, other):
-        initialise(model, 5)
+        init_weights(model, 5)
     theirs = dict(other.named_parameters())
     same = [n for n, p in crown.named_parameters() if n in theirs and p.shape == theirs[n].shape]
     assert len(same) > 15
     for name in same:
         assert torch.equal(theirs[name], dict(crown.named_parameters())[name]), name
-    initialise(other, 6)
+    init_weights(other, 6)
     assert not torch.equal(other.blocks[0].attention.query.weight, crown.blocks[0].attention.query.weight)
 
 
 def test_initial_values_follow_the_table():
     layers = (LayerShape(16, 16, 512),) * 4
     model = Transformer(shape(d_model=128, layers=layers, vocabulary=2000))
-    initialise(model, 0)
+    init_weights(model, 0)
     stds = {n: p.std().item() for n, p in model.named_parameters()}
     assert stds["embedding.tokens.weight"] == pytest.approx(0.02, rel=0.03)
     assert stds["blocks.1.feedforward.gate.weight"] == pytest.approx(0.02, rel=0.03)
@@ -235,7 +235,7 @@ def test_mup_takes_each_matrixs_own_fan_in_against_the_mean_layers_at_the_base_w
     assert rules["blocks.1.feedforward.down.weight"].lr == 320 / 1024
     assert rules["blocks.1.feedforward.down.weight"].weight_decay == 1024 / 320
     assert rules["embedding.tokens.weight"].lr == rules["norm.weight"].lr == 1
-    initialise(model, 0, parametrisation="mup", base_width=64)
+    init_weights(model, 0, parametrisation="mup", base_width=64)
     assert model.blocks[0].attention.query.weight.std().item() == pytest.approx(0.02 / 2**0.5, rel=0.05)
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from entasis.errors import UserError
 from entasis.model import feedforward
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import LayerShape, ModelShape, activations, cost, ffn_kinds, layout
 from entasis.shape.ffn_kinds import FFNKind
@@ -92,7 +92,7 @@ def test_what_it_keeps_for_the_backward_pass_is_what_torch_keeps():
 
 def test_it_trains():
     model = Transformer(shape())
-    initialise(model, 0)
+    init_weights(model, 0)
     tokens_BT = torch.randint(40, (4, 9), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []

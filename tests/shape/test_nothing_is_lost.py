@@ -7,7 +7,7 @@ import pytest
 
 from entasis.cli import main
 from entasis.model import weights
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import ModelShape
 
@@ -50,7 +50,7 @@ def odd_layer(tmp_path):
         }
     )
     model = Transformer(shape)
-    initialise(model, 0)
+    init_weights(model, 0)
     (tmp_path / "model").mkdir()
     weights.save(model, tmp_path / "model")
     from entasis.data.tokenizer import from_bytes

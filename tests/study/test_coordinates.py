@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.study import definition, plan
 from entasis.study.plan import Findings
@@ -52,7 +52,7 @@ def moved(source: dict[str, Any]) -> dict[str, float]:
     resolved, shape, _ = resolve(recipe.from_dict(source), VOCABULARY)
     scheme = resolved.optimizer
     model = Transformer(shape)
-    initialise(model, resolved.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width)
+    init_weights(model, resolved.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width)
     rules = optimizers.build(model, scheme, [name for name, _ in model.named_parameters()])
     tokens_BT = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
 

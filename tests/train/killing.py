@@ -1,6 +1,6 @@
 """Kills a training run at given points and lets it go on; run as a script by test_kill_and_resume.py.
 
-    python killing.py FOLDER TRAIN VALIDATION POINTS SEED
+    python killing.py FOLDER TRAIN VALIDATION POINTS SEED plain|staged
 
 A point is a file operation inside the run's folder (open, rename, remove, mkdir, as Python's audit events
 tell) or a step. The first run counts them; then POINTS of them, chosen at random, are each met by SIGKILL
@@ -22,8 +22,32 @@ from entasis.train.journal import records
 from entasis.train.loop import train
 from entasis.train.recipe import from_dict
 
+STAGED = {
+    "tokens": None,
+    "stages": [
+        {"tokens": 128 * 4},
+        {
+            "tokens": 128 * 3,
+            "transition": {
+                "resize": {
+                    "layers": [
+                        {"n_heads": 4, "n_kv_heads": 2, "d_ff": 40},
+                        {"n_heads": 1, "n_kv_heads": 1, "d_ff": 48},
+                        {"n_heads": 1, "n_kv_heads": 1, "d_ff": 48},
+                    ],
+                    "sources": [0, 1, 1],
+                }
+            },
+            "optimizer_state": "keep",
+            "trainable": ["newest", "final_norm", "blocks[0].ffn"],
+            "lr": 1e-3,
+        },
+        {"tokens": 128 * 3, "sequence": 16, "optimizer": {"weight_decay": 0.0}},
+    ],
+}
 
-def main(folder: Path, train_corpus: str, validation: str, points: int, seed: int) -> None:
+
+def main(folder: Path, train_corpus: str, validation: str, points: int, seed: int, staged: bool) -> None:
     recipe = from_dict(
         {
             "shape": {
@@ -40,6 +64,7 @@ def main(folder: Path, train_corpus: str, validation: str, points: int, seed: in
             "evaluation": {"every": 4, "tokens": 2000},
             "checkpoint": {"every": 2, "keep_last": 2, "keep_every": 4},
             "logging": {"tensorboard": False},
+            **(STAGED if staged else {}),
         }
     )  # fmt: skip
     whole = folder / "whole"
@@ -117,4 +142,11 @@ def in_fork(work) -> int | None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(
+        Path(sys.argv[1]),
+        sys.argv[2],
+        sys.argv[3],
+        int(sys.argv[4]),
+        int(sys.argv[5]),
+        sys.argv[6] == "staged",
+    )

@@ -5,7 +5,7 @@ import torch
 
 from entasis.cli import main
 from entasis.errors import UserError
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import cost
 from entasis.shape.specification import resolve
@@ -48,7 +48,7 @@ def test_timing_part_by_part_does_the_work_of_a_step(recipe, tied):
     """The gradients of the walk through the parts are those of the whole model."""
     shape = resolve({**recipe().shape, "tied_embeddings": tied}).shape
     model = Transformer(shape)
-    initialise(model, 0)
+    init_weights(model, 0)
     rows = torch.randint(shape.vocabulary, (3, 33), generator=torch.Generator().manual_seed(0))
     tokens_BT, targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     ids_BT = torch.arange(32).div(10, rounding_mode="floor").expand(3, 32)

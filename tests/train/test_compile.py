@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
 from entasis.train import sharding
+from entasis.train.compilation import compiled
 from entasis.train.journal import records
-from entasis.train.loop import compiled, train
+from entasis.train.loop import train
 from entasis.train.recipe import Parallel
 
 
@@ -56,8 +57,8 @@ def test_a_sharded_model_has_one_graph_for_each_shape(tmp_path):
     assert (shape.n_layers, shape.distinct_layers) == (24, 12)
     tokens = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(0))
     plain, sharded = Transformer(shape), Transformer(shape)
-    initialise(plain, 0)
-    initialise(sharded, 0)
+    init_weights(plain, 0)
+    init_weights(sharded, 0)
     expected = plain.loss(tokens, tokens)
     expected.backward()
     seen = []

@@ -16,10 +16,11 @@ from entasis.train.loop import train
 
 
 @pytest.mark.slow
-def test_killed_anywhere_resumes_to_the_same_losses(corpora, tmp_path):
+@pytest.mark.parametrize("kind", ["plain", "staged"])
+def test_killed_anywhere_resumes_to_the_same_losses(corpora, tmp_path, kind):
     script = Path(__file__).with_name("killing.py")
     answer = subprocess.run(
-        [sys.executable, script, tmp_path, corpora / "train", corpora / "validation", "24", "7"],
+        [sys.executable, script, tmp_path, corpora / "train", corpora / "validation", "24", "7", kind],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -34,7 +35,7 @@ def test_killed_anywhere_resumes_to_the_same_losses(corpora, tmp_path):
     assert [o["point"] for o in told["outcomes"] if not o["same"]] == []
     # The points were not all outside of saves.
     assert any(name.endswith(".partial") for outcome in told["outcomes"] for name in outcome["left"])
-    # keep_last 2 of every 2 steps, keep_every 4.
+    # keep_last 2 of every 2 steps and of the ends of stages, keep_every 4.
     assert told["checkpoints"] == [4, 8, 10]
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from entasis.errors import Failure, UserError
-from entasis.train import loop, run_folder
+from entasis.train import run_folder, stage_runner
 from entasis.train.journal import records
 from entasis.train.loop import train
 from entasis.train.recipe import read
@@ -29,7 +29,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(recipe, tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "recipe.yaml", "shape.json", "environment.json", "tokenizer.json", "metrics.jsonl", "checkpoints",
-        "model.safetensors", "validation.safetensors", "result.json", ".lock",
+        "model.safetensors", "optimizer.safetensors", "validation.safetensors", "result.json", ".lock",
     }  # fmt: skip
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["parameters"] == sum(
@@ -172,7 +172,7 @@ def test_interrupt_saves_and_says_how_to_go_on(recipe, tmp_path):
 def test_non_finite_loss_stops_before_the_update_and_names_the_layer(recipe, tmp_path, monkeypatch):
     built = []
 
-    class Broken(loop.Transformer):
+    class Broken(stage_runner.Transformer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             built.append(self)
@@ -185,7 +185,7 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_layer(recipe, tmp
                 built[0].blocks[1].feedforward.up.weight.fill_(1e30)
             built.append({name: p.clone() for name, p in built[0].named_parameters()})
 
-    monkeypatch.setattr(loop, "Transformer", Broken)
+    monkeypatch.setattr(stage_runner, "Transformer", Broken)
     with pytest.raises(Failure, match=r"non-finite loss at step 5.*blocks\.1\.feedforward\.down"):
         train(recipe(), tmp_path / "run", reporter=poison)
     assert all(torch.equal(p, built[1][name]) for name, p in built[0].named_parameters())

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
 from entasis.train import optimizers
@@ -116,7 +116,7 @@ def test_mup_divides_learning_rates_of_hidden_matrices_by_their_own_fan_in():
     names = {id(p): name for name, p in module.named_parameters()}
     for rule in built:
         for group in rule.param_groups:
-            rate |= {names[id(p)]: group["peak_lr"] for p in group["params"]}
+            rate |= {names[id(p)]: group["initial_lr"] for p in group["params"]}
     assert rate["embedding.tokens.weight"] == pytest.approx(1e-2)
     assert rate["blocks.0.attention.query.weight"] == pytest.approx(1e-2 / 2)
     up, down = (module.get_parameter(f"blocks.2.feedforward.{part}.weight") for part in ("up", "down"))
@@ -129,7 +129,7 @@ def test_mup_divides_learning_rates_of_hidden_matrices_by_their_own_fan_in():
 
 def test_fused_adamw_moves_every_parameter():
     module = model()
-    initialise(module, 0)
+    init_weights(module, 0)
     before = {name: p.clone() for name, p in module.named_parameters()}
     built = optimizers.build(module, Optimizer(), every(module))
     tokens = torch.randint(64, (2, 16))
@@ -153,7 +153,7 @@ def test_under_mup_muons_updates_have_the_spectral_norm_that_mup_asks_for():
         built = optimizers.build(module, scheme, every(module))
         name_of = {id(p): name for name, p in module.named_parameters()}
         return {
-            name_of[id(p)]: group["peak_lr"] * max(p.shape) ** 0.5 / (p.shape[0] / p.shape[1]) ** 0.5
+            name_of[id(p)]: group["initial_lr"] * max(p.shape) ** 0.5 / (p.shape[0] / p.shape[1]) ** 0.5
             for rule in built
             if isinstance(rule, Muon)
             for group in rule.param_groups

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 
 from entasis.data.order import Order
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.specification import resolve
 from entasis.train import parallel
+from entasis.train.compilation import compiled
 from entasis.train.journal import records
-from entasis.train.loop import compiled, train
+from entasis.train.loop import train
 from entasis.train.recipe import to_yaml
 
 
@@ -35,7 +36,7 @@ def test_ranks_together_read_the_same_order(world):
 @pytest.mark.parametrize("compile", [False, True])
 def test_gradients_are_sent_while_the_backward_pass_runs(recipe, tmp_path, monkeypatch, compile):
     model = Transformer(resolve(recipe().shape).shape)
-    initialise(model, 0)
+    init_weights(model, 0)
     learning, tokens = list(model.parameters()), torch.randint(64, (2, 32))
     there, send = [], dist.all_reduce
 

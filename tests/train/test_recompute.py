@@ -9,13 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from entasis.errors import UserError
-from entasis.model.initialisation import initialise
+from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.quantities import size
 from entasis.shape.activations import layer_bytes_per_token, peak_bytes_per_token, to_recompute
 from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.train.compilation import compiled
 from entasis.train.journal import records
-from entasis.train.loop import compiled, train
+from entasis.train.loop import train
 
 B, T = 2, 64
 SHAPE = ModelShape(
@@ -152,7 +153,7 @@ def test_the_predicted_peak_is_the_measured_one(chosen):
     widths = [(1, 64), (2, 128), (4, 300), (8, 600), (8, 600), (4, 300), (2, 128), (1, 64)]
     shape = dataclasses.replace(SHAPE, layers=tuple(LayerShape(2 * h, 2 * h, f) for h, f in widths))
     model = Transformer(shape)
-    initialise(model, 0)
+    init_weights(model, 0)
     for i in chosen:
         model.blocks[i].recompute = True
     sizes = [B * T * layer_bytes_per_token(shape, i, T, **HOW) for i in range(8)]
@@ -173,8 +174,8 @@ def test_the_predicted_peak_is_the_measured_one(chosen):
 @pytest.mark.parametrize("loss", ["eager", "compiled"])
 def test_gradients_are_the_same_to_the_bit_and_less_is_kept(loss):
     plain, frugal = Transformer(SHAPE), Transformer(SHAPE)
-    initialise(plain, 0)
-    initialise(frugal, 0)
+    init_weights(plain, 0)
+    init_weights(frugal, 0)
     sizes = [B * T * n for n in (layer_bytes_per_token(SHAPE, i, T, **HOW) for i in range(SHAPE.n_layers))]
     limit = sum(sizes) // 2
     chosen = to_recompute(SHAPE, limit, tokens=B * T, sequence=T, **HOW)

@@ -1,0 +1,73 @@
+"""Transitions: what turns one stage's model into the next one's. One registered class each.
+
+    stages:
+    - {tokens: 1M}
+    - {tokens: 1M, transition: {resize: {layers: [{n_heads: 4, n_kv_heads: 2, d_ff: 256}, …], new_units: copies}}}
+
+A transition's fields are its options. `plan` works on shapes, without torch, so that the last stage is checked before the
+first step; `weights` works on tensors. Both depend on nothing but what they are given, so a transition that was killed is
+done again from its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from entasis.configuration import Settings, parse
+from entasis.errors import UserError
+from entasis.grow import resize
+from entasis.registry import Registry, advise
+from entasis.shape.shapes import ModelShape, read_layers
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Transition(Settings):
+    """One way to change a model between stages."""
+
+    def plan(self, shape: ModelShape) -> resize.Plan:
+        """The next model's shape, and where each of its layers and parameters comes from. Raises `UserError`."""
+        raise AssertionError("each transition has its own")
+
+    def weights(
+        self, plan: resize.Plan, tensors: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of the next model, one at a time."""
+        return resize.apply(plan, tensors)
+
+
+TRANSITIONS: Registry[type[Transition]] = Registry("transition")
+
+
+def read(source: Mapping[str, Any], where: str) -> Transition:
+    """The transition in `{NAME: {option: value, …}}`. Raises `UserError`, which begins with `where`."""
+    if len(source) != 1:
+        raise UserError(f"{where} is {dict(source)!r}; name one of {', '.join(TRANSITIONS)}")
+    name, options = next(iter(source.items()))
+    if name not in TRANSITIONS:
+        raise UserError(f"{where}: {name!r} is not known; {advise(name, TRANSITIONS)}")
+    return parse(TRANSITIONS[name], options, f"{where}.{name}")
+
+
+def name_of(transition: Transition) -> str:
+    """The name that a transition is registered by."""
+    return next(name for name, kind in TRANSITIONS.items() if isinstance(transition, kind))
+
+
+@TRANSITIONS.register("resize")
+class Resize(Transition):
+    """From one list of layers to another: widened, cut, dropped or repeated; see `entasis.grow.resize`."""
+
+    layers: list[dict[str, Any]] = Field(min_length=1)
+    """The next model's layers, each {n_heads, n_kv_heads, d_ff}."""
+    sources: list[int] | None = None
+    """For each of them the layer it is made from; null: one to one."""
+    new_units: Literal["zeros", "copies"] = "copies"
+    """New heads and FFN units: zeros (which no gradient reaches), or copies that share out what reads them."""
+
+    def plan(self, shape: ModelShape) -> resize.Plan:
+        return resize.plan(shape, read_layers(self.layers), sources=self.sources, new_units=self.new_units)

@@ -1,0 +1,95 @@
+"""What optimizers remember of each parameter, by its name: between stages, and as `optimizer.safetensors`.
+
+A run never opens another's pickled checkpoints. What goes from one run to the next lies in a safetensors file: tensors
+`KEY:PARAMETER` (`exp_avg:blocks.0.attention.query.weight`), and in its metadata the positions in the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from entasis import files
+from entasis.errors import Damaged, UserError
+from entasis.grow.resize import Plan
+from entasis.train import sharding
+
+OPTIMIZER = "optimizer.safetensors"
+Moments = dict[str, dict[str, torch.Tensor]]
+"""Parameter → key (`exp_avg`, `exp_avg_sq`, `momentum_buffer`, `step`) → tensor on the CPU."""
+
+
+def gather(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Moments:
+    """The moments of every parameter that has been updated. All ranks call it."""
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    return {
+        name: {key: sharding.full(x.detach()).cpu() for key, x in states[p].items()}
+        for name, p in model.named_parameters()
+        if p in states
+    }
+
+
+def put(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], found: Moments) -> None:
+    """Sets the moments of the parameters that learn; those of others are left.
+
+    Raises `UserError` for a sharded model, and for moments of another optimizer or size.
+    """
+    if sharding.is_sharded(model):
+        raise UserError("recipe: optimizer_state keep needs every process to hold the whole model (ddp)")
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        muon = not isinstance(optimizer, torch.optim.AdamW)
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            state = found.get(names[p])
+            if state is None:
+                continue
+            if ("momentum_buffer" in state) != muon:
+                raise UserError(f"recipe: optimizer_state keep: {names[p]} has moments of another optimizer")
+            if any(x.ndim and x.shape != p.shape for x in state.values()):
+                raise UserError(f"recipe: optimizer_state keep: the moments of {names[p]} have another size")
+            optimizer.state[p] = {
+                key: x.clone() if key == "step" else x.to(p.device, copy=True) for key, x in state.items()
+            }
+
+
+def resized(found: Moments, plan: Plan) -> Moments:
+    """The moments of the next model's parameters, taken from where its weights come from; new ones have none."""
+    result: Moments = {}
+    for name, entry in plan.parameters.items():
+        state = None if entry.source is None else found.get(entry.source)
+        if state is not None:
+            result[name] = {key: entry.make(x, x, factors=False) if x.ndim else x for key, x in state.items()}
+    return result
+
+
+def save(folder: Path, found: Moments, positions: Mapping[str, int]) -> None:
+    """Writes `optimizer.safetensors` into a folder that is this process's own. Raises `DiskFull`."""
+    tensors = {f"{key}:{name}": x.contiguous() for name, state in found.items() for key, x in state.items()}
+    with files.aside(
+        folder / OPTIMIZER, need=sum(x.nbytes for x in tensors.values()), locked=True
+    ) as partial:
+        save_file(tensors, partial, metadata={"positions": json.dumps(dict(positions))})
+
+
+def load(folder: Path) -> tuple[Moments, dict[str, int]]:
+    """(moments, positions in the data) of a finished run or a kept checkpoint. Raises `UserError`."""
+    path, result = folder / OPTIMIZER, Moments()
+    try:
+        with safe_open(path, framework="pt") as file:
+            positions = json.loads((file.metadata() or {})["positions"])
+            for entry in file.keys():  # noqa: SIM118  it is no mapping
+                key, _, name = entry.partition(":")
+                result.setdefault(name, {})[key] = file.get_tensor(entry)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"recipe: start.optimizer_state is keep, but {folder} holds no {OPTIMIZER}; finished runs and kept "
+            "checkpoints do, imported models do not: use reset"
+        ) from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise Damaged(f"damaged: {path} does not hold an optimizer's moments ({error})") from error
+    return result, {str(k): int(v) for k, v in positions.items()}

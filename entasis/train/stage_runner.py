@@ -1,0 +1,214 @@
+"""A stage runner: one stage's model, optimizers and loss. It knows nothing of the run around it.
+
+Built in a fixed order: weights, activation checkpointing, sharding, what is trainable, optimizers, compilation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+import torch
+
+from entasis.data.corpus import Corpus
+from entasis.evaluate.bits_per_byte import Score, evaluate
+from entasis.model.initialisation import init_weights
+from entasis.model.transformer import Transformer
+from entasis.shape import activations
+from entasis.shape.shapes import ModelShape
+from entasis.train import faults, moments, optimizers, parallel, schedule, sharding
+from entasis.train.batches import Batch
+from entasis.train.compilation import compiled
+from entasis.train.moments import Moments
+from entasis.train.recipe import Recipe
+from entasis.train.stages import StageSpan
+
+
+def micro_sequences(recipe: Recipe) -> int:
+    """Sequences in one forward pass of one process (of a resolved recipe): batch.micro, or less to divide its share."""
+    n = recipe.sequences // parallel.world()
+    assert recipe.batch.micro != "auto", "the recipe is resolved"
+    return next(d for d in range(max(1, min(n, recipe.batch.micro)), 0, -1) if n % d == 0)
+
+
+def recomputed_layers(recipe: Recipe, shape: ModelShape) -> list[int]:
+    """The layers whose forward pass runs twice, to stay within the recipe's `activation_memory`.
+
+    Raises `UserError` where that does not suffice.
+    """
+    if recipe.activation_memory is None:
+        return []
+    return activations.to_recompute(
+        shape,
+        recipe.activation_memory,
+        tokens=micro_sequences(recipe) * recipe.data.sequence,
+        sequence=recipe.data.sequence,
+        precision=recipe.precision,  # type: ignore[arg-type]
+        attention=recipe.attention,  # type: ignore[arg-type]
+    )
+
+
+def set_trainable(model: torch.nn.Module, names: tuple[str, ...] | list[str]) -> list[torch.nn.Parameter]:
+    """Lets the parameters of these names learn, and no others; returns them."""
+    chosen = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+class StageRunner:
+    """Trains and evaluates one model, the way one stage says."""
+
+    def __init__(
+        self, span: StageSpan, device: torch.device, *, tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """`tensors` are the weights to begin with; without them they are drawn from the recipe's seed."""
+        recipe = span.recipe
+        self.span, self.device, self.recipe = span, device, recipe
+        self.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
+        self.micro = micro_sequences(recipe)
+        self.recomputed = recomputed_layers(recipe, span.shape)
+        self.model = self._build(tensors)
+        for i in self.recomputed:
+            self.model.blocks[i].recompute = True  # type: ignore[assignment]
+        if recipe.parallel.kind != "ddp" and parallel.world() > 1:
+            sharding.shard(self.model, recipe.parallel, device, str(recipe.precision))
+        else:
+            self.model.to(device)
+        self.learning = set_trainable(self.model, span.trainable)
+        self.optimizers = optimizers.build(
+            self.model, recipe.optimizer, list(span.trainable), precision=str(recipe.precision)
+        )
+        self.gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else self.learning)
+        self.loss: Callable[..., torch.Tensor] = (
+            compiled(self.model) if recipe.compile is True else self.model.loss
+        )
+
+    def _build(self, tensors: Mapping[str, torch.Tensor] | None) -> Transformer:
+        recipe, shape, scheme = self.recipe, self.span.shape, self.recipe.optimizer
+        if tensors is None:
+            model = Transformer(shape, attention=recipe.attention)  # type: ignore[arg-type]
+            init_weights(
+                model,
+                recipe.seed,
+                parametrisation=scheme.parametrisation,
+                base_width=scheme.base_width,
+            )
+            return model
+        with torch.device("meta"):
+            model = Transformer(shape, attention=recipe.attention)  # type: ignore[arg-type]
+        model.load_state_dict({name: x.detach() for name, x in tensors.items()}, assign=True)
+        return model
+
+    def update(self, batch: Batch, step: int, interrupt: threading.Event) -> tuple[float, float, bool]:
+        """One optimizer step: (mean loss in nats per token, gradient norm, whether some rank was asked to stop).
+
+        `step` counts from the start of the run. Raises `Failure` before the update where loss or gradient is not
+        finite.
+        """
+        self._set_rates(step)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        tokens = self.recipe.sequences * self.recipe.data.sequence
+        for i in range(0, len(batch.tokens_BT), self.micro):
+            rows = slice(i, i + self.micro)
+            ids_BT = None if batch.ids_BT is None else batch.ids_BT[rows]
+            total += self.accumulate(
+                batch.tokens_BT[rows],
+                batch.targets_BT[rows],
+                ids_BT,
+                tokens=tokens,
+                last=i + self.micro == len(batch.tokens_BT),
+            )
+        norm = self.gradient_norm()
+        stop = torch.tensor(float(interrupt.is_set()), device=self.device)
+        mean, interrupted = parallel.sum_over_ranks(torch.stack([total / tokens, stop])).tolist()
+        size = norm.item()
+        if not (abs(mean) < float("inf") and size < float("inf")):
+            raise faults.non_finite(self.model, step + 1, mean, batch.tokens_BT, self.micro)
+        self.step(norm)
+        return mean, size, interrupted > 0
+
+    def accumulate(
+        self,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        ids_BT: torch.Tensor | None,
+        *,
+        tokens: int,
+        last: bool,
+    ) -> torch.Tensor:
+        """Adds the gradients of a micro-batch's loss / `tokens`; returns the summed loss.
+
+        After the `last` of a step the gradients are sent to the other ranks.
+        """
+        self.gradients.sending = last
+        sharding.reduce_between_copies(self.model, last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast is not None):
+            loss = self.loss(tokens_BT, targets_BT, document_ids_BT=ids_BT)
+        (loss / tokens).backward()
+        return loss.detach()
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Of all gradients together, when every rank's have arrived."""
+        self.gradients.wait()
+        return sharding.full(
+            torch.nn.utils.get_total_norm([p.grad for p in self.learning if p.grad is not None])
+        )
+
+    def step(self, norm: torch.Tensor) -> None:
+        """Shortens a gradient that is too long, updates, and forgets the gradients."""
+        if self.recipe.optimizer.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.learning, self.recipe.optimizer.max_grad_norm, norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def lr_factor(self, step: int) -> float:
+        """What the schedule multiplies the learning rate by."""
+        return schedule.factor(self.span.schedule, step - self.span.start, self.span.steps)
+
+    def _set_rates(self, step: int) -> None:
+        factor = self.lr_factor(step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+    def evaluate(
+        self, corpus: Corpus, *, sequence: int, progress: Callable[[int, int], None] | None = None
+    ) -> Score:
+        """The score of a held-out corpus, each rank doing a share of it."""
+        wanted = self.recipe.evaluation
+        score = evaluate(
+            self.gathered(),
+            corpus,
+            sequence=sequence,
+            batch=self.micro,
+            device=self.device,
+            autocast=self.autocast,
+            max_tokens=wanted.tokens,
+            max_bytes=wanted.bytes,
+            part=wanted.part,
+            document_masking=self.recipe.data.document_masking,
+            rank=parallel.rank(),
+            world=parallel.world(),
+            progress=progress,
+        )
+        nll = parallel.sum_over_ranks(torch.from_numpy(score.document_nll)).numpy()
+        return Score(nll, score.document_bytes, score.document_tokens, score.document_hashes)
+
+    def gathered(self) -> Transformer:
+        """The model with all its parameters on this process. All ranks call it."""
+        return sharding.whole(self.model)
+
+    def moments(self) -> Moments:
+        """What the optimizers remember of each parameter. All ranks call it."""
+        return moments.gather(self.model, self.optimizers)
+
+    def take_moments(self, found: Moments) -> None:
+        """Goes on with these moments; every other number of the optimizers stays the stage's own."""
+        moments.put(self.model, self.optimizers, found)
+
+    def close(self) -> None:
+        """Takes the hooks off the parameters, so that the next stage's runner may have them."""
+        self.gradients.close()

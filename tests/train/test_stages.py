@@ -1,0 +1,181 @@
+"""Runs of several stages, and runs that start from weights."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entasis.data.prepare import prepare
+from entasis.errors import UserError
+from entasis.evaluate.loading import load
+from entasis.shape import cost
+from entasis.shape.selectors import select
+from entasis.train.journal import records
+from entasis.train.loop import train
+
+WIDER = [
+    {"n_heads": 4, "n_kv_heads": 2, "d_ff": 100},
+    {"n_heads": 4, "n_kv_heads": 2, "d_ff": 96},
+]
+CONSTANT = {"name": "constant", "warmup": 0}
+
+
+def losses(folder):
+    return [r["loss"] for r in records(folder)]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_weights_go_on_where_the_other_run_ended(recipe, tmp_path):
+    first = train(recipe(tokens=512 * 30), tmp_path / "first")
+    second = train(
+        recipe(shape=None, start={"from": str(tmp_path / "first")}, tokens=512 * 2, optimizer={"lr": 0.0}),
+        tmp_path / "second",
+    )
+    assert second["validation"]["bits_per_byte"] == first["validation"]["bits_per_byte"]
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    told = json.loads((tmp_path / "second" / "environment.json").read_text())["start"]
+    assert told["from"] == str(tmp_path / "first") and len(told["weights"]) == 64
+
+
+def test_moments_and_position_make_two_runs_one(recipe, tmp_path):
+    train(recipe(tokens=512 * 10, schedule=CONSTANT), tmp_path / "long")
+    train(recipe(tokens=512 * 6, schedule=CONSTANT), tmp_path / "first")
+    start = {"from": str(tmp_path / "first"), "optimizer_state": "keep"}
+    train(recipe(tokens=512 * 4, schedule=CONSTANT, start=start), tmp_path / "second")
+    assert losses(tmp_path / "first") + losses(tmp_path / "second") == losses(tmp_path / "long")
+    a, b = weights(tmp_path / "long"), weights(tmp_path / "second")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_kept_checkpoint_is_a_start_too(recipe, tmp_path):
+    kept = {"every": 2, "keep_every": 6}
+    train(recipe(tokens=512 * 10, schedule=CONSTANT, checkpoint=kept), tmp_path / "long")
+    start = {"from": str(tmp_path / "long/checkpoints/step-00000006"), "optimizer_state": "keep"}
+    train(recipe(tokens=512 * 4, schedule=CONSTANT, start=start), tmp_path / "second")
+    assert losses(tmp_path / "second") == losses(tmp_path / "long")[6:]
+
+
+def test_every_number_of_a_group_comes_from_the_stage(recipe, tmp_path):
+    train(recipe(tokens=512 * 6, schedule=CONSTANT, optimizer={"lr": 1e-2}), tmp_path / "first")
+    start = {"from": str(tmp_path / "first"), "optimizer_state": "keep"}
+    train(recipe(tokens=512 * 2, schedule=CONSTANT, optimizer={"lr": 0.0}, start=start), tmp_path / "still")
+    a, b = weights(tmp_path / "first"), weights(tmp_path / "still")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert records(tmp_path / "still")[0]["lr"] == 0.0
+
+
+def test_a_widened_model_begins_as_the_one_before(recipe, tmp_path):
+    stages = [
+        {"tokens": 512 * 20},
+        {"tokens": 512 * 4, "lr": 0.0, "transition": {"resize": {"layers": WIDER}}},
+    ]
+    result = train(recipe(tokens=None, stages=stages, evaluation={"every": 20}), tmp_path / "run")
+    middle = records(tmp_path / "run")[19]["validation_bits_per_byte"]
+    assert result["validation"]["bits_per_byte"] == pytest.approx(middle, abs=1e-5)
+    assert weights(tmp_path / "run")["blocks.0.feedforward.up.weight"].shape[0] == 100
+    assert [layer["source"] for layer in result["layers"]] == [0, 1]
+    assert load(tmp_path / "run").shape.layers[0].d_ff == 100
+
+
+def test_moments_go_through_a_transition(recipe, tmp_path):
+    """With lr 0 afterwards they only decay: the kept ones are the old run's times beta, the new units have their own."""
+    same = {"tokens": 512 * 4, "schedule": CONSTANT}
+    wider = {
+        **same,
+        "lr": 0.0,
+        "tokens": 512,
+        "transition": {"resize": {"layers": WIDER, "new_units": "zeros"}},
+    }
+    train(recipe(tokens=None, stages=[same, {**wider, "optimizer_state": "keep"}]), tmp_path / "kept")
+    train(recipe(tokens=None, stages=[same, wider]), tmp_path / "reset")
+    kept, reset = (load_file(tmp_path / name / "optimizer.safetensors") for name in ("kept", "reset"))
+    assert kept["step:norm.weight"] == 5 and reset["step:norm.weight"] == 1
+    assert kept["exp_avg:blocks.0.feedforward.up.weight"].shape == (100, 32)
+
+
+def test_repeated_layers_are_new_and_have_ids_of_their_own(recipe, tmp_path):
+    layers = [WIDER[1]] * 3
+    stages = [
+        {"tokens": 512 * 4},
+        {
+            "tokens": 512 * 2,
+            "transition": {"resize": {"layers": layers, "sources": [0, 1, 1]}},
+            "trainable": "newest",
+        },
+    ]
+    result = train(recipe(tokens=None, stages=stages), tmp_path / "run")
+    assert [(x["id"], x["new"], x["frozen"], x["source"]) for x in result["layers"]] == [
+        (0, False, True, 0), (1, False, True, 1), (2, True, False, 1),
+    ]  # fmt: skip
+    found = weights(tmp_path / "run")
+    assert not torch.equal(found["blocks.2.feedforward.up.weight"], found["blocks.1.feedforward.up.weight"])
+    moments = load_file(tmp_path / "run" / "optimizer.safetensors")
+    assert {key.split(":")[1].split(".")[1] for key in moments} == {"2"}
+
+
+def test_a_stage_s_flops_are_what_it_computes(recipe, tmp_path):
+    stages = [{"tokens": 512 * 2}, {"tokens": 512 * 6, "trainable": "head"}]
+    result = train(recipe(tokens=None, stages=stages), tmp_path / "run")
+    shape = load(tmp_path / "run").shape
+    head = cost.stage_flops_per_token(shape, select(shape, "head"), 64)
+    assert result["flops_per_token"] == round((cost.flops_per_token(shape, 64) + 3 * head) / 4)
+    assert head < 0.7 * cost.flops_per_token(shape, 64)
+
+
+def test_stages_read_other_data_at_other_lengths_and_come_back(recipe, corpora, tmp_path):
+    stages = [
+        {"tokens": 512 * 2},
+        {"tokens": 512 * 2, "sequence": 32},
+        {"tokens": 256 * 4, "batch": {"tokens": 256}},
+    ]
+    result = train(recipe(tokens=None, stages=stages), tmp_path / "run")
+    assert result["tokens"] == 512 * 4 + 1024 and result["steps"] == 8
+    assert [r["tokens"] for r in records(tmp_path / "run")][-2:] == [512 * 4 + 768, 512 * 4 + 1024]
+    states = sorted((tmp_path / "run/checkpoints").iterdir())[-1] / "state.json"
+    positions = json.loads(states.read_text())["positions"]
+    assert sorted(positions.values()) == [2 * 8 + 4 * 4, 2 * 16]
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        ({"transition": {"resize": {"layers": WIDER[:1]}}}, "2 layers cannot become 1"),
+        ({"transition": {"grwo": {}}}, "stages[1].transition: 'grwo' is not known; choose one of resize"),
+        ({"transition": {"resize": {"layer": []}}}, "did you mean layers?"),
+        ({"transition": {"resize": {"layers": [{"n_heads": 3, "n_kv_heads": 2, "d_ff": 1}] * 2}}}, "layer 0"),
+        ({"trainable": "blocks[2:]"}, "stages[1].trainable: no parameter matches 'blocks[2:]'"),
+        ({"trainable": "newest"}, "no layer was added before this stage"),
+        ({"lr": 1, "optimizer": {"lr": 2}}, "gives both lr and optimizer.lr"),
+        ({"optimizer": {"lrr": 2}}, "did you mean lr?"),
+        ({"sequence": 65}, "batch.tokens is 512, not a multiple of data.sequence 65"),
+        ({"data": {"train": "nowhere"}}, "nowhere: no corpus here"),
+        ({"schedule": {"warmup": 9}}, "exceed the 4 steps"),
+    ],
+)
+def test_a_mistake_in_stage_two_is_refused_before_stage_one(recipe, tmp_path, stage, says):
+    with pytest.raises(UserError) as caught:
+        train(recipe(tokens=None, stages=[{"tokens": 2048}, {"tokens": 2048, **stage}]), tmp_path / "run")
+    assert says in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_does_not_fit_is_refused_before_training(recipe, tmp_path, corpora):
+    train(recipe(), tmp_path / "first")
+    start = {"from": str(tmp_path / "first")}
+    with pytest.raises(UserError, match="which holds no model"):
+        train(recipe(shape=None, start={"from": "nowhere"}), tmp_path / "run")
+    with pytest.raises(UserError, match="shape is another than that of"):
+        other = {**recipe().shape, "layers": WIDER}
+        train(recipe(shape=other, start=start), tmp_path / "run")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("some other words\n" * 4000)
+    prepare([tmp_path / "text"], tmp_path / "other", train_tokenizer=260, validation=0)
+    with pytest.raises(UserError, match="another tokenizer than the model"):
+        data = {"train": str(tmp_path / "other" / "train"), "validation": None}
+        train(recipe(shape=None, start=start, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
