@@ -20,6 +20,7 @@ from entasis.evaluate.chat import load as load_chat
 from entasis.interop.exporting import export
 from entasis.interop.importing import import_model
 from entasis.model import weights
+from entasis.train.journal import records
 
 SOURCE = Path(__file__).parents[2] / ".cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = [
@@ -159,3 +160,32 @@ def test_llama_cpp_splits_and_continues_alike(ours, tokenizer):
     # llama.cpp also rounds the activations to 8 bits, so the two agree in rank and roughly in value.
     assert int(mine.argmax()) == max(theirs, key=theirs.get)
     assert max(abs(mine[i].item() - value) for i, value in list(theirs.items())[:5]) < 0.5
+
+
+@pytest.mark.slow
+def test_its_last_two_layers_are_fine_tuned_from_the_command_line(imported, tmp_path, capsys):
+    """The loss falls, and everything else stays as it was to the bit."""
+    folder, _ = imported
+    (tmp_path / "text").mkdir()
+    for i in range(12):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Evening {i}.\n{PROSE}\n" * 2)
+    corpus = tmp_path / "corpus"
+    command = ["data", "prepare", str(tmp_path / "text"), "--tokenizer", str(folder / "tokenizer.json")]
+    assert main([*command, "--validation", "0", "--output", str(corpus)]) == 0
+    (tmp_path / "recipe.yaml").write_text(
+        f"start: {{from: {folder}}}\n"
+        f"data: {{train: {corpus / 'train'}, sequence: 64}}\n"
+        "batch: {tokens: 128}\n"
+        "optimizer: {lr: 1e-3, weight_decay: 0}\n"
+        "schedule: {name: constant, warmup: 0}\n"
+        "stages: [{tokens: 512, trainable: 'blocks[-2:]'}]\n"
+        "precision: fp32\ncompile: false\nattention: sdpa\nlogging: {tensorboard: false}\n"
+    )
+    run = tmp_path / "run"
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--output", str(run)]) == 0, capsys.readouterr().err
+    losses = [record["loss"] for record in records(run)]
+    assert losses[-1] < losses[0] - 0.1
+    before, after = (dict(weights.load(f).named_parameters()) for f in (folder, run))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[1] for name in changed} == {"28", "29"}
+    assert len(changed) == sum(name.startswith(("blocks.28.", "blocks.29.")) for name in before)
