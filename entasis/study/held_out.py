@@ -27,6 +27,10 @@ def agree(study: Study, folder: Path, arms: Mapping[str, Arm]) -> dict[str, Arm]
     for name, arm in arms.items():
         if not arm.recipe["data"].get("validation"):
             raise UserError(f"study {study.name}: arm {name} has no data.validation to be judged on")
+    if study.sweep:
+        for path in {_path(arm) for arm in arms.values()}:
+            if (folder / path / "corpus.json").is_file():
+                choose_documents(Corpus(folder / path), part="selection")  # refused where there are too few
     base = arms[study.baseline]
     if all(_wanted(arm) == _wanted(base) for arm in arms.values()):
         return arms

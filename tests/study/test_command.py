@@ -254,6 +254,19 @@ def test_a_sweep_on_a_seed_of_the_study_is_refused(entasis: Command, corpus: Pat
     assert code == 2 and "sweep.seeds holds 1, a seed of the study too" in errors
 
 
+def test_a_sweep_needs_documents_to_choose_on(entasis: Command, corpus: Path, tmp_path: Path) -> None:
+    command = ["data", "prepare", str(corpus / "text"), "--train-tokenizer", "512", "--validation", "0.01"]
+    assert entasis(*command, "--output", tmp_path / "one")[0] == 0
+    data = {
+        "train": str(tmp_path / "one/train"),
+        "validation": str(tmp_path / "one/validation"),
+        "sequence": 32,
+    }
+    file = write(tmp_path, corpus, sweep=[0.5, 1], base={"data": data})
+    code, _, errors = entasis("study", "run", file, "--output", tmp_path / "s")
+    assert code == 2 and "one document cannot be divided" in errors and not (tmp_path / "s/sweep").exists()
+
+
 @pytest.fixture(scope="module")
 def other_tokenizer(corpus: Path) -> Path:
     command = ["data", "prepare", str(corpus / "text"), "--train-tokenizer", "400", "--validation", "0.4"]

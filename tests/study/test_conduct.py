@@ -44,7 +44,7 @@ def source(text: Path, **changes: Any) -> dict[str, Any]:
             "precision": "fp32",
         },
         "corpora": {"code": {"sources": [str(text)], "train_tokenizer": 512, "validation": 0.3}},
-        "arms": {"plain": {}, "slope": {"shape.profile": "vanilla"}, "wild": {"optimizer.lr": 1e30}},
+        "arms": {"plain": {}, "slope": {"shape.profile": "vanilla"}, "wild": {"optimizer.lr": 1000, "optimizer.weight_decay": 1000}},
         "seeds": 2,
         "threads": 1,
     } | changes  # fmt: skip

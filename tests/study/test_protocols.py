@@ -52,7 +52,7 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
                 "logging": {"tensorboard": False},
                 "precision": "fp32",
             },
-            "corpora": {"code": {"sources": [str(text)], "train_tokenizer": 512, "validation": 0.3}},
+            "corpora": {"code": {"sources": [str(text)], "train_tokenizer": 512, "validation": 0.5}},
             # More layers, more attention: more FLOPs for the same parameters.
             "arms": {"plain": {}, "deep": {"shape.layers": 8}},
             "tolerance": "5%",
