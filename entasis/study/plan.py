@@ -17,7 +17,9 @@ from entasis.shape import cost, specification
 from entasis.shape.shapes import ModelShape
 from entasis.study.definition import Protocol, Study, changed
 from entasis.train import recipe as recipes
-from entasis.train.resolve import with_mup_scales
+from entasis.train.resolve import resolve, shape_of, with_mup_scales
+from entasis.train.stages import flops_per_token
+from entasis.train.stages import lay_out as lay_out_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,8 +187,11 @@ def _arm(
     if study.learning_rate == "mup":
         plain = changed(plain, {"optimizer.parametrisation": "mup"})
     # Misspelt keys and wrong types are named before anything is solved.
-    optimizer = recipes.from_dict(plain).optimizer
-    wanted = dict(plain["shape"])
+    written = recipes.from_dict(plain)
+    optimizer = written.optimizer
+    wanted = dict(plain.get("shape") or {})
+    if written.start and written.shape is None:
+        wanted = shape_of(written.start).to_dict()
     if vocabulary is not None and "preset" not in wanted:
         wanted.setdefault("vocabulary", vocabulary)
     solution = specification.resolve(wanted)
@@ -203,15 +208,16 @@ def _arm(
     if study.sweep:
         # The rates are chosen on the other documents.
         plain = changed(plain, {"evaluation.part": "test"})
-    sequence = plain["data"].get("sequence", 1024)
-    if plain.get("tokens") is None:
-        raise UserError("tokens is missing; say how many tokens the base is trained on, such as 5M")
+    # Whatever a later stage gets wrong is said before anything is trained.
+    resolved, _, _ = resolve(recipes.from_dict(plain), shape.vocabulary)
+    spans = lay_out_stages(resolved, shape)
+    plain["tokens"] = resolved.tokens
     return Arm(
         name=name,
         recipe=plain,
         shape=shape,
-        parameters=cost.parameters(shape),
-        flops_per_token=cost.flops_per_token(shape, sequence),
+        parameters=cost.parameters(spans[-1].shape),
+        flops_per_token=flops_per_token(spans),
         notes=list(solution.notes),
     )
 

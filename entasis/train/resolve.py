@@ -14,7 +14,7 @@ from entasis.files import read_json
 from entasis.shape import specification
 from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
-from entasis.train.recipe import Optimizer, Recipe, Stage
+from entasis.train.recipe import Optimizer, Recipe, Stage, Start
 from entasis.train.stages import lay_out
 
 
@@ -52,27 +52,31 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
 def _solve(recipe: Recipe, vocabulary: int) -> Solution:
     """The first stage's shape: drawn, or that of the weights to start from. Raises `UserError`."""
     wanted = dict(recipe.shape or {})
-    if recipe.start is not None:
-        path = Path(recipe.start.folder) / "shape.json"
-        try:
-            there = Solution(ModelShape.from_dict(read_json(path)))
-        except FileNotFoundError as error:
-            raise UserError(
-                f"recipe: start.from is {recipe.start.folder}, which holds no {path.name}; name a finished run, a "
-                "checkpoint that was kept, or an imported model"
-            ) from error
-        if recipe.shape is None:
-            return there
+    there = Solution(shape_of(recipe.start)) if recipe.start else None
+    if there and recipe.shape is None:
+        return there
     if "preset" not in wanted:
         wanted.setdefault("vocabulary", vocabulary)
     solution = specification.resolve(wanted)
     if recipe.optimizer.parametrisation == "mup":
         solution = with_mup_scales(solution, wanted, recipe.optimizer)
-    if recipe.start is not None and solution.shape != there.shape:
+    if there and recipe.start and solution.shape != there.shape:
         raise UserError(
             f"recipe: shape is another than that of {recipe.start.folder}; leave it out, and change it by a transition"
         )
     return solution
+
+
+def shape_of(start: Start) -> ModelShape:
+    """The shape of the weights to start from. Raises `UserError`."""
+    path = Path(start.folder) / "shape.json"
+    try:
+        return ModelShape.from_dict(read_json(path))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"recipe: start.from is {start.folder}, which holds no {path.name}; name a finished run, a checkpoint that "
+            "was kept, or an imported model"
+        ) from error
 
 
 def with_mup_scales(solution: Solution, wanted: Mapping[str, Any], optimizer: Optimizer) -> Solution:

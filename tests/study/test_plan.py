@@ -1,5 +1,6 @@
 """The grid: equal budgets, lengths set by the protocol, runs that protocols share, pairs that differ in one thing."""
 
+import json
 from typing import Any
 
 import pytest
@@ -153,3 +154,28 @@ def test_a_study_trains_the_shape_that_train_makes_of_the_same_recipe(asked: str
         _, studied, notes = resolve(recipe.from_dict(run.recipe), 512)
         assert studied == trained
         assert not notes
+
+
+def test_arms_may_start_from_weights_and_freeze(tmp_path) -> None:
+    """Under equal FLOPs an arm whose lower half is frozen trains on more tokens."""
+    from entasis.shape import cost
+    from entasis.shape.selectors import select
+
+    shape = plan.solve(study(arms={"plain": {}}))["plain"].shape
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (folder / "shape.json").write_text(json.dumps(shape.to_dict()))
+    arms = {
+        "all": {},
+        "top": {"stages": [{"trainable": "blocks[-1]"}], "start.from": str(folder), "shape": None},
+    }
+    made = study(arms=arms, protocols=["flops"])
+    solved = plan.solve(made)
+    assert solved["top"].shape == shape == solved["all"].shape
+    sequence = solved["top"].recipe["data"]["sequence"]
+    cheap = cost.stage_flops_per_token(shape, select(shape, "blocks[-1]"), sequence)
+    assert solved["top"].flops_per_token == cheap < solved["all"].flops_per_token
+    tokens = [plan.tokens_of(made, solved, solved[arm], "flops", plan.Findings()) for arm in arms]
+    assert tokens[1] / tokens[0] == pytest.approx(solved["all"].flops_per_token / cheap, rel=0.01)
+    with pytest.raises(UserError, match=r"arm top: .*stages\[0\].trainable: no parameter matches"):
+        plan.solve(study(arms={**arms, "top": {**arms["top"], "stages": [{"trainable": "blocks[99:]"}]}}))
