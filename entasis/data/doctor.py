@@ -11,7 +11,7 @@ wrongly accuse over many texts and tokenizers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,10 +73,18 @@ def examine_ids(
     tokenizer: tokenizers.Tokenizer | None,
 ) -> Diagnosis:
     """Examines ids that are at hand or mapped from disk, adding to `findings`; memory stays small."""
+    return Diagnosis(str(path), len(ids), (*findings, *look_at(ids, vocabulary, tokenizer)))
+
+
+def look_at(
+    ids: np.ndarray, vocabulary: int | None, tokenizer: tokenizers.Tokenizer | None
+) -> Iterator[Finding]:
+    """What each examination finds, one after the other."""
     sample = _sampled(lambda start, stop: ids[start:stop], len(ids))
     lowest, highest = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
     specimen = Specimen(sample, lowest, highest, vocabulary, tokenizer)
-    return Diagnosis(str(path), len(ids), (*findings, *(f for look in EXAMINATIONS for f in look(specimen))))
+    for look in EXAMINATIONS:
+        yield from look(specimen)
 
 
 def _examine_corpus(path: Path, chosen: tokenizers.Tokenizer | None, thorough: bool) -> Diagnosis:

@@ -52,6 +52,8 @@ def joined(chosen: tokenizers.Tokenizer, ids: list[int]) -> str:
 
 def common(a: list[int], b: list[int]) -> int:
     """The length of the longest common subsequence, so that one token more or less moves nothing after it."""
+    if a == b:
+        return len(a)
     other = np.array(b, np.int64)
     best = np.zeros(len(b) + 1, np.int64)
     for x in a:
