@@ -48,6 +48,30 @@ def aside(path: Path, *, need: int | None = None, locked: bool = False) -> Itera
         raise
 
 
+@contextlib.contextmanager
+def new_folder(path: Path, *, need: int | None = None) -> Iterator[Path]:
+    """Gives an empty folder to fill, which becomes `path` when the block ends well and is removed when it does not.
+
+    An empty folder at `path` is replaced; one that is not makes it fail. `need` is the size in bytes, for the message.
+    Raises `DiskFull`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir()
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                sync(file)
+        partial.rename(path)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error) and not isinstance(error, DiskFull):
+            raise no_space(path, error, need=need) from error
+        raise
+    sync(path.parent)
+
+
 def write_bytes(path: Path, content: bytes, *, locked: bool = False) -> None:
     """Writes a file so that nobody ever reads half of it; see `aside`."""
     with aside(path, need=len(content), locked=locked) as partial, partial.open("wb") as file:

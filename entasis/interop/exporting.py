@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from entasis.errors import UserError
+from entasis.files import new_folder
 from entasis.interop import model_card
-from entasis.interop.aside import new_folder
 from entasis.interop.transforms import ShapedWeights, fold_scales
 from entasis.model import weights
 from entasis.registry import Registry
@@ -64,7 +64,7 @@ def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32
     request = ExportRequest(source, fold_scales(unfolded), dtype)
     own = cost.parameters(model.shape)
     need = None if to == "padded" else own * DTYPES.get(dtype, torch.int8).itemsize
-    with new_folder(output, need) as aside:
+    with new_folder(output, need=need) as aside:
         written = write(request, aside)
         answer = {"format": to, "dtype": dtype, "model_parameters": own, **written}
         (aside / "README.md").write_text(model_card.write(source, model.shape, answer), encoding="utf-8")

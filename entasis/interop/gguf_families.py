@@ -1,11 +1,12 @@
 """The architectures of GGUF files: their tensor names, and what the metadata says of the model.
 
-One registered function an architecture reads its metadata; export writes by the same names. GGUF gives per-layer numbers as arrays under the same keys. Keys of an architecture that are not known
-here, unless they are zero, are refused: they would change what is computed.
+Import and export share an architecture's names. GGUF gives per-layer numbers as arrays under the same keys. Keys of an
+architecture that are not known here, unless they are zero, are refused: they would change what is computed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -85,16 +86,6 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def architecture(name: str, names: NameMap) -> Callable[[Reader], Reader]:
-    """A decorator that registers the reader of GGUF files whose `general.architecture` is `name`."""
-
-    def register(read: Reader) -> Reader:
-        ARCHITECTURES.register(name)(Architecture(names, read))
-        return read
-
-    return register
-
-
 def read_description(file: GGUFFile) -> tuple[str, Description]:
     """A GGUF file's architecture and what it says of its model. Raises `UserError` for those not supported."""
     general = ConfigReader(file.metadata, file.path.name)
@@ -154,14 +145,12 @@ def _shape(
     )
 
 
-@architecture("llama", LLAMA)
-def read_llama(file: GGUFFile, settings: ConfigReader) -> Description:
-    """Llama, Mistral, SmolLM and SmolLM2; rows of query and key are interleaved."""
-    return Description(_shape(file, settings))
+def _read(file: GGUFFile, settings: ConfigReader, **kinds: Any) -> Description:
+    """What differs between most architectures are the `kinds` of their parts."""
+    return Description(_shape(file, settings, **kinds))
 
 
-@architecture("deci", LLAMA)
-def read_deci(file: GGUFFile, settings: ConfigReader) -> Description:
+def _read_deci(file: GGUFFile, settings: ConfigReader) -> Description:
     """DeciLM / Nemotron-NAS: a llama with heads, KV heads and FFN width for each layer, 0 for left out.
 
     As in the Hugging Face form, a layer without both changes nothing and is left out.
@@ -181,40 +170,24 @@ def read_deci(file: GGUFFile, settings: ConfigReader) -> Description:
     return Description(shape, kept, notes)
 
 
-@architecture("qwen2", PLAIN)
-def read_qwen2(file: GGUFFile, settings: ConfigReader) -> Description:
-    """Qwen2 and Qwen2.5."""
-    return Description(_shape(file, settings))
+def _register(name: str, names: NameMap, **kinds: Any) -> None:
+    ARCHITECTURES.register(name)(Architecture(names, functools.partial(_read, **kinds)))
 
 
-@architecture("qwen3", PLAIN)
-def read_qwen3(file: GGUFFile, settings: ConfigReader) -> Description:
-    """Qwen3: per-head QK-norm."""
-    return Description(_shape(file, settings, qk_norm="head"))
-
-
-@architecture("olmo2", OLMO2)
-def read_olmo2(file: GGUFFile, settings: ConfigReader) -> Description:
-    """OLMo 2: norms after the branch, QK-norm over the full width."""
-    return Description(_shape(file, settings, qk_norm="full", norm_placement="reordered"))
-
-
-@architecture("openelm", FUSED)
-def read_openelm(file: GGUFFile, settings: ConfigReader) -> Description:
-    """OpenELM: per-layer arrays, fused qkv, per-head QK-norm."""
-    return Description(_shape(file, settings, qk_norm="head"))
-
-
-@architecture("gpt2", FUSED)
-def read_gpt2(file: GGUFFile, settings: ConfigReader) -> Description:
-    """GPT-2: learned positions, LayerNorm, biases, fused qkv (stored [out, in] in GGUF)."""
-    shape = _shape(
-        file,
-        settings,
-        norm="layernorm",
-        norm_bias=True,
-        ffn="gelu_tanh",
-        positions="learned",
-        eps_key="attention.layer_norm_epsilon",
-    )
-    return Description(shape)
+# Llama, Mistral, SmolLM and SmolLM2
+_register("llama", LLAMA)
+ARCHITECTURES.register("deci")(Architecture(LLAMA, _read_deci))
+_register("qwen2", PLAIN)
+_register("qwen3", PLAIN, qk_norm="head")
+_register("olmo2", OLMO2, qk_norm="full", norm_placement="reordered")
+_register("openelm", FUSED, qk_norm="head")
+# Its matrices are [out, in] in GGUF.
+_register(
+    "gpt2",
+    FUSED,
+    norm="layernorm",
+    norm_bias=True,
+    ffn="gelu_tanh",
+    positions="learned",
+    eps_key="attention.layer_norm_epsilon",
+)

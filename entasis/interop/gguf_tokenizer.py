@@ -1,9 +1,9 @@
 """`tokenizer.json` and the `tokenizer.ggml.*` keys of a GGUF file: read at import, written at export.
 
 GGUF keeps the pieces and scores of a SentencePiece BPE, which say all there is, and the vocabulary and
-merges of a byte-level BPE, but only the *name* of the rule that splits text before merging. The rules here are those of the models' own tokenizer.json; llama.cpp's regular
-expressions differ from them in runs of blanks. A name that is not known gives no tokenizer rather than a
-nearly right one.
+merges of a byte-level BPE, but only the *name* of how text is split before merging. The patterns here are those of the
+models' own tokenizer.json; llama.cpp's regular expressions differ from them in runs of blanks. A name that is not known
+gives no tokenizer rather than a nearly right one.
 """
 
 from __future__ import annotations

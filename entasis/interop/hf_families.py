@@ -225,8 +225,7 @@ def _biases(config: ConfigReader) -> dict[str, Any]:
 @family("llama", names=LLAMA, model_types=("llama",), architectures=("LlamaForCausalLM",))
 def read_llama(config: ConfigReader, n_tensors: int, layers: list[LayerShape] | None = None) -> Description:
     """Llama 1–3, SmolLM, SmolLM2 and everything else built as a Llama."""
-    shape = _llama_shape(config, n_tensors, layers=layers, **_biases(config))
-    return Description(shape)
+    return Description(_llama_shape(config, n_tensors, layers=layers, **_biases(config)))
 
 
 @family("mistral", names=LLAMA, model_types=("mistral",), architectures=("MistralForCausalLM",))
@@ -244,25 +243,15 @@ def read_qwen2(config: ConfigReader, n_tensors: int) -> Description:
 @family("qwen3", names=LLAMA, model_types=("qwen3",), architectures=("Qwen3ForCausalLM",))
 def read_qwen3(config: ConfigReader, n_tensors: int, layers: list[LayerShape] | None = None) -> Description:
     """Qwen3: query and key are normalised in each head, before the rotation."""
-    biases = {**_biases(config), "ffn_bias": False}
-    shape = _llama_shape(config, n_tensors, layers=layers, qk_norm="head", **biases)
-    return Description(shape)
+    kinds = {**_biases(config), "ffn_bias": False, "qk_norm": "head"}
+    return Description(_llama_shape(config, n_tensors, layers=layers, **kinds))
 
 
 @family("olmo2", names=OLMO2, model_types=("olmo2",), architectures=("Olmo2ForCausalLM",))
 def read_olmo2(config: ConfigReader, n_tensors: int, layers: list[LayerShape] | None = None) -> Description:
     """OLMo 2: norms after the branch, query and key normalised over their full width."""
-    biases = {**_biases(config), "ffn_bias": False}
-    shape = _llama_shape(
-        config,
-        n_tensors,
-        layers=layers,
-        qk_norm="full",
-        norm_placement="reordered",
-        default_eps=1e-5,
-        **biases,
-    )
-    return Description(shape)
+    kinds = {**_biases(config), "ffn_bias": False, "qk_norm": "full", "norm_placement": "reordered"}
+    return Description(_llama_shape(config, n_tensors, layers=layers, default_eps=1e-5, **kinds))
 
 
 @family("deci", names=LLAMA, model_types=("nemotron-nas", "deci"), architectures=("DeciLMForCausalLM",))
@@ -283,6 +272,12 @@ def read_deci(config: ConfigReader, n_tensors: int) -> Description:
     return Description(shape, kept, notes)
 
 
+_DECI_OTHER = (
+    "replace_with_linear", "sparsify", "window_length", "num_sink_tokens", "moe", "mamba", "llama4",
+)  # fmt: skip
+"""What else a part of DeciLM's block may be."""
+
+
 def _deci_layer(config: ConfigReader, index: int, block: dict[str, Any]) -> LayerShape:
     where = f"{config.where}: block_configs[{index}]"
     parts = [
@@ -290,15 +285,7 @@ def _deci_layer(config: ConfigReader, index: int, block: dict[str, Any]) -> Laye
         for part in ("attention", "ffn")
     ]
     for part in parts:
-        for key in (
-            "replace_with_linear",
-            "sparsify",
-            "window_length",
-            "num_sink_tokens",
-            "moe",
-            "mamba",
-            "llama4",
-        ):
+        for key in _DECI_OTHER:
             if part.get(key):
                 raise part.refuse(key, "a layer here has attention or none, an FFN or none, and nothing else")
     attention, ffn = parts

@@ -9,7 +9,6 @@ folder beside the target, which is renamed when it is complete.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,8 +20,8 @@ import torch
 
 from entasis import __version__
 from entasis.errors import UserError
+from entasis.files import hash_of, new_folder
 from entasis.interop import hub, name_map, weights_writer
-from entasis.interop.aside import new_folder
 from entasis.interop.config_reader import Description, shorten
 from entasis.interop.hf_folder import HFFolder
 from entasis.interop.hf_tokenizer import TokenizerFiles, check_vocabulary, read_folder, read_given
@@ -160,10 +159,10 @@ def _write(
     kind, mixed = _choose_dtype(opened, dtype)
     described = {p.name: (kind, p.size) for tensor in opened.tensors for p in tensor.parameters}
     parameters = sum(tensor.count for tensor in opened.tensors)
-    with new_folder(folder, parameters * kind.itemsize) as aside:
+    with new_folder(folder, need=parameters * kind.itemsize) as aside:
         _write_json(aside / "shape.json", shape.to_dict())
         for name, content in opened.tokenizer.contents.items():
-            _write_bytes(aside / name, content)
+            (aside / name).write_bytes(content)
         tensors = _tensors(opened, kind, parameters, progress)
         belongs = weights.hashes_beside(aside)
         digest = weights_writer.write(aside / weights.WEIGHTS, described, tensors, belongs)
@@ -236,21 +235,11 @@ def _provenance(opened: _Opened, digest: str) -> dict[str, Any]:
         "imported_by": f"entasis {__version__}",
         "format": opened.format,
         "family": opened.family,
-        "source": [{"file": path.name, "sha256": _hash(path)} for path in opened.files],
+        "source": [{"file": path.name, "sha256": hash_of(path)} for path in opened.files],
         "model.safetensors": {"sha256": digest},
         "notes": list(opened.description.notes + opened.tokenizer.notes),
     }
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
