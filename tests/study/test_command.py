@@ -267,6 +267,12 @@ def test_a_sweep_needs_documents_to_choose_on(entasis: Command, corpus: Path, tm
     assert code == 2 and "one document cannot be divided" in errors and not (tmp_path / "s/sweep").exists()
 
 
+def test_an_arm_without_held_out_text_is_refused(entasis: Command, corpus: Path, tmp_path: Path) -> None:
+    file = write(tmp_path, corpus, arms={"plain": {}, "blind": {"data.validation": None}})
+    code, _, errors = entasis("study", "plan", file)
+    assert code == 2 and "arm blind has no data.validation to be judged on" in errors
+
+
 @pytest.fixture(scope="module")
 def other_tokenizer(corpus: Path) -> Path:
     command = ["data", "prepare", str(corpus / "text"), "--train-tokenizer", "400", "--validation", "0.4"]

@@ -38,7 +38,7 @@ def study_of(text: Path, **changes: Any) -> definition.Study:
             "precision": "fp32",
         },
         "corpora": {"code": {"sources": [str(text)], "train_tokenizer": 512, "validation": 0.3}},
-        "arms": {"plain": {}, "wild": {"optimizer.lr": 1e30}},
+        "arms": {"plain": {}, "wild": {"optimizer.lr": 1000, "optimizer.weight_decay": 1000}},
         "seeds": 1,
         "threads": 1,
     }  # fmt: skip

@@ -17,8 +17,8 @@ SHAPE = {"profile": "isotropic", "budget": "40k", "layers": 4, "d_model": 32, "h
 
 def study(**changes: Any) -> definition.Study:
     source: dict[str, Any] = {
-        "base": {"shape": SHAPE, "data": {"train": "corpora/a/train", "sequence": 32}, "tokens": "64k",
-                 "batch": {"tokens": 64}, "device": "cpu", "compile": False},
+        "base": {"shape": SHAPE, "data": {"train": "corpora/a/train", "validation": "corpora/a/validation", "sequence": 32},
+                 "tokens": "64k", "batch": {"tokens": 64}, "device": "cpu", "compile": False},
         "arms": {"plain": {}, "slope": {"shape.profile": "vanilla"}, "faster": {"optimizer.lr": 1e-3}},
         "seeds": 2,
         "threads": 1,
