@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from common import write
 
-from entasis.anatomy import dissection
-from entasis.anatomy.stream import clean_nll, sweep
+from entasis.anatomy import runner
+from entasis.anatomy.diagnostics import ablation
+from entasis.anatomy.layer_sweep import score_model
 from entasis.anatomy.subject import Subject
-from entasis.anatomy.substitutes import skipped
 from entasis.anatomy.text import Text
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
@@ -31,9 +31,9 @@ def naive(subject: Subject) -> np.ndarray:
     rows = []
     for layer in range(len(blocks)):
         subject.model.blocks = torch.nn.ModuleList(b for i, b in enumerate(blocks) if i != layer)
-        rows.append(clean_nll(subject))
+        rows.append(score_model(subject))
     subject.model.blocks = blocks
-    return np.stack([*rows, clean_nll(subject)])
+    return np.stack([*rows, score_model(subject)])
 
 
 def timed(function) -> tuple[float, np.ndarray]:
@@ -58,7 +58,7 @@ def main() -> None:
     model = Transformer(shape)
     init_weights(model, 0)
     stream = np.random.default_rng(0).integers(0, args.vocabulary, args.tokens + 1)
-    text = Text(stream, np.zeros(args.tokens, int), np.array([args.tokens]), ("random",), dissection.SEQUENCE)
+    text = Text(stream, np.zeros(args.tokens, int), np.array([args.tokens]), ("random",), runner.SEQUENCE)
     subject = Subject(model.eval(), text)
     count = 0
 
@@ -68,10 +68,10 @@ def main() -> None:
 
     for block in model.blocks:
         block.register_forward_hook(one_more)
-    clean_nll(subject)
+    score_model(subject)
     figures = {}
     for name, function in (
-        ("sweep", lambda: sweep(subject, "skip", lambda layer, batch: (skipped, 1))),
+        ("sweep", lambda: ablation.skip.sweep(subject)),
         ("naive", lambda: naive(subject)),
     ):
         count = 0

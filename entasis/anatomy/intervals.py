@@ -1,4 +1,4 @@
-"""How sure a difference in loss is: paired over documents, studentised bootstrap, Holm over layers."""
+"""Intervals and p-values of changes in loss: paired over documents, bootstrap-t, Holm over layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from entasis.anatomy.measures import Row
+
 DRAWS = 9_999
 
 
 @dataclass(frozen=True)
-class Difference:
+class LossChange:
     """Nats per token, one entry for each layer; NaN where there is no value or, below two documents, no interval."""
 
     value: np.ndarray
@@ -21,17 +23,26 @@ class Difference:
     p: np.ndarray
     """Two-sided, against no difference, adjusted by Holm over the layers."""
 
+    def row(
+        self, entry: int, quantity: str, layer: int | None, target: str = "", *, test: bool = False
+    ) -> Row:
+        """One entry as a row of the frame, with its p-value if `test`."""
+        numbers = (float(x[entry]) for x in (self.low, self.high, *([self.p] if test else [])))
+        return Row(quantity, layer, float(self.value[entry]), target, *numbers)
 
-def difference(changed: np.ndarray, clean: np.ndarray, tokens: np.ndarray, *, seed: int = 0) -> Difference:
+
+def loss_change(changed: np.ndarray, clean: np.ndarray, tokens: np.ndarray, *, seed: int = 0) -> LossChange:
     """The change in nats per token, from nats per document: changed [L, documents], clean [documents].
 
     A ratio of sums, Σ (changed − clean) / Σ tokens, resampled by document. Its t-value is bootstrapped rather than the
     ratio itself (symmetric bootstrap-t, Hall 1988), as with ten documents the plain percentile interval is too narrow.
     """
+    from statsmodels.stats.multitest import multipletests
+
     gain_LN = changed - clean
     used = ~np.isnan(gain_LN).any(1)
     empty = np.full(len(gain_LN), np.nan)
-    result = Difference(empty.copy(), empty.copy(), empty.copy(), empty.copy())
+    result = LossChange(empty.copy(), empty.copy(), empty.copy(), empty.copy())
     if not used.any():
         return result
     kept_LN, n_N = gain_LN[used], tokens.astype(float)
@@ -51,7 +62,7 @@ def difference(changed: np.ndarray, clean: np.ndarray, tokens: np.ndarray, *, se
     with np.errstate(divide="ignore", invalid="ignore"):
         seen_L = np.where(error_L > 0, np.abs(value_L) / error_L, 0.0)
     p_L = (1 + (t_RL >= seen_L).sum(0)) / (len(t_RL) + 1)
-    result.p[used] = holm(p_L)
+    result.p[used] = multipletests(p_L, method="holm")[1]
     return result
 
 
@@ -80,19 +91,12 @@ def _resampled(
             yield _ratio(random.multinomial(documents, even, draws).astype(float), gain_LN, n_N)
 
 
-def holm(p: np.ndarray) -> np.ndarray:
-    """p-values adjusted for their number, step by step (Holm 1979)."""
-    order = np.argsort(p)
-    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return np.minimum(steps, 1.0)[np.argsort(order)]
-
-
-def chance(untrained: np.ndarray) -> float:
+def change_by_chance(untrained: np.ndarray) -> float:
     """The change, in nats per token, that one of the layers of an untrained model shows with probability 0.05.
 
-    Of two random functions one is better, and on enough text certainly so; that is no harm done by a layer. `untrained` are
-    the changes of such a model's layers, NaN where there is none: their mean is zero by symmetry, so t times their root mean
-    square bounds all of them at once (Bonferroni).
+    Of two random functions one has the lower loss, on enough text with certainty, without any layer doing harm. `untrained`
+    are the changes of such a model's layers, NaN where there is none: their mean is zero by symmetry, so t times their root
+    mean square bounds all of them at once (Bonferroni).
     """
     seen = untrained[~np.isnan(untrained)]
     if not len(seen):
@@ -100,12 +104,12 @@ def chance(untrained: np.ndarray) -> float:
     return float(stats.t.ppf(1 - 0.025 / len(seen), len(seen)) * np.sqrt(np.mean(seen**2)))
 
 
-def harmful(value: np.ndarray, p: np.ndarray, by_chance: float) -> np.ndarray:
-    """Whether the loss is lower without the layer: certain after Holm, and by more than an untrained layer's chance."""
+def find_harmful(value: np.ndarray, p: np.ndarray, by_chance: float) -> np.ndarray:
+    """bool [L]: the loss is lower without the layer, with p < 0.05 after Holm and by more than an untrained layer shows."""
     return (value < -by_chance) & (p < 0.05)
 
 
-def rank_correlation(a: np.ndarray, b: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
+def correlate_ranks(a: np.ndarray, b: np.ndarray, *, seed: int = 0) -> tuple[float, float, float]:
     """Spearman's rho of two measures over layers, with a 95 % interval (percentile bootstrap over layers)."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan"), float("nan"), float("nan")

@@ -9,7 +9,6 @@ other layer or the whole model. From then on `dissect`, the command line, the re
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from entasis.errors import UserError
+from entasis.registry import Registry, advise
 
 if TYPE_CHECKING:
     from entasis.anatomy.subject import Subject
@@ -48,21 +48,21 @@ class Measure:
 
 
 Function = Callable[["Subject"], Iterable[Row]]
-MEASURES: dict[str, Measure] = {}
+MEASURES: Registry[Measure] = Registry("measure")
 
 
 def measure(name: str, *, kind: str, gives: Mapping[str, str]) -> Callable[[Function], Function]:
-    """Makes a measure known by `name`."""
+    """Registers a measure under `name`."""
 
     def add(function: Function) -> Function:
-        MEASURES[name] = Measure(name, kind, gives, function)
+        MEASURES.register(name)(Measure(name, kind, gives, function))
         return function
 
     return add
 
 
-def known() -> dict[str, Measure]:
-    """All measures: every module of `diagnostics` is imported first."""
+def load_measures() -> Registry[Measure]:
+    """All measures: imports every module of `diagnostics` first."""
     from entasis.anatomy import diagnostics
 
     for module in pkgutil.iter_modules(diagnostics.__path__):
@@ -72,15 +72,12 @@ def known() -> dict[str, Measure]:
 
 def choose(names: Sequence[str]) -> list[Measure]:
     """The measures called `names`; the name of a kind means all of that kind, `all` means all. Raises `UserError`."""
-    found = known()
+    found = load_measures()
     kinds = list(dict.fromkeys(m.kind for m in found.values()))
     chosen: dict[str, Measure] = {}
     for name in names:
         group = {n: m for n, m in found.items() if name in (n, m.kind, "all")}
         if not group:
-            words = [*found, *kinds, "all"]
-            near = difflib.get_close_matches(name, words, n=1)
-            advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(words)}"
-            raise UserError(f"measure {name!r} is not known; {advice}")
+            raise UserError(f"measure {name!r} is not known; {advise(name, [*found, *kinds, 'all'])}")
         chosen.update(group)
     return list(chosen.values())

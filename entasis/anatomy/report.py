@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from entasis.anatomy import drawings, summary
-from entasis.anatomy.dissection import records
+from entasis.anatomy import charts, summary
 from entasis.anatomy.measures import Measure
+from entasis.anatomy.runner import to_records
 from entasis.files import write_text
 from entasis.report import silhouettes
 from entasis.report.page import Page
@@ -32,32 +32,33 @@ def write(
     """Writes both files into `folder`; the page's path. `facts` are what the figures depend on."""
     says = {quantity: text for m in measures for quantity, text in m.gives.items()}
     page = Page(f"Anatomy of {name}", subtitle=_subtitle(facts))
-    page.verdict(summary.sentence(frame))
+    page.verdict(summary.state_finding(frame))
     page.section("The layers", *_overview(page, frame, shape, says))
-    if found := summary.ablations(frame):
-        page.section("What the model loses without a layer", *_ablations(page, found, frame, says))
-    if other := summary.manipulations(frame):
+    if ablations := summary.select_ablations(frame):
+        page.section("What the model loses without a layer", *_ablations(page, ablations, frame, says))
+    if other := summary.select_manipulations(frame):
         parts = {q: frame[frame["quantity"] == q] for q in other}
         page.section(
             "What a change of a layer's weights costs",
-            page.chart(drawings.curves(parts, "change in loss, nats per token")),
+            page.chart(charts.draw_curves(parts, "change in loss, nats per token")),
             page.folded("What was done", page.facts({q: says[q] for q in other})),
         )
-    if agreements := summary.agreements(frame):
-        page.section("Which measures can be trusted", *_agreement(page, agreements, frame))
+    if found := summary.correlate_measures(frame):
+        page.section("Which measures can be trusted", *_correlations(page, found, frame))
     _weights(page, frame, says)
     _streams(page, frame)
     if len(recovery := frame[frame["quantity"] == "recovery_steps"]):
         page.section(
             "How soon a layer recovers",
-            page.chart(drawings.curves({"recovery_steps": recovery}, "steps")),
+            page.chart(charts.draw_curves({"recovery_steps": recovery}, "steps")),
             page.note(says["recovery_steps"] + "."),
         )
     page.section(
         "All values",
-        page.folded("By layer", page.table(summary.layer_table(frame))),
+        page.folded("By layer", page.table(summary.make_table(frame))),
         page.folded(
-            "What the columns say", page.facts({q: t for q, t in says.items() if q in set(frame["quantity"])})
+            "What the quantities are",
+            page.facts({q: t for q, t in says.items() if q in set(frame["quantity"])}),
         ),
         page.facts(facts),
     )
@@ -66,9 +67,9 @@ def write(
     answer = {
         "name": name,
         **facts,
-        "sentence": summary.sentence(frame),
+        "sentence": summary.state_finding(frame),
         "quantities": says,
-        "values": records(frame),
+        "values": to_records(frame),
     }
     write_text(folder / "anatomy.json", json.dumps(answer, allow_nan=False) + "\n")
     return folder / "report.html"
@@ -89,13 +90,13 @@ def _overview(page: Page, frame: pd.DataFrame, shape: ModelShape, says: dict[str
         for q, (v, low, high) in base.items()
     )
     drawn = [
-        (silhouettes.silhouette(shape), "the column", f"{shape.n_layers} layers, d_model {shape.d_model}")
+        (silhouettes.silhouette(shape), "the model", f"{shape.n_layers} layers, d_model {shape.d_model}")
     ]
     blocks: list[str] = [page.columns(drawn, silhouettes.KEY), page.note(f"The whole model: {text}.")]
-    wide = summary.by_layer(frame)
+    wide = summary.tabulate_layers(frame)
     if len(wide.columns):
         blocks += [
-            page.chart(drawings.heat_map(wide, says)),
+            page.chart(charts.draw_heat_map(wide, says)),
             page.note(
                 "Colour is the rank of a layer within its row: yellow the largest, violet the smallest. Values are "
                 "shown on hover; where a layer has several matrices, their mean."
@@ -132,7 +133,7 @@ def _ablations(
         Column("harmful", "harmful layers"),
     ]
     return [
-        page.chart(drawings.curves(found, "change in loss, nats per token")),
+        page.chart(charts.draw_curves(found, "change in loss, nats per token")),
         page.note(
             "Bars: 95 % intervals, paired over documents (bootstrap-t), one layer at a time. The axis is logarithmic "
             "away from zero. Click a name to bring it forward."
@@ -147,11 +148,11 @@ def _ablations(
     ]
 
 
-def _agreement(page: Page, found: list[summary.Agreement], frame: pd.DataFrame) -> list[str]:
-    main = summary.reference(frame)
+def _correlations(page: Page, found: list[summary.RankCorrelation], frame: pd.DataFrame) -> list[str]:
+    main = summary.choose_reference(frame)
     assert main is not None
     return [
-        page.chart(drawings.agreement(found, main)),
+        page.chart(charts.draw_correlations(found, main)),
         page.note(
             f"Spearman's rank correlation over layers of each measure with the measured loss of {main.replace('_', ' ')}; "
             "bars are 95 % intervals (bootstrap over layers). A cheap measure far from zero, with an interval that is "
@@ -188,18 +189,18 @@ def _weights(page: Page, frame: pd.DataFrame, says: dict[str, str]) -> None:
                 for k, h in (("value", "change in loss"), ("low", "from"), ("high", "to"))
             ),
         ]
-        blocks.append(page.table(Table(columns, records(replaced))))
+        blocks.append(page.table(Table(columns, to_records(replaced))))
     if blocks:
-        page.section("What the other layers say about a layer's weights", *blocks)
+        page.section("How well other layers predict a layer's weights", *blocks)
 
 
 def _streams(page: Page, frame: pd.DataFrame) -> None:
-    charts = {}
+    shown = {}
     if len(cka := frame[frame["quantity"] == "cka"]):
-        charts["CKA"] = drawings.pairs(cka)
+        shown["CKA"] = charts.draw_cka(cka)
     if len(lens := frame[frame["quantity"] == "logit_lens"]):
-        charts["logit lens"] = drawings.curves(
+        shown["logit lens"] = charts.draw_curves(
             {"logit_lens": lens}, "loss stopped behind the layer, nats per token"
         )
-    if charts:
-        page.section("What flows", page.switch(charts))
+    if shown:
+        page.section("The residual stream", page.switch(shown))

@@ -1,4 +1,4 @@
-"""What a measure is given: the model, the text, a seed, and a place to remember what is done."""
+"""What a measure is given: the model, the text, a seed, and a folder for partial results."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from entasis.anatomy.text import Batch, Text
+from entasis.anatomy.text import Text, TextBatch
 from entasis.files import write_bytes
 from entasis.model.initialisation import init_weights
+from entasis.model.rotary import Rotation
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import ModelShape
 
 TOKENS_AT_ONCE = 2048
 Progress = Callable[[int, int], object]
-"""Called with the work done and the work in all."""
+"""Called with the work done and all the work."""
 
 
 @dataclass
 class Subject:
-    """A model on the table. `folder` is where partial results are kept; None keeps none.
+    """A model, the text it reads, and how it is measured.
 
-    `only` are the layers that ablations, manipulations and recovery are done on, None all; `precision` is that of the
-    matrix products that the text goes through, fp32 or bf16.
+    `only` are the layers that ablations, manipulations and recovery are done on, None all. `precision` is that of the
+    matrix products that the text goes through, fp32 or bf16. `folder` is where partial results are kept, None keeps none.
+    `most_batches` bounds the text.
     """
 
     model: Transformer
@@ -59,17 +61,21 @@ class Subject:
     def autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def batches(self) -> Iterator[Batch]:
-        """The text in windows; progress is reported after each."""
-        stretches = self.text.batches(max(1, TOKENS_AT_ONCE // self.text.sequence))[: self.most_batches]
-        for number, stretch in enumerate(stretches):
-            self.progress(number, len(stretches))
-            yield self.text.batch(number, stretch, self.device)
-        self.progress(len(stretches), len(stretches))
+    def batches(self) -> Iterator[TextBatch]:
+        """The text in windows; reports progress after each batch."""
+        spans = self.text.spans(max(1, TOKENS_AT_ONCE // self.text.sequence))[: self.most_batches]
+        for number, span in enumerate(spans):
+            self.progress(number, len(spans))
+            yield self.text.batch(number, span, self.device)
+        self.progress(len(spans), len(spans))
 
-    def generator(self, *what: object) -> torch.Generator:
-        """Random numbers that depend on the seed and on what they are for, and on nothing else."""
-        digest = hashlib.blake2b(repr((self.seed, *what)).encode(), digest_size=8).digest()
+    def rotation(self, batch: TextBatch) -> Rotation | None:
+        """What the layers turn queries and keys of a batch by."""
+        return self.model.rotation(0, batch.tokens_BT.shape[1], self.device)
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """Random numbers that depend on the seed and their purpose, and on nothing else."""
+        digest = hashlib.blake2b(repr((self.seed, *purpose)).encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def untrained(self) -> Subject:
@@ -81,7 +87,7 @@ class Subject:
         return replace(self, model=model.eval(), most_batches=1, progress=lambda done, total: None)
 
     def remember(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """`compute()`, or what it gave when it was last asked for under this name in this folder."""
+        """`compute()`, or its result that the folder holds under this name."""
         if self.folder is None:
             return compute()
         path = self.folder / "partial" / f"{name}.npy"

@@ -1,4 +1,4 @@
-"""From an importance of layers to a shape, or to an order of training.
+"""Suggestions from the importance of layers: a shape, or a recipe that trains layers in stages.
 
 Both are suggestions to be tried against a plain arm in a study, not findings: that a layer matters in a trained model does
 not say that a wider one there trains better.
@@ -6,7 +6,6 @@ not say that a wider one there trains better.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pandas as pd
 from entasis import quantities
 from entasis.anatomy import summary
 from entasis.errors import UserError
+from entasis.registry import advise
 from entasis.shape import fields, specification
 from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
@@ -28,28 +28,26 @@ GROUPS = 3
 FINAL_SHARE = 0.4
 
 
-def importance(frame: pd.DataFrame, quantity: str | None = None) -> tuple[str, np.ndarray]:
+def rank_importance(frame: pd.DataFrame, quantity: str | None = None) -> tuple[str, np.ndarray]:
     """The quantity's name and one number for each layer; a change in loss counts by its logarithm, as it spans decades.
 
     Without a name the main ablation. Raises `UserError` where it was not measured for every layer.
     """
-    quantity = quantity or summary.reference(frame)
-    wide = summary.by_layer(frame)
+    quantity = quantity or summary.choose_reference(frame)
+    wide = summary.tabulate_layers(frame)
     if quantity is None or quantity not in wide:
-        names = [str(q) for q in wide]
-        near = difflib.get_close_matches(quantity or "", names, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"measured are {', '.join(names) or 'none'}"
-        raise UserError(f"--importance {quantity or 'skip'}: not among the measures; {advice}")
+        wanted = quantity or "skip"
+        raise UserError(f"--importance {wanted}: not among the measures; {advise(wanted, map(str, wide))}")
     values = wide[quantity].to_numpy(dtype=float)
     if np.isnan(values).any():
         missing = int(wide.index[np.isnan(values)][0])
         raise UserError(f"--importance {quantity}: layer {missing} has no value; choose another measure")
-    if quantity in [*summary.ablations(frame), *summary.manipulations(frame)]:
+    if quantity in [*summary.select_ablations(frame), *summary.select_manipulations(frame)]:
         values = np.log(np.maximum(values, SMALLEST_LOSS))
     return quantity, values
 
 
-def multipliers(values: np.ndarray, spread: float = SPREAD) -> np.ndarray:
+def make_multipliers(values: np.ndarray, spread: float = SPREAD) -> np.ndarray:
     """Linear in the importance, from 1 − spread for the least to 1 + spread for the most (AlphaPruning, 2410.10912)."""
     if not 0 <= spread < 1:
         raise UserError(f"--spread is {spread}; it must be from 0 to below 1")
@@ -59,7 +57,7 @@ def multipliers(values: np.ndarray, spread: float = SPREAD) -> np.ndarray:
     return 1 - spread + 2 * spread * (values - values.min()) / width
 
 
-def profile(
+def suggest_profile(
     shape: ModelShape, values: np.ndarray, *, budget: str | int, spread: float = SPREAD, scale: str = "ffn"
 ) -> tuple[dict[str, Any], Solution]:
     """A recipe's `shape:` with the `scale` ("ffn", "heads" or "both") of each layer by its importance, and its solution.
@@ -69,7 +67,7 @@ def profile(
     numbers of both KV heads and query heads per KV head, or more than heads and widths.
     """
     fields.require(shape.layers, "--suggest profile")
-    factors = multipliers(values, spread)
+    factors = make_multipliers(values, spread)
     ones = np.ones(shape.n_layers)
     for_ffn, for_heads = (factors if scale in (part, "both") else ones for part in ("ffn", "heads"))
     widths = [layer.d_ff / shape.d_model * f for layer, f in zip(shape.layers, for_ffn, strict=True)]
@@ -102,7 +100,7 @@ def _kv(shape: ModelShape) -> dict[str, int]:
     raise UserError("--suggest profile: the layers differ in KV heads and in query heads per KV head")
 
 
-def plan(shape: ModelShape, values: np.ndarray, *, tokens: str | int, data: Data) -> str:
+def suggest_stages(shape: ModelShape, values: np.ndarray, *, tokens: str | int, data: Data) -> str:
     """A staged recipe as YAML: the most important third of the layers first, then the next, then all together.
 
     Each third gets an equal part of 60 % of the tokens, the final stage over everything the rest; embeddings, norms and head

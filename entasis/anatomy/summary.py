@@ -1,4 +1,4 @@
-"""From the tidy frame to what is read: a value for each layer and measure, what agrees with skipping, a sentence."""
+"""Summaries of the tidy frame: a table of layers and quantities, rank correlations, the finding in a sentence."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from entasis.anatomy.intervals import harmful, rank_correlation
+from entasis.anatomy.intervals import correlate_ranks, find_harmful
 from entasis.report.tables import Column, Table
 
 HIDDEN = ("cka", "weight_r2_mean", "weight_r2_permuted", "weight_r2_untrained")
-"""No property of one layer: what compares two of them, and controls."""
+"""Not a property of one layer: comparisons of two layers, and controls."""
 MAIN = ("skip", "zero_attention", "zero_ffn", "neighbour_average")
-"""What the measures are ranked against: the first of these that was measured."""
+"""The reference that measures are correlated with: the first of these that was measured."""
 
 
-def by_layer(frame: pd.DataFrame) -> pd.DataFrame:
+def tabulate_layers(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each layer, one column for each quantity; the mean where a layer has several matrices."""
     rows = frame[frame["layer"].notna() & ~frame["quantity"].isin(HIDDEN)]
     wide = rows.pivot_table(index="layer", columns="quantity", values="value", aggfunc="mean", dropna=False)
@@ -26,33 +26,33 @@ def by_layer(frame: pd.DataFrame) -> pd.DataFrame:
     return wide[order]
 
 
-def ablations(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def select_ablations(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The quantities that are changes in loss by layer, with the column `harmful`, in the order measured."""
     result = {}
     for quantity in dict.fromkeys(frame["quantity"]):
         rows = frame[(frame["quantity"] == quantity) & frame["layer"].notna()]
         control = frame.loc[frame["quantity"] == f"{quantity}_chance", "value"]
         if len(control):
-            found = harmful(rows["value"].to_numpy(), rows["p"].to_numpy(), float(control.iloc[0]))
+            found = find_harmful(rows["value"].to_numpy(), rows["p"].to_numpy(), float(control.iloc[0]))
             result[quantity] = rows.assign(harmful=found)
     return result
 
 
-def manipulations(frame: pd.DataFrame) -> list[str]:
+def select_manipulations(frame: pd.DataFrame) -> list[str]:
     """The other quantities that are changes in loss by layer."""
-    known = ablations(frame)
+    known = select_ablations(frame)
     tested = frame[frame["p"].notna()]["quantity"]
     return [q for q in dict.fromkeys(tested) if q not in known]
 
 
-def reference(frame: pd.DataFrame) -> str | None:
+def choose_reference(frame: pd.DataFrame) -> str | None:
     """The ablation that the other measures are compared with; None where none was measured."""
     measured = set(frame["quantity"])
     return next((name for name in MAIN if name in measured), None)
 
 
 @dataclass(frozen=True)
-class Agreement:
+class RankCorrelation:
     """Spearman's rho of a measure with the reference ablation, over layers."""
 
     quantity: str
@@ -62,27 +62,27 @@ class Agreement:
     layers: int
 
 
-def agreements(frame: pd.DataFrame) -> list[Agreement]:
+def correlate_measures(frame: pd.DataFrame) -> list[RankCorrelation]:
     """Every measure's rank correlation with the reference, the largest first; at least four layers in common."""
-    main, wide = reference(frame), by_layer(frame)
+    main, wide = choose_reference(frame), tabulate_layers(frame)
     if main is None:
         return []
     result = []
     for quantity in wide:
         both = wide[[main, quantity]].dropna() if quantity != main else wide[[]]
         if len(both) >= 4 and quantity != main:
-            rho, low, high = rank_correlation(both[main].to_numpy(), both[quantity].to_numpy())
+            rho, low, high = correlate_ranks(both[main].to_numpy(), both[quantity].to_numpy())
             if math.isfinite(rho):
-                result.append(Agreement(str(quantity), rho, low, high, len(both)))
+                result.append(RankCorrelation(str(quantity), rho, low, high, len(both)))
     return sorted(result, key=lambda a: -abs(a.rho))
 
 
-def sentence(frame: pd.DataFrame) -> str:
-    """What the main ablation found."""
-    main = reference(frame)
+def state_finding(frame: pd.DataFrame) -> str:
+    """The finding of the reference ablation, in a sentence or two."""
+    main = choose_reference(frame)
     if main is None:
         return "No ablation was measured, so nothing is said about what the model would lose."
-    rows = ablations(frame)[main]
+    rows = select_ablations(frame)[main]
     value = rows["value"].to_numpy()
     top = rows[(rows["p"] < 0.05) & (value > 0)].sort_values("value", ascending=False).head(3)
     named = ", ".join(f"{layer} ({value:+.3f})" for layer, value in _pairs(top))
@@ -106,10 +106,10 @@ def _pairs(rows: pd.DataFrame) -> list[tuple[int, float]]:
     return [(int(layer), float(value)) for layer, value in rows[["layer", "value"]].to_numpy()]
 
 
-def layer_table(frame: pd.DataFrame) -> Table:
+def make_table(frame: pd.DataFrame) -> Table:
     """The layers as rows; changes in loss first, harmful ones marked."""
-    wide, found = by_layer(frame), ablations(frame)
-    first = [*found, *manipulations(frame)]
+    wide, found = tabulate_layers(frame), select_ablations(frame)
+    first = [*found, *select_manipulations(frame)]
     order = [*first, *(str(q) for q in wide if q not in first)]
     bad = {int(layer) for rows in found.values() for layer in rows.loc[rows["harmful"], "layer"]}
     columns = [
@@ -129,7 +129,7 @@ def layer_table(frame: pd.DataFrame) -> Table:
     return Table(columns, rows)
 
 
-def fitting(table: Table, width: int) -> Table:
+def fit_width(table: Table, width: int) -> Table:
     """The first columns, as many as fit a terminal; the mark of harmful layers always stays."""
     *columns, last = table.columns
     marked = last.key == "harmful"

@@ -26,12 +26,12 @@ SHORTEST = 128
 _CHARACTERS_PER_TOKEN = 16
 """More than any tokenizer's average, so that a text cut to so many bytes still fills its share of tokens."""
 
-Source = str | Path | Sequence[str]
+TextInput = str | Path | Sequence[str]
 """A corpus, a text file, a folder of them, or the documents themselves."""
 
 
 @dataclass(frozen=True)
-class Batch:
+class TextBatch:
     """Windows of the text. `owner_N` is the document of each counted target, in the order of `targets_BT`."""
 
     number: int
@@ -68,21 +68,21 @@ class Text:
         parts = (self.stream.tobytes(), self.owner.tobytes(), str(self.sequence).encode())
         return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
-    def batches(self, rows: int) -> list[tuple[int, int]]:
-        """Stretches (start, stop) of targets: rectangles of at most `rows` windows, then the shorter last window."""
+    def spans(self, rows: int) -> list[tuple[int, int]]:
+        """(start, stop) of targets for each batch: of at most `rows` windows, at last of the shorter last window."""
         n = len(self.owner)
         full, step = n // self.sequence * self.sequence, rows * self.sequence
-        stretches = [(a, min(a + step, full)) for a in range(0, full, step)]
-        return stretches + ([(full, n)] if full < n else [])
+        spans = [(a, min(a + step, full)) for a in range(0, full, step)]
+        return spans + ([(full, n)] if full < n else [])
 
-    def batch(self, number: int, stretch: tuple[int, int], device: torch.device) -> Batch:
-        """One of `batches` as tensors; targets that do not count are -100."""
-        a, b = stretch
+    def batch(self, number: int, span: tuple[int, int], device: torch.device) -> TextBatch:
+        """One of `spans` as tensors; targets that do not count are -100."""
+        a, b = span
         size = (-1, min(self.sequence, b - a))
         owner = self.owner[a:b]
         targets = np.where(owner >= 0, self.stream[a + 1 : b + 1], -100).reshape(size)
         tokens = self.stream[a:b].reshape(size)
-        return Batch(
+        return TextBatch(
             number,
             torch.from_numpy(tokens).to(device),
             torch.from_numpy(targets).to(device),
@@ -90,31 +90,31 @@ class Text:
         )
 
 
-def read(source: Source, tokenizer: Tokenizer | None, *, tokens: int, sequence: int) -> Text:
+def read(source: TextInput, tokenizer: Tokenizer | None, *, tokens: int, sequence: int) -> Text:
     """At most about `tokens` tokens of `source`. Raises `UserError` where there is no text or no tokenizer for it."""
     if isinstance(source, str | Path) and (Path(source) / INDEX).is_file():
         corpus = Corpus(source)
         corpus.verify()
         if tokenizer is not None and corpus.tokenizer_hash != tokenizer.hash:
             raise UserError(f"{source}: made with another tokenizer than the model's; give the text itself")
-        return _lay_out(*_from_corpus(corpus, tokens), corpus.end_of_text, sequence)
+        return _concatenate(*_from_corpus(corpus, tokens), corpus.end_of_text, sequence)
     if tokenizer is None:
         raise UserError(f"{source}: the model has no tokenizer.json; give a corpus made with its tokenizer")
-    return _lay_out(*_from_texts(source, tokenizer, tokens), tokenizer.end_of_text, sequence)
+    return _concatenate(*_from_texts(source, tokenizer, tokens), tokenizer.end_of_text, sequence)
 
 
 Excerpts = tuple[list[np.ndarray], list[bool], list[int], list[str]]
 """Ids, whether the document was cut, UTF-8 bytes and name of each document."""
 
 
-def _from_texts(source: Source, tokenizer: Tokenizer, tokens: int) -> Excerpts:
+def _from_texts(source: TextInput, tokenizer: Tokenizer, tokens: int) -> Excerpts:
     if isinstance(source, str | Path):
         found: Iterator[Document] = documents([source])
     else:
         found = (Document(f"document {i}", text) for i, text in enumerate(source) if text)
     most = tokens * _CHARACTERS_PER_TOKEN
     cut_short = (Document(d.name, d.text[:most]) for d in found)
-    chosen = heapq.nsmallest(MOST_DOCUMENTS, cut_short, key=lambda d: _draw(d.name))
+    chosen = heapq.nsmallest(MOST_DOCUMENTS, cut_short, key=lambda d: _rank(d.name))
     if not chosen:
         raise UserError(f"{source}: no text there")
 
@@ -131,7 +131,7 @@ def _from_texts(source: Source, tokenizer: Tokenizer, tokens: int) -> Excerpts:
 
 def _from_corpus(corpus: Corpus, tokens: int) -> Excerpts:
     offsets, sizes = corpus.document_offsets(), corpus.document_bytes()
-    chosen = sorted(range(len(sizes)), key=lambda i: _draw(str(i)))[:MOST_DOCUMENTS]
+    chosen = sorted(range(len(sizes)), key=lambda i: _rank(str(i)))[:MOST_DOCUMENTS]
     ends = int(corpus.end_of_text is not None)
 
     def excerpts(cap: int) -> Iterator[tuple[np.ndarray, bool, int, str]]:
@@ -169,7 +169,7 @@ def _fill(
         cap *= 2
 
 
-def _lay_out(
+def _concatenate(
     ids: list[np.ndarray], cut: list[bool], sizes: list[int], names: list[str], end: int | None, sequence: int
 ) -> Text:
     # Without an end-of-text token there is nothing to predict the first token from: token 0 stands in.
@@ -184,6 +184,6 @@ def _lay_out(
     return Text(np.concatenate(stream), np.concatenate(owner), np.array(sizes), tuple(names), sequence)
 
 
-def _draw(name: str) -> bytes:
+def _rank(name: str) -> bytes:
     """A fixed random rank for a document."""
     return hashlib.blake2b(name.encode(), digest_size=8).digest()

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from entasis.anatomy import dissection, report, summary
+    from entasis.anatomy import runner, summary
     from entasis.anatomy.measures import choose
     from entasis.evaluate.loading import load
     from entasis.shape import fields
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.model, device=args.device, dtype=torch.float32)
     if args.suggest == "profile":
         fields.require(loaded.shape.layers, "--suggest profile")
-    subject = dissection.lay_out(
+    subject = runner.prepare_subject(
         loaded,
         args.text,
         tokens=args.tokens,
@@ -112,15 +112,17 @@ def run(args: argparse.Namespace) -> int:
                 bar.start_task(tasks[name])
             bar.update(tasks[name], completed=done, total=total)
 
-        frame = dissection.examine(subject, measures, output=args.output, progress=advance)
-    facts = dissection.describe(subject)
+        frame = runner.run_measures(subject, measures, output=args.output, progress=advance)
+    facts = runner.describe(subject)
     written = None
     if args.output:
+        from entasis.anatomy import report  # the charts need altair
+
         name = Path(args.model).resolve().name
         written = report.write(frame, loaded.shape, measures, facts, Path(args.output), name=name)
     suggestion, notes = _suggest(args, frame, loaded.shape) if args.suggest else ("", ())
     if args.json:
-        answer = {"model": args.model, **facts, "values": dissection.records(frame)}
+        answer = {"model": args.model, **facts, "values": runner.to_records(frame)}
         if suggestion:
             answer |= {"suggestion": suggestion, "notes": notes}
         print(json.dumps(answer))
@@ -130,10 +132,10 @@ def run(args: argparse.Namespace) -> int:
         for note in notes:
             print(f"# {note}")
         return 0
-    console, table = Console(), summary.layer_table(frame)
-    shown = summary.fitting(table, console.width)
+    console, table = Console(), summary.make_table(frame)
+    shown = summary.fit_width(table, console.width)
     console.print(shown.rich(f"{args.model}: {facts['tokens']:,} tokens of {facts['documents']} documents"))
-    print(summary.sentence(frame))
+    print(summary.state_finding(frame))
     if left := len(table.columns) - len(shown.columns):
         print(
             f"{left} more columns in {'the report' if written else '--json, or a report with --output DIR'}"
@@ -158,10 +160,10 @@ def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -
     from entasis.files import write_text
     from entasis.train.recipe import Data
 
-    quantity, values = suggest.importance(frame, args.importance)
+    quantity, values = suggest.rank_importance(frame, args.importance)
     notes = [f"follows {quantity}; a suggestion to be tried against equal layers in a study"]
     if args.suggest == "profile":
-        wanted, solution = suggest.profile(
+        wanted, solution = suggest.suggest_profile(
             shape, values, budget=args.budget, spread=args.spread, scale=args.scale
         )
         text = yaml.safe_dump({"shape": wanted}, sort_keys=False, width=110)
@@ -174,7 +176,7 @@ def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -
         train, validation = Path(args.text), None
         if train.name == "validation" and (train.parent / "train").is_dir():
             train, validation = train.parent / "train", str(train)
-        text = suggest.plan(
+        text = suggest.suggest_stages(
             shape, values, tokens=args.budget,
             data=Data(train=str(train), validation=validation, sequence=min(1024, shape.context)),
         )  # fmt: skip

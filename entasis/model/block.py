@@ -12,6 +12,7 @@ from entasis.model import feedforward
 from entasis.model.attention import Attention, Mask
 from entasis.model.cache import KVCache
 from entasis.model.normalisation import Norm
+from entasis.model.rotary import Rotation
 from entasis.shape.shapes import ModelShape
 
 
@@ -43,7 +44,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        rotation: Rotation | None,
         *,
         mask_BTS: Mask | None = None,
         cache: KVCache | None = None,
@@ -58,7 +59,7 @@ class Block(nn.Module):
     def _layer(
         self,
         x_BTD: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        rotation: Rotation | None,
         mask_BTS: Mask | None,
         cache: KVCache | None,
     ) -> torch.Tensor:

@@ -9,6 +9,9 @@ import torch
 from entasis.errors import UserError
 from entasis.shape.shapes import ModelShape
 
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""(cos_TK, sin_TK) of a stretch of positions: what `rotate` turns queries and keys by."""
+
 
 def frequencies(shape: ModelShape) -> torch.Tensor:
     """Inverse frequencies [head_dim / 2], fp32, with `rope_scaling` (linear, llama3) applied.

@@ -1,4 +1,4 @@
-"""The decoder: a column of layers that need not be equal."""
+"""The decoder: layers that need not be equal, between an embedding and a head."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import nn
 
 from entasis.errors import UserError
 from entasis.model import rotary
-from entasis.model.attention import attention_mask
+from entasis.model.attention import Mask, attention_mask
 from entasis.model.block import Block
 from entasis.model.cache import KVCache
 from entasis.model.embedding import Embedding, Head
 from entasis.model.loss import summed_nll
 from entasis.model.normalisation import Norm
+from entasis.model.rotary import Rotation
 from entasis.shape.shapes import ModelShape
 
 
@@ -58,11 +59,28 @@ class Transformer(nn.Module):
         x_BTD = self.embed(tokens_BT, start)
         rotation = self.rotation(start, T, tokens_BT.device)
         mask_BTS = attention_mask(start, T, document_ids_BT, tokens_BT.device, self.attention)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, rotation, mask_BTS=mask_BTS, cache=cache)
+        x_BTD = self.run_layers(x_BTD, rotation, mask_BTS=mask_BTS, cache=cache)
         if cache:
             cache.position += T
         return self.norm(x_BTD)
+
+    def run_layers(
+        self,
+        x_BTD: torch.Tensor,
+        rotation: Rotation | None,
+        first: int = 0,
+        stop: int | None = None,
+        *,
+        mask_BTS: Mask | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Takes the residual stream x [B, T, D] from in front of layer `first` to in front of layer `stop`.
+
+        Without `stop` to what the final norm reads. `rotation` comes from `rotation`, `mask_BTS` from `attention_mask`.
+        """
+        for index in range(first, len(self.blocks) if stop is None else stop):
+            x_BTD = self.blocks[index](x_BTD, rotation, mask_BTS=mask_BTS, cache=cache)
+        return x_BTD
 
     def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
         """x [B, T, D] in front of the first block."""
@@ -70,9 +88,7 @@ class Transformer(nn.Module):
             raise UserError(f"the model has learned positions for {self.shape.context} tokens and no more")
         return self.embedding(tokens_BT, start)
 
-    def rotation(
-        self, start: int, length: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def rotation(self, start: int, length: int, device: torch.device) -> Rotation | None:
         """What each block needs to turn queries and keys; None with learned positions."""
         if self.shape.positions == "learned":
             return None

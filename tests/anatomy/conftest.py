@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from small_models import SEQUENCE, sentences, untrained
 
-from entasis.anatomy import dissection
+from entasis.anatomy import runner
 from entasis.anatomy.subject import Subject
 from entasis.evaluate.loading import Loaded
 
@@ -43,8 +43,8 @@ def trained(_taught: Loaded) -> Loaded:
 
 
 @pytest.fixture
-def lay_out() -> Callable[..., Subject]:
+def make_subject() -> Callable[..., Subject]:
     def make(loaded: Loaded, number: int = 40) -> Subject:
-        return dissection.lay_out(loaded, sentences(number, 7), tokens=6000, sequence=SEQUENCE)
+        return runner.prepare_subject(loaded, sentences(number, 7), tokens=6000, sequence=SEQUENCE)
 
     return make

@@ -16,8 +16,8 @@ from small_models import SEQUENCE, sentences, untrained
 
 from entasis import cli
 from entasis.anatomy import dissect, suggest
-from entasis.anatomy.dissection import COLUMNS
-from entasis.anatomy.measures import known
+from entasis.anatomy.measures import load_measures
+from entasis.anatomy.runner import COLUMNS
 from entasis.errors import UserError
 from entasis.model import weights
 from entasis.shape import LayerShape, cost, specification
@@ -53,7 +53,7 @@ def test_a_tidy_frame(trained) -> None:
 
 def test_every_measure_says_what_it_gives() -> None:
     page = (Path(__file__).parents[2] / "docs" / "anatomy.md").read_text(encoding="utf-8")
-    for m in known().values():
+    for m in load_measures().values():
         assert f"`{m.name}`" in page
         assert m.gives and all(len(text) > 10 for text in m.gives.values())
         assert m.kind in {"loss", "structure", "ablation", "manipulation", "predictability", "recovery"}
@@ -129,23 +129,25 @@ def test_the_command_and_its_page(folder: Path, tmp_path: Path, capsys: pytest.C
 def test_a_profile_follows_the_importance(trained) -> None:
     shape = trained.shape
     values = np.array([5.0, 1.0, 2.0, 3.0, 4.0])
-    wanted, solution = suggest.profile(shape, values, budget="60k", spread=0.5)
+    wanted, solution = suggest.suggest_profile(shape, values, budget="60k", spread=0.5)
     widths = [layer.d_ff for layer in solution.shape.layers]
     assert np.argsort(widths).tolist() == np.argsort(values).tolist()
     assert widths[0] / widths[1] == pytest.approx(1.5 / 0.5, rel=0.1)
     assert cost.parameters(solution.shape) == pytest.approx(60_000, rel=0.01)
     assert [x.n_heads for x in solution.shape.layers] == [2] * 5 and solution.shape.norm == shape.norm
     assert specification.resolve(yaml.safe_load(yaml.safe_dump(wanted))).shape == solution.shape
-    assert suggest.multipliers(np.ones(4)).tolist() == [1.0] * 4
+    assert suggest.make_multipliers(np.ones(4)).tolist() == [1.0] * 4
     with pytest.raises(UserError, match="--spread is 1"):
-        suggest.multipliers(values, 1)
+        suggest.make_multipliers(values, 1)
 
 
 @pytest.mark.parametrize("scale", ["heads", "both"])
 def test_a_profile_of_heads(scale) -> None:
     shape = dataclasses.replace(untrained().shape, d_model=128, layers=(LayerShape(8, 8, 256),) * 5)
     values = np.array([5.0, 1.0, 2.0, 3.0, 4.0])
-    _, solution = suggest.profile(shape, values, budget=cost.parameters(shape), spread=0.5, scale=scale)
+    _, solution = suggest.suggest_profile(
+        shape, values, budget=cost.parameters(shape), spread=0.5, scale=scale
+    )
     heads = [layer.n_heads for layer in solution.shape.layers]
     assert (
         np.argsort(heads, kind="stable").tolist() == np.argsort(values).tolist() and heads[0] >= 2 * heads[1]
@@ -156,7 +158,7 @@ def test_a_profile_of_heads(scale) -> None:
 
 def test_a_plan_trains_the_important_layers_first(trained, tmp_path: Path) -> None:
     values = np.array([5.0, 1.0, 2.0, 3.0, 4.0])
-    text = suggest.plan(trained.shape, values, tokens="1M", data=Data(train="corpus", sequence=64))
+    text = suggest.suggest_stages(trained.shape, values, tokens="1M", data=Data(train="corpus", sequence=64))
     (tmp_path / "plan.yaml").write_text(text)
     recipe, shape, _ = resolve(recipes.read(tmp_path / "plan.yaml", ["batch.tokens=6400"]), 257)
     assert shape == trained.shape and recipe.tokens == 1_000_000 and len(recipe.stages) == 4
@@ -169,7 +171,7 @@ def test_a_plan_trains_the_important_layers_first(trained, tmp_path: Path) -> No
 
 def test_a_change_in_loss_counts_by_its_logarithm(trained) -> None:
     frame = dissect(trained, TEXTS, measures=["skip"], sequence=SEQUENCE)
-    name, values = suggest.importance(frame)
+    name, values = suggest.rank_importance(frame)
     skip = frame[frame["quantity"] == "skip"]["value"].to_numpy()
     assert name == "skip" and values == pytest.approx(np.log(np.maximum(skip, 1e-4)))
 

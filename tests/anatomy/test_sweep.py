@@ -12,8 +12,7 @@ from small_models import SEQUENCE, Count, sentences, untrained
 
 from entasis.anatomy import text as texts
 from entasis.anatomy.diagnostics import ablation
-from entasis.anatomy.stream import clean_nll, sweep
-from entasis.anatomy.substitutes import skipped
+from entasis.anatomy.layer_sweep import score_model
 from entasis.data import tokenizer
 from entasis.data.corpus import Corpus
 from entasis.data.prepare import prepare
@@ -21,63 +20,63 @@ from entasis.errors import UserError
 from entasis.evaluate.bits_per_byte import evaluate
 
 
-def test_skipping_each_layer_equals_a_model_without_it(trained, lay_out) -> None:
-    subject = lay_out(trained)
-    found = sweep(subject, "skip", lambda layer, batch: (skipped, 1))
+def test_skipping_each_layer_equals_a_model_without_it(trained, make_subject) -> None:
+    subject = make_subject(trained)
+    found = ablation.skip.sweep(subject)
     for layer in range(subject.n_layers):
         short = torch.nn.ModuleList(b for i, b in enumerate(subject.model.blocks) if i != layer)
         whole, subject.model.blocks = subject.model.blocks, short
-        np.testing.assert_allclose(found[layer], clean_nll(subject), rtol=1e-5)
+        np.testing.assert_allclose(found[layer], score_model(subject), rtol=1e-5)
         subject.model.blocks = whole
-    np.testing.assert_allclose(found[-1], clean_nll(subject), rtol=1e-6)
+    np.testing.assert_allclose(found[-1], score_model(subject), rtol=1e-6)
 
 
-def test_chosen_layers_alone(trained, lay_out) -> None:
-    subject = lay_out(trained)
-    whole = sweep(subject, "skip", ablation.skip(subject))
+def test_chosen_layers_alone(trained, make_subject) -> None:
+    subject = make_subject(trained)
+    whole = ablation.skip.sweep(subject)
     subject.only, count = frozenset([1, 3]), Count(subject.model)
-    found = sweep(subject, "skip", ablation.skip(subject))
+    found = ablation.skip.sweep(subject)
     np.testing.assert_array_equal(found[[1, 3, -1]], whole[[1, 3, -1]])
     assert np.isnan(found[[0, 2, 4]]).all()
     L = subject.n_layers
     assert count.blocks == len(list(subject.batches())) * (L + (L - 2) + (L - 4))
 
 
-def test_bf16_gives_nearly_the_same_differences(trained, lay_out) -> None:
-    one, other = lay_out(trained), lay_out(trained)
+def test_bf16_gives_nearly_the_same_differences(trained, make_subject) -> None:
+    one, other = make_subject(trained), make_subject(trained)
     other.precision = "bf16"
-    a, b = (sweep(s, "skip", ablation.skip(s)).sum(1) / s.text.document_tokens.sum() for s in (one, other))
+    a, b = (ablation.skip.sweep(s).sum(1) / s.text.document_tokens.sum() for s in (one, other))
     assert (a != b).any()
     np.testing.assert_allclose(a[:-1] - a[-1], b[:-1] - b[-1], atol=0.02)
 
 
-def test_half_an_ffn_is_one_of_half_the_width(trained, lay_out) -> None:
-    subject = lay_out(trained)
-    found = sweep(subject, "half_ffn", ablation.half_ffn(subject))
+def test_half_an_ffn_is_one_of_half_the_width(trained, make_subject) -> None:
+    subject = make_subject(trained)
+    found = ablation.half_ffn.sweep(subject)
     ffn = subject.model.blocks[1].feedforward
     half = ffn.up.out_features // 2
     for linear in (ffn.gate, ffn.up):
         linear.weight = torch.nn.Parameter(linear.weight[:half])
     ffn.down.weight = torch.nn.Parameter(ffn.down.weight[:, :half])
-    np.testing.assert_allclose(found[1], clean_nll(subject), rtol=1e-5)
+    np.testing.assert_allclose(found[1], score_model(subject), rtol=1e-5)
     assert found[1].sum() > found[-1].sum()
 
 
-def test_all_layers_cost_half_of_all_forward_passes(lay_out) -> None:
+def test_all_layers_cost_half_of_all_forward_passes(make_subject) -> None:
     from dataclasses import replace
 
     shape = replace(untrained().shape, layers=untrained().shape.layers[:1] * 24)
-    subject = lay_out(untrained(shape))
+    subject = make_subject(untrained(shape))
     count, L = Count(subject.model), 24
-    sweep(subject, "skip", lambda layer, batch: (skipped, 1))
+    ablation.skip.sweep(subject)
     batches = len(list(subject.batches()))
     assert count.blocks == batches * (L + L * (L - 1) // 2)
     assert count.blocks <= 0.55 * batches * L * L
 
 
-def test_a_stopped_sweep_goes_on(trained, lay_out, tmp_path: Path) -> None:
-    whole = sweep(lay_out(trained), "skip", ablation.skip(lay_out(trained)))
-    subject = lay_out(trained)
+def test_a_stopped_sweep_goes_on(trained, make_subject, tmp_path: Path) -> None:
+    whole = ablation.skip.sweep(make_subject(trained))
+    subject = make_subject(trained)
     subject.folder = tmp_path
     assert len(list(subject.batches())) > 1
 
@@ -87,16 +86,16 @@ def test_a_stopped_sweep_goes_on(trained, lay_out, tmp_path: Path) -> None:
 
     subject.progress = stop
     with pytest.raises(KeyboardInterrupt):
-        sweep(subject, "skip", ablation.skip(subject))
+        ablation.skip.sweep(subject)
     subject.progress, count = lambda done, total: None, Count(subject.model)
-    np.testing.assert_array_equal(sweep(subject, "skip", ablation.skip(subject)), whole)
+    np.testing.assert_array_equal(ablation.skip.sweep(subject), whole)
     left = count.blocks
-    np.testing.assert_array_equal(sweep(subject, "skip", ablation.skip(subject)), whole)
+    np.testing.assert_array_equal(ablation.skip.sweep(subject), whole)
     batches = len(list(subject.batches()))
     assert left == (batches - 1) * 15 and count.blocks == left
 
 
-def test_the_loss_is_that_of_evaluate(trained, lay_out, tmp_path: Path) -> None:
+def test_the_loss_is_that_of_evaluate(trained, make_subject, tmp_path: Path) -> None:
     for i, sentence in enumerate(sentences(30, 3)):
         (tmp_path / f"{i:02d}.txt").write_text(sentence)
     prepare([tmp_path], tmp_path / "corpus", tokenizer="bytes", validation=0)
@@ -105,9 +104,9 @@ def test_the_loss_is_that_of_evaluate(trained, lay_out, tmp_path: Path) -> None:
     # The texts' order is drawn, the corpus's not: contexts differ, sizes do not.
     text = texts.read(corpus.path, trained.tokenizer, tokens=100_000, sequence=SEQUENCE)
     assert text.tokens == score.tokens and text.document_bytes.sum() == score.bytes
-    subject = lay_out(trained)
+    subject = make_subject(trained)
     subject.text = text
-    assert clean_nll(subject).sum() == pytest.approx(score.nll_sum, rel=0.02)
+    assert score_model(subject).sum() == pytest.approx(score.nll_sum, rel=0.02)
 
 
 def test_documents_are_cut_alike_and_their_ends_not_counted() -> None:
@@ -122,8 +121,8 @@ def test_documents_are_cut_alike_and_their_ends_not_counted() -> None:
     assert whole.tokens == 5 and (whole.owner >= 0).all()  # both ends are the documents' own
 
 
-def test_every_target_is_in_one_batch(lay_out, trained) -> None:
-    subject = lay_out(trained)
+def test_every_target_is_in_one_batch(make_subject, trained) -> None:
+    subject = make_subject(trained)
     stream = torch.cat([b.tokens_BT.flatten() for b in subject.batches()])
     assert stream.tolist() == subject.text.stream[:-1].tolist()
     owners = np.concatenate([b.owner_N for b in subject.batches()])

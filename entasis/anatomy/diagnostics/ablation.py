@@ -1,114 +1,94 @@
-"""Ablation: a layer is taken away, or replaced by something that knows less, and the loss is measured."""
+"""Ablation: a layer is left out, or replaced by one that knows less."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 
 import torch
+from torch import nn
 
-from entasis.anatomy.replacements import replacement
-from entasis.anatomy.stream import Rotation, Span, climb
+from entasis.anatomy.interventions import Change, Layer, intervention
+from entasis.anatomy.layer_sweep import walk_layers
+from entasis.anatomy.layer_weights import average_neighbours
 from entasis.anatomy.subject import Subject
-from entasis.anatomy.substitutes import neighbour_average, skipped, weights_of, with_weights, without
-from entasis.anatomy.text import Batch
-
-Replace = Callable[[int, Batch], Span | None]
+from entasis.model.rotary import Rotation
 
 
-@replacement("skip", kind="ablation", says="the layer is left out")
-def skip(subject: Subject) -> Replace:
-    return lambda layer, batch: (skipped, 1)
+@intervention("skip", kind="ablation", says="the layer is left out")
+def skip(layer: Layer) -> Change:
+    return lambda x_BTD, rotation: x_BTD
 
 
-@replacement("zero_attention", kind="ablation", says="the layer's attention is left out")
-def zero_attention(subject: Subject) -> Replace:
-    return _without(subject, "attention")
+@intervention("zero_attention", kind="ablation", says="the layer's attention is left out")
+def zero_attention(layer: Layer) -> Change:
+    return drop_half(layer.block, "attention")
 
 
-@replacement("zero_ffn", kind="ablation", says="the layer's FFN is left out")
-def zero_ffn(subject: Subject) -> Replace:
-    return _without(subject, "feedforward")
+@intervention("zero_ffn", kind="ablation", says="the layer's FFN is left out")
+def zero_ffn(layer: Layer) -> Change:
+    return drop_half(layer.block, "feedforward")
 
 
-def _without(subject: Subject, part: str) -> Replace:
-    halves = [without(subject.model, layer, part) for layer in range(subject.n_layers)]
+def drop_half(block: nn.Module, part: str) -> nn.Module | None:
+    """The layer without its `attention` or `feedforward`; None where it has none."""
+    if getattr(block, part) is None:
+        return None
+    half = copy.copy(block)
+    half._modules = {**block._modules, part: None}  # the original keeps its own mapping
+    return half
 
-    def replace(layer: int, batch: Batch) -> Span | None:
-        half = halves[layer]
-        return None if half is None else (half, 1)
 
-    return replace
-
-
-@replacement("half_ffn", kind="ablation", says="the second half of its FFN's hidden units is left out")
-def half_ffn(subject: Subject) -> Replace:
+@intervention("half_ffn", kind="ablation", says="the second half of its FFN's hidden units is left out")
+def half_ffn(layer: Layer) -> Change:
     """FFN sensitivity: models trained with nested widths (MatFormer, 2310.07707) keep their loss, others need not."""
-
-    def replace(layer: int, batch: Batch) -> Span | None:
-        width = subject.shape.layers[layer].d_ff
-        if width < 2:
-            return None
-        weights = weights_of(subject.model, layer)
-        down = weights["feedforward.down.weight"].clone()
-        down[:, width // 2 :] = 0
-        return with_weights(subject.model, layer, {**weights, "feedforward.down.weight": down}), 1
-
-    return replace
+    width = layer.subject.shape.layers[layer.index].d_ff
+    if width < 2:
+        return None
+    down = layer.weights["feedforward.down.weight"].clone()
+    down[:, width // 2 :] = 0
+    return {"feedforward.down.weight": down}
 
 
-@replacement("neighbour_average", kind="ablation", says="the layer's weights are the mean of its neighbours'")
-def average(subject: Subject) -> Replace:
+@intervention(
+    "neighbour_average", kind="ablation", says="the layer's weights are the mean of its neighbours'"
+)
+def neighbour_average(layer: Layer) -> Change:
     """The paper's ablation (2603.19348); at either end the one neighbour. A single layer has none."""
-    if subject.n_layers == 1:
-        return lambda layer, batch: None
-    return lambda layer, batch: (
-        with_weights(subject.model, layer, neighbour_average(subject.model, layer)),
-        1,
-    )
+    return average_neighbours(layer.model, layer.index) if layer.subject.n_layers > 1 else None
 
 
-@replacement("mean_output", kind="ablation", says="the layer adds its mean update to every token")
-def mean_output(subject: Subject) -> Replace:
-    """What is lost beyond a constant: the mean is over all tokens of the same text."""
-    shape = subject.shape
-    total_LD = torch.zeros(shape.n_layers, shape.d_model, dtype=torch.float64)
+def mean_updates(subject: Subject) -> torch.Tensor:
+    """[L, D]: what each layer adds to the residual stream, mean over the subject's tokens."""
+    total_LD = torch.zeros(subject.n_layers, subject.shape.d_model, dtype=torch.float64)
     tokens = 0
     for batch in subject.batches():  # of the control the first only
         tokens += batch.tokens_BT.numel()
-        for layer, x_BTD, y_BTD in climb(subject, batch):
+        for layer, x_BTD, y_BTD in walk_layers(subject, batch):
             total_LD[layer] += (y_BTD - x_BTD).double().sum((0, 1)).cpu()
-    mean_LD = (total_LD / tokens).to(subject.device)
-
-    def replace(layer: int, batch: Batch) -> Span:
-        return lambda x_BTD, rotation: x_BTD + mean_LD[layer].to(x_BTD.dtype), 1
-
-    return replace
+    return (total_LD / tokens).to(subject.device)
 
 
-@replacement("swap", kind="ablation", says="the layer and the one above it change places")
-def swap(subject: Subject) -> Replace:
-    def replace(layer: int, batch: Batch) -> Span | None:
-        if layer + 1 == subject.n_layers:
-            return None
-        lower, upper = subject.model.blocks[layer], subject.model.blocks[layer + 1]
-        return lambda x_BTD, rotation: lower(upper(x_BTD, rotation), rotation), 2
-
-    return replace
+@intervention(
+    "mean_output", kind="ablation", says="the layer adds its mean update to every token", prepare=mean_updates
+)
+def mean_output(layer: Layer) -> Change:
+    """What is lost beyond a constant: the mean is over all tokens of the same text."""
+    return lambda x_BTD, rotation: x_BTD + layer.prepared[layer.index].to(x_BTD.dtype)
 
 
-@replacement("noise", kind="ablation", says="the layer's update becomes noise of the same norm")
-def noise(subject: Subject) -> Replace:
+@intervention("swap", kind="ablation", says="the layer and the one above it change places", layers=2)
+def swap(layer: Layer) -> Change:
+    lower, upper = layer.model.blocks[layer.index], layer.model.blocks[layer.index + 1]
+    return lambda x_BTD, rotation: lower(upper(x_BTD, rotation), rotation)
+
+
+@intervention("noise", kind="ablation", says="the layer's update becomes noise of the same norm")
+def noise(layer: Layer) -> Change:
     """Tells an update's direction from its size; drawn anew for each token."""
 
-    def replace(layer: int, batch: Batch) -> Span:
-        block = subject.model.blocks[layer]
+    def add_noise(x_BTD: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+        drawn_BTD = torch.randn(x_BTD.shape, generator=layer.generator("noise", layer.batch.number)).to(x_BTD)
+        norm_BT1 = (layer.block(x_BTD, rotation) - x_BTD).norm(dim=-1, keepdim=True)
+        return x_BTD + drawn_BTD * (norm_BT1 / drawn_BTD.norm(dim=-1, keepdim=True))
 
-        def noisy(x_BTD: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-            generator = subject.generator("noise", layer, batch.number)
-            drawn_BTD = torch.randn(x_BTD.shape, generator=generator).to(x_BTD)
-            norm_BT1 = (block(x_BTD, rotation) - x_BTD).norm(dim=-1, keepdim=True)
-            return x_BTD + drawn_BTD * (norm_BT1 / drawn_BTD.norm(dim=-1, keepdim=True))
-
-        return noisy, 1
-
-    return replace
+    return add_noise

@@ -1,12 +1,14 @@
-"""How much the loss pulls at each layer."""
+"""The squared gradient of the loss by each layer's parameters (empirical Fisher information)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 
+from entasis.anatomy.layer_weights import only_trainable
 from entasis.anatomy.measures import Row, measure
 from entasis.anatomy.subject import Subject
 
@@ -26,29 +28,20 @@ def gradient(subject: Subject) -> Iterable[Row]:
     """One window at a time, at most the first 64 windows of the text."""
     model = subject.model
     layers = [list(block.parameters()) for block in model.blocks]
-    learning = [(p, p.requires_grad) for p in model.parameters()]
+    parameters = [p for layer in layers for p in layer]
     sums_L, windows = np.zeros(subject.n_layers), 0
-    try:
-        for p, _ in learning:
-            p.requires_grad_(False)
-        for p in (p for layer in layers for p in layer):
-            p.requires_grad_(True)
+    with only_trainable(model, parameters):
         for batch in subject.batches():
-            for tokens_1T, targets_1T in zip(
-                batch.tokens_BT.split(1), batch.targets_BT.split(1), strict=True
-            ):
+            rows = zip(batch.tokens_BT.split(1), batch.targets_BT.split(1), strict=True)
+            for tokens_1T, targets_1T in rows:
                 counted = int((targets_1T != -100).sum())
                 if windows >= WINDOWS or not counted:
                     continue
                 with torch.enable_grad(), subject.autocast():
                     loss = model.loss(tokens_1T, targets_1T) / counted
-                grads = torch.autograd.grad(loss, [p for layer in layers for p in layer])
-                squares = iter([float(g.double().square().sum()) for g in grads])
-                sums_L += [sum(next(squares) for _ in layer) for layer in layers]
+                squares = (float(g.double().square().sum()) for g in torch.autograd.grad(loss, parameters))
+                sums_L += [sum(itertools.islice(squares, len(layer))) for layer in layers]
                 windows += 1
-    finally:
-        for p, learns in learning:
-            p.requires_grad_(learns)
     for index, layer in enumerate(layers):
         size = sum(p.numel() for p in layer)
         yield Row("fisher", index, sums_L[index] / windows)

@@ -1,4 +1,4 @@
-"""The model as it is: what every change is measured against."""
+"""The loss of the unchanged model, which every change is compared with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from entasis.anatomy.intervals import difference
+from entasis.anatomy.intervals import loss_change
+from entasis.anatomy.layer_sweep import score_model
 from entasis.anatomy.measures import Row, measure
-from entasis.anatomy.stream import clean_nll
 from entasis.anatomy.subject import Subject
 
 
@@ -22,10 +22,10 @@ from entasis.anatomy.subject import Subject
     },
 )
 def loss(subject: Subject) -> Iterable[Row]:
-    nats = clean_nll(subject)
+    nats = score_model(subject)
     for quantity, per, scale in (
         ("loss", subject.text.document_tokens, 1.0),
         ("bits_per_byte", subject.text.document_bytes, math.log(2)),
     ):
-        found = difference(nats[None] / scale, np.zeros_like(nats), per, seed=subject.seed)
-        yield Row(quantity, None, float(found.value[0]), "", float(found.low[0]), float(found.high[0]))
+        found = loss_change(nats[None] / scale, np.zeros_like(nats), per, seed=subject.seed)
+        yield found.row(0, quantity, None)

@@ -6,36 +6,19 @@ from collections.abc import Callable
 
 import torch
 
-from entasis.anatomy.replacements import replacement
-from entasis.anatomy.stream import Span
-from entasis.anatomy.subject import Subject
-from entasis.anatomy.substitutes import matrices, weights_of, with_weights
-from entasis.anatomy.text import Batch
+from entasis.anatomy.interventions import Change, Layer, intervention
 
-Change = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+MatrixChange = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 """A matrix [out, in] and random numbers → the changed matrix."""
 
 
-def manipulation(name: str, says: str) -> Callable[[Change], Change]:
+def manipulation(name: str, says: str) -> Callable[[MatrixChange], MatrixChange]:
     """Registers a change of every matrix of a layer; norms and biases stay."""
 
-    def add(change: Change) -> Change:
-        @replacement(name, kind="manipulation", says=f"the layer's matrices are {says}")
-        def prepare(subject: Subject) -> Callable[[int, Batch], Span | None]:
-            done: dict[str, torch.Tensor] = {}
-            current = -1
-
-            def replace(layer: int, batch: Batch) -> Span:
-                nonlocal done, current
-                if layer != current:
-                    weights = weights_of(subject.model, layer)
-                    changed = {
-                        n: change(w, subject.generator(name, layer, n)) for n, w in matrices(weights).items()
-                    }
-                    done, current = {**weights, **changed}, layer
-                return with_weights(subject.model, layer, done), 1
-
-            return replace
+    def add(change: MatrixChange) -> MatrixChange:
+        @intervention(name, kind="manipulation", says=f"the layer's matrices are {says}")
+        def change_matrices(layer: Layer) -> Change:
+            return {n: change(w, layer.generator(name, n)) for n, w in layer.matrices.items()}
 
         return change
 

@@ -1,4 +1,4 @@
-"""Weight predictability: what the other layers say about a layer's weights, held out and beside its controls.
+"""Weight predictability: how well neighbouring layers predict a layer's weights, held out and beside controls.
 
 Every entry of a matrix is predicted from the same entry in up to four neighbouring layers (two below, two above) by ridge
 regression, fitted on one random half of the entries and judged on the other. Only layers of the same shape are compared;
@@ -15,11 +15,11 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from entasis.anatomy.intervals import difference
+from entasis.anatomy.intervals import loss_change
+from entasis.anatomy.layer_sweep import score_model
+from entasis.anatomy.layer_weights import Weights, copy_with_weights, read_matrices, read_weights
 from entasis.anatomy.measures import Row, measure
-from entasis.anatomy.stream import clean_nll
 from entasis.anatomy.subject import Subject
-from entasis.anatomy.substitutes import Weights, changed_copy, matrices, weights_of
 from entasis.model.transformer import Transformer
 
 RIDGE = 1e-3
@@ -53,23 +53,23 @@ def predictability(subject: Subject) -> Iterable[Row]:
         far = [i for i in alike if i not in near]
         order = torch.randperm(len(far), generator=subject.generator("permuted", layer))
         anywhere = [far[int(i)] for i in order[: len(near)]]
-        for name in matrices(weights_of(subject.model, layer)):
+        for name in read_matrices(subject.model, layer):
             target, halves = name.split(".")[1], _halves(subject, layer, name)
-            for quantity, model, sources in (
+            for quantity, model, layers in (
                 ("weight_r2", models[0], near),
                 ("weight_r2_permuted", models[0], anywhere),
                 ("weight_r2_untrained", models[1], near),
             ):
-                if len(sources) < len(near):  # with fewer features a control would say too little
+                if len(layers) < len(near):  # a control with fewer features would come out too low
                     continue
-                x, y = _features(model, sources, name), _entries(model, layer, name)
+                x, y = _features(model, layers, name), _entries(model, layer, name)
                 fit, held = halves
-                slope_F, intercept = ridge(x[fit], y[fit])
+                slope_F, intercept = fit_ridge(x[fit], y[fit])
                 guess = x[held].double() @ slope_F + intercept
-                yield Row(quantity, layer, r_squared(y[held], guess), target)
+                yield Row(quantity, layer, score_prediction(y[held], guess), target)
             y, held = _entries(subject.model, layer, name), halves[1]
             mean = torch.stack([_entries(subject.model, i, name)[held] for i in alike]).mean(0)
-            yield Row("weight_r2_mean", layer, r_squared(y[held], mean), target)
+            yield Row("weight_r2_mean", layer, score_prediction(y[held], mean), target)
     subject.progress(subject.n_layers, subject.n_layers)
 
 
@@ -88,9 +88,9 @@ def delta_correlation(subject: Subject) -> Iterable[Row]:
         trio = [layer - 1, layer, layer + 1]
         if len({subject.shape.layers[i] for i in trio}) > 1:
             continue
-        for name in matrices(weights_of(subject.model, layer)):
+        for name in read_matrices(subject.model, layer):
             generator = subject.generator("delta", layer, name)
-            size = weights_of(subject.model, layer)[name].numel()
+            size = read_weights(subject.model, layer)[name].numel()
             chosen = torch.randperm(size, generator=generator)[:SAMPLE]
             a, b, c = (_entries(subject.model, i, name)[chosen] for i in trio)
             null = np.array(
@@ -120,18 +120,17 @@ def replacement(subject: Subject) -> Iterable[Row]:
         if near := _near(subject, layer):
             predicted[layer] = _predict(subject, layer, near)
     ranked = sorted(predicted, key=lambda i: predicted[i][0], reverse=True)
-    clean = clean_nll(subject)
+    clean = score_model(subject)
     count = 1
     while count <= len(ranked):
-        changes = {i: {**weights_of(subject.model, i), **predicted[i][1]} for i in ranked[:count]}
-        nats = clean_nll(dataclasses.replace(subject, model=changed_copy(subject.model, changes)))
-        found = difference(nats[None], clean, subject.text.document_tokens, seed=subject.seed)
-        low, high = float(found.low[0]), float(found.high[0])
-        yield Row("replaced", None, float(found.value[0]), str(count), low, high)
+        changes = {i: predicted[i][1] for i in ranked[:count]}
+        nats = score_model(dataclasses.replace(subject, model=copy_with_weights(subject.model, changes)))
+        found = loss_change(nats[None], clean, subject.text.document_tokens, seed=subject.seed)
+        yield found.row(0, "replaced", None, str(count))
         count *= 2
 
 
-def ridge(x_NF: torch.Tensor, y_N: torch.Tensor) -> tuple[torch.Tensor, float]:
+def fit_ridge(x_NF: torch.Tensor, y_N: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Coefficients [F] and intercept of ridge regression, in fp64."""
     x, y = x_NF.double(), y_N.double()
     centre_F, mean = x.mean(0), y.mean()
@@ -142,7 +141,7 @@ def ridge(x_NF: torch.Tensor, y_N: torch.Tensor) -> tuple[torch.Tensor, float]:
     return slope_F, float(mean - centre_F @ slope_F)
 
 
-def r_squared(y_N: torch.Tensor, guess_N: torch.Tensor) -> float:
+def score_prediction(y_N: torch.Tensor, guess_N: torch.Tensor) -> float:
     """Share of the variance explained; NaN where there is none."""
     y, guess = y_N.double(), guess_N.double()
     spread = float((y - y.mean()).square().sum())
@@ -167,7 +166,7 @@ def _alike(subject: Subject, layer: int) -> list[int]:
 
 
 def _entries(model: Transformer, layer: int, name: str) -> torch.Tensor:
-    return weights_of(model, layer)[name].flatten()
+    return read_weights(model, layer)[name].flatten()
 
 
 def _features(model: Transformer, layers: list[int], name: str) -> torch.Tensor:
@@ -176,7 +175,7 @@ def _features(model: Transformer, layers: list[int], name: str) -> torch.Tensor:
 
 def _halves(subject: Subject, layer: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Two disjoint random choices of entries: to fit on and to judge on."""
-    size = weights_of(subject.model, layer)[name].numel()
+    size = read_weights(subject.model, layer)[name].numel()
     order = torch.randperm(size, generator=subject.generator("halves", layer, name))
     half = min(size // 2, ENTRIES)
     return order[:half], order[half : 2 * half]
@@ -185,12 +184,12 @@ def _halves(subject: Subject, layer: int, name: str) -> tuple[torch.Tensor, torc
 def _predict(subject: Subject, layer: int, near: list[int]) -> tuple[float, Weights]:
     """Mean held-out R² over the layer's matrices, and all of them as predicted."""
     scores, result = [], {}
-    for name, w in matrices(weights_of(subject.model, layer)).items():
+    for name, w in read_matrices(subject.model, layer).items():
         fit, held = _halves(subject, layer, name)
         x, y = _features(subject.model, near, name), w.flatten()
-        slope_F, intercept = ridge(x[fit], y[fit])
+        slope_F, intercept = fit_ridge(x[fit], y[fit])
         guess = (x.double() @ slope_F + intercept).to(w.dtype)
-        scores.append(r_squared(y[held], guess[held]))
+        scores.append(score_prediction(y[held], guess[held]))
         result[name] = guess.view_as(w)
     return float(np.mean(scores)), result
 

@@ -1,7 +1,7 @@
-"""Recovery speed: one layer is given noise, only that layer is trained, and the steps it needs are counted.
+"""Recovery speed: one layer is given noise and trained alone; the steps until it has recovered are counted.
 
 Every matrix of the layer gets Gaussian noise of half its norm. AdamW then trains this layer alone on the even windows of
-the text; the loss is measured on odd ones. Recovered is when 90 % of the gap that the noise tore is closed.
+the text; the loss is measured on odd ones. The layer has recovered when 90 % of the rise in loss is undone.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ import torch
 from torch import nn
 
 from entasis.anatomy.diagnostics.manipulation import noise_like
+from entasis.anatomy.layer_weights import only_trainable
 from entasis.anatomy.measures import Row, measure
-from entasis.anatomy.stream import Rotation
 from entasis.anatomy.subject import Subject
 from entasis.errors import UserError
+from entasis.model.rotary import Rotation
 
 NOISE = 0.5
 RECOVERED = 0.9
 LEARNING_RATE = 1e-3
 STEPS = 100
 EVERY = 5
-"""Steps between two looks at the loss, so the resolution of the count."""
+"""Steps between two evaluations, so the resolution of the count."""
 WINDOWS = 4
 """Windows in one step of training."""
 HELD = 8
 """Windows that the loss is measured on."""
 SEEDS = 3
 SMALLEST_GAP = 0.001
-"""Nats per token: a layer that loses less by the noise has nothing to recover."""
+"""Nats per token: a layer whose noise costs less has nothing to recover."""
 
 
 @measure(
     "recovery",
     kind="recovery",
     gives={
-        "recovery_steps": f"steps until {RECOVERED:.0%} of the gap is closed, mean over {SEEDS} seeds, from the "
-        f"quickest to the slowest; 0: the noise tore no gap, {STEPS}: not within {STEPS} steps",
+        "recovery_steps": f"steps until {RECOVERED:.0%} of the loss that the noise costs is won back, mean over {SEEDS} "
+        f"seeds, from the fastest to the slowest; 0: the noise cost less than {SMALLEST_GAP} nats, "
+        f"{STEPS}: not within {STEPS} steps",
         "recovery_gap": "loss that the noise costs before training, nats per token, mean over seeds",
     },
 )
@@ -51,13 +53,11 @@ def recovery(subject: Subject) -> Iterable[Row]:
             "give more --tokens or a shorter --sequence"
         )
     model = subject.model
-    frozen = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.requires_grad_(False)
+    with only_trainable(model, []):
         with torch.no_grad():
             streams = [model.embed(tokens_BT) for tokens_BT, _ in (_pack(train), _pack(held))]
         rotation = model.rotation(0, subject.text.sequence, subject.device)
-        for layer, block in enumerate(model.blocks):
+        for layer in range(subject.n_layers):
             if layer in subject.chosen:
                 found = []
                 for seed in range(SEEDS):
@@ -68,10 +68,7 @@ def recovery(subject: Subject) -> Iterable[Row]:
                 yield Row("recovery_steps", layer, mean, "", float(min(steps)), float(max(steps)))
                 yield Row("recovery_gap", layer, sum(gaps) / SEEDS, "", min(gaps), max(gaps))
             with torch.no_grad(), subject.autocast():
-                streams = [block(x_BTD, rotation) for x_BTD in streams]
-    finally:
-        for p, learns in frozen:
-            p.requires_grad_(learns)
+                streams = [model.run_layers(x_BTD, rotation, layer, layer + 1) for x_BTD in streams]
     subject.progress(1, 1)
 
 
@@ -80,7 +77,7 @@ Window = tuple[torch.Tensor, torch.Tensor]
 
 
 def _windows(subject: Subject) -> list[Window]:
-    """The whole windows of the text, at most as many as the training can use once."""
+    """The text's windows of full length, at most as many as the training can use once."""
     result: list[Window] = []
     for batch in subject.batches():
         if batch.tokens_BT.shape[1] == subject.text.sequence and len(result) < 2 * WINDOWS * STEPS:
@@ -98,7 +95,7 @@ def _recover(
     seed: int,
     streams: list[torch.Tensor],
     windows: tuple[list[Window], list[Window]],
-    rotation: Rotation,
+    rotation: Rotation | None,
 ) -> tuple[int, float]:
     """(steps, gap in nats per token) of one layer under one seed; `streams` are those in front of it."""
     (train_BTD, held_BTD), (train, held) = streams, windows
@@ -138,12 +135,10 @@ def _loss(
     layer: int,
     x_BTD: torch.Tensor,
     targets_BT: torch.Tensor,
-    rotation: Rotation,
+    rotation: Rotation | None,
 ) -> torch.Tensor:
     """Nats per token with `block` in place of the layer; `x_BTD` is the stream in front of it."""
     model = subject.model
     with subject.autocast():
-        x_BTD = block(x_BTD, rotation)
-        for above in model.blocks[layer + 1 :]:
-            x_BTD = above(x_BTD, rotation)
+        x_BTD = model.run_layers(block(x_BTD, rotation), rotation, layer + 1)
         return model.head_loss(model.norm(x_BTD), targets_BT) / (targets_BT != -100).sum()

@@ -1,4 +1,4 @@
-"""How alike the stream is behind any two layers: linear CKA."""
+"""Similarity of the residual stream behind any two layers: linear CKA."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
+from entasis.anatomy.layer_sweep import walk_layers
 from entasis.anatomy.measures import Row, measure
-from entasis.anatomy.stream import climb
 from entasis.anatomy.subject import Subject
 
 TOKENS = 256
@@ -30,10 +30,10 @@ def similarity(subject: Subject) -> Iterable[Row]:
             continue
         chosen = torch.linspace(0, n - 1, min(TOKENS, n), device=subject.device).long()
         grams = []
-        for _, _, y_BTD in climb(subject, batch):
+        for _, _, y_BTD in walk_layers(subject, batch):
             y_nD = y_BTD.flatten(0, 1)[chosen].double()
             grams.append((y_nD @ y_nD.T).cpu())
-        total_LL += hsic(torch.stack(grams))
+        total_LL += estimate_hsic(torch.stack(grams))
     size_L = total_LL.diagonal().clamp_min(0).sqrt()
     cka_LL = total_LL / (size_L[:, None] * size_L)
     for i in range(L):
@@ -41,7 +41,7 @@ def similarity(subject: Subject) -> Iterable[Row]:
             yield Row("cka", i, float(cka_LL[i, j]), str(j))
 
 
-def hsic(gram_Lnn: torch.Tensor) -> torch.Tensor:
+def estimate_hsic(gram_Lnn: torch.Tensor) -> torch.Tensor:
     """Unbiased HSIC (Song et al. 2012, eq. 5) of every pair of Gram matrices [L, n, n], n ≥ 4: [L, L]."""
     n = gram_Lnn.shape[1]
     k_Lnn = gram_Lnn - torch.diag_embed(gram_Lnn.diagonal(dim1=1, dim2=2))

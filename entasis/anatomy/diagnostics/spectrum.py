@@ -1,4 +1,4 @@
-"""Structure of the weights: size and spectrum of every matrix. Needs no text."""
+"""Size and spectrum of every weight matrix. Needs no text."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import torch
 
+from entasis.anatomy.layer_weights import read_matrices
 from entasis.anatomy.measures import Row, measure
 from entasis.anatomy.subject import Subject
-from entasis.anatomy.substitutes import matrices, weights_of
 
 
 @measure(
@@ -24,14 +24,14 @@ from entasis.anatomy.substitutes import matrices, weights_of
 def spectrum(subject: Subject) -> Iterable[Row]:
     for layer in range(subject.n_layers):
         subject.progress(layer, subject.n_layers)
-        for name, w in matrices(weights_of(subject.model, layer)).items():
+        for name, w in read_matrices(subject.model, layer).items():
             target = name.split(".")[1]
-            for quantity, value in of_matrix(w).items():
+            for quantity, value in describe_spectrum(w).items():
                 yield Row(quantity, layer, value, target)
     subject.progress(subject.n_layers, subject.n_layers)
 
 
-def of_matrix(w: torch.Tensor) -> dict[str, float]:
+def describe_spectrum(w: torch.Tensor) -> dict[str, float]:
     """The four quantities of one matrix; ranks of a zero matrix are 0, its exponent is NaN."""
     sigma = torch.linalg.svdvals(w.float()).double()
     power = sigma.square()
@@ -48,11 +48,11 @@ def of_matrix(w: torch.Tensor) -> dict[str, float]:
         "weight_rms": rms,
         "stable_rank": float(power.sum() / power[0]),
         "effective_rank": float((-(share * share.log()).sum()).exp()),
-        "spectral_exponent": hill(power),
+        "spectral_exponent": estimate_exponent(power),
     }
 
 
-def hill(eigenvalues: torch.Tensor) -> float:
+def estimate_exponent(eigenvalues: torch.Tensor) -> float:
     """1 + k / Σ ln(λ_i / λ_k) over the k largest, k half of them; NaN without a spread."""
     positive = eigenvalues[eigenvalues > 0].sort(descending=True).values
     k = len(positive) // 2

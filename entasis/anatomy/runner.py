@@ -1,4 +1,4 @@
-"""`dissect`: measures of every layer of a model, as one tidy frame."""
+"""Runs measures on a model and a text: `dissect` gives their values as one tidy frame."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SEQUENCE = 512
 COLUMNS = ["measure", "quantity", "layer", "target", "value", "low", "high", "p"]
 
 Progress = Callable[[str, int, int], object]
-"""Called with a measure's name, the part of it that is done and the whole."""
+"""Called with a measure's name, its work done and all its work."""
 
 
 def dissect(
     model: str | Path | Loaded,
-    text: texts.Source,
+    text: texts.TextInput,
     measures: Sequence[str] = DEFAULT,
     *,
     tokens: int = TOKENS,
@@ -52,15 +52,15 @@ def dissect(
     """
     chosen = choose(["loss", *measures])
     loaded = model if isinstance(model, Loaded) else load(model, dtype=torch.float32)
-    subject = lay_out(
+    subject = prepare_subject(
         loaded, text, tokens=tokens, sequence=sequence, seed=seed, layers=layers, precision=precision
     )
-    return examine(subject, chosen, output=output, progress=progress)
+    return run_measures(subject, chosen, output=output, progress=progress)
 
 
-def lay_out(
+def prepare_subject(
     loaded: Loaded,
-    text: texts.Source,
+    text: texts.TextInput,
     *,
     tokens: int = TOKENS,
     sequence: int | None = None,
@@ -68,7 +68,7 @@ def lay_out(
     layers: Sequence[int] | None = None,
     precision: str = "fp32",
 ) -> Subject:
-    """The model and its text, ready to be measured. Raises `UserError`."""
+    """Reads the text and checks it against the model. Raises `UserError`."""
     if tokens < 2:
         raise UserError(f"--tokens is {tokens}; it must be at least 2")
     longest = loaded.shape.context if loaded.shape.positions == "learned" else None
@@ -89,7 +89,7 @@ def lay_out(
     return Subject(loaded.model.eval(), read, seed, only, precision)
 
 
-def examine(
+def run_measures(
     subject: Subject,
     measures: Sequence[Measure],
     *,
@@ -99,25 +99,27 @@ def examine(
     """Runs the measures that the folder does not hold yet; the frame has all of `measures`."""
     if output is not None:
         subject.folder = Path(output)
-        _claim(subject)
+        _claim_folder(subject)
     rows: list[dict[str, Any]] = []
     for m in measures:
         if progress:
             subject.progress = lambda done, total, name=m.name: progress(name, done, total)  # type: ignore[misc]
-        found = _stored(subject, m)
-        if found is None:
+        stored = None if subject.folder is None else subject.folder / "measures" / f"{m.name}.json"
+        if stored and stored.is_file():
+            found = json.loads(stored.read_text(encoding="utf-8"))
+        else:
             found = [dataclasses.asdict(row) for row in m.function(subject)]
-            if subject.folder:
-                write_text(_path(subject, m), json.dumps([_plain(r) for r in found], indent=0) + "\n")
+            if stored:
+                write_text(stored, json.dumps([_without_nan(r) for r in found], indent=0) + "\n")
         rows += [{"measure": m.name, **row} for row in found]
     frame = pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64", "target": "string"})
     return frame.astype(dict.fromkeys(["value", "low", "high", "p"], "float64"))
 
 
 def describe(subject: Subject) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the values depend on."""
     return {
-        "model": fingerprint(subject.model),
+        "model": hash_weights(subject.model),
         "text": subject.text.fingerprint,
         "tokens": subject.text.tokens,
         "documents": len(subject.text.names),
@@ -130,8 +132,8 @@ def describe(subject: Subject) -> dict[str, Any]:
     }
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Of the weights: changes with any value, name or dtype."""
+def hash_weights(model: torch.nn.Module) -> str:
+    """A hash of the weights: changes with any value, name or dtype."""
     digest = hashlib.blake2b(digest_size=16)
     for name, p in model.named_parameters():
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
@@ -139,8 +141,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _claim(subject: Subject) -> None:
-    """Makes the folder this dissection's own, or finds that it is. Raises `UserError` if it is another's."""
+def _claim_folder(subject: Subject) -> None:
+    """Marks the folder as this dissection's. Raises `UserError` if it holds another one."""
     assert subject.folder is not None
     file, mine = subject.folder / "subject.json", describe(subject)
     if file.is_file():
@@ -157,22 +159,11 @@ def _claim(subject: Subject) -> None:
     write_text(file, json.dumps(mine, indent=1) + "\n")
 
 
-def _path(subject: Subject, m: Measure) -> Path:
-    assert subject.folder is not None
-    return subject.folder / "measures" / f"{m.name}.json"
-
-
-def _stored(subject: Subject, m: Measure) -> list[dict[str, Any]] | None:
-    if subject.folder is None or not _path(subject, m).is_file():
-        return None
-    return json.loads(_path(subject, m).read_text(encoding="utf-8"))
-
-
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def to_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The frame's rows as plain values for JSON; what is missing is None."""
     return json.loads(frame.to_json(orient="records", double_precision=10))
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

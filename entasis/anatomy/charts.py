@@ -1,4 +1,4 @@
-"""The charts of the anatomy report: heat map, curves over depth with intervals, agreement, CKA."""
+"""The charts of the anatomy report: heat map, curves over depth, rank correlations, CKA."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from entasis.anatomy.summary import Agreement
+from entasis.anatomy.summary import RankCorrelation
 from entasis.report import charts
 from entasis.report.charts import PALETTE
 
 Chart = alt.LayerChart
 
 
-def heat_map(wide: pd.DataFrame, says: dict[str, str]) -> Chart:
+def draw_heat_map(wide: pd.DataFrame, says: dict[str, str]) -> Chart:
     """Layers from left to right, measures from top to bottom; colour is the layer's rank within a measure."""
     rows: list[dict[str, Any]] = []
     for quantity in wide:
@@ -60,13 +60,13 @@ def heat_map(wide: pd.DataFrame, says: dict[str, str]) -> Chart:
     return _finish(alt.layer(chart), height=alt.Step(19))
 
 
-def curves(parts: dict[str, pd.DataFrame], title: str) -> Chart:
+def draw_curves(parts: dict[str, pd.DataFrame], title: str) -> Chart:
     """Values over depth with their intervals; the axis is logarithmic away from zero, as losses span decades."""
     rows = [
         {
             "measure": name.replace("_", " "),
             "layer": int(r["layer"]),
-            **{k: round(float(r[k]), 6) for k in ("value", "low", "high") if pd.notna(r[k])},
+            **{k: round(float(r[k]), 6) for k in ("value", "low", "high") if np.isfinite(r[k])},
         }
         for name, part in parts.items()
         for r in part.to_dict("records")
@@ -102,7 +102,7 @@ def curves(parts: dict[str, pd.DataFrame], title: str) -> Chart:
     return _finish(chart.properties(usermeta=charts.legend(order)), height=340)
 
 
-def agreement(found: Sequence[Agreement], main: str) -> Chart:
+def draw_correlations(found: Sequence[RankCorrelation], main: str) -> Chart:
     """Rank correlations with the measured loss, with intervals over layers."""
     rows: list[dict[str, Any]] = [
         {
@@ -139,12 +139,12 @@ def agreement(found: Sequence[Agreement], main: str) -> Chart:
     return _finish(alt.layer(zero, bars, dots), height=alt.Step(21))
 
 
-def pairs(rows: pd.DataFrame) -> Chart:
-    """A square: how alike the stream is behind every two layers."""
+def draw_cka(rows: pd.DataFrame) -> Chart:
+    """Similarity (CKA) of the residual stream behind every two layers."""
     data = [
         {"layer": int(r["layer"]), "other": int(r["target"]), "cka": round(float(r["value"]), 4)}
         for r in rows.to_dict("records")
-        if pd.notna(r["value"])
+        if np.isfinite(r["value"])
     ]
     n = sorted({r["layer"] for r in data})
     chart = (

@@ -9,15 +9,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_models import SHAPE, untrained
+from torch.func import functional_call
 
-from entasis.anatomy.substitutes import (
-    changed_copy,
-    fitted,
-    neighbour_average,
-    weights_of,
-    with_weights,
-    without,
-)
+from entasis.anatomy.diagnostics.ablation import drop_half
+from entasis.anatomy.layer_weights import average_neighbours, copy_with_weights, fit_weights, read_weights
 from entasis.errors import UserError
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape
@@ -32,9 +27,9 @@ def model_of(*layers: LayerShape, **fields: object) -> Transformer:
     return model
 
 
-def run(model: Transformer, layer: int, replacement=None) -> torch.Tensor:
+def run(model: Transformer, layer: int, weights=None) -> torch.Tensor:
     x_BTD = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(2))
-    return (replacement or model.blocks[layer])(x_BTD, model.rotation(0, 7, x_BTD.device))
+    return functional_call(model.blocks[layer], weights or {}, (x_BTD, model.rotation(0, 7, x_BTD.device)))
 
 
 @pytest.mark.parametrize("fields", [
@@ -42,7 +37,7 @@ def run(model: Transformer, layer: int, replacement=None) -> torch.Tensor:
 ])  # fmt: skip
 def test_a_narrow_layer_in_a_wide_one_computes_the_same(fields: dict) -> None:
     model = model_of(LayerShape(4, 2, 48), LayerShape(6, 3, 80), **fields)
-    wide = with_weights(model, 1, fitted(model, 0, 1))
+    wide = fit_weights(model, 0, 1)
     torch.testing.assert_close(run(model, 1, wide), run(model, 0), rtol=1e-4, atol=1e-5)
 
 
@@ -51,40 +46,39 @@ def test_a_wide_layer_in_a_narrow_one_keeps_what_matters() -> None:
     with torch.no_grad():  # KV group 1 and the first 32 hidden units do nothing
         model.blocks[0].attention.output.weight[:, 32:64] = 0
         model.blocks[0].feedforward.down.weight[:, :32] = 0
-    narrow = with_weights(model, 1, fitted(model, 0, 1))
+    narrow = fit_weights(model, 0, 1)
     torch.testing.assert_close(run(model, 1, narrow), run(model, 0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_missing_half_counts_as_zero() -> None:
     model = model_of(LayerShape(4, 2, 0), LayerShape(4, 2, 48), LayerShape(4, 2, 48))
-    found = neighbour_average(model, 1)
-    above = weights_of(model, 2)
+    found = average_neighbours(model, 1)
+    above = read_weights(model, 2)
     torch.testing.assert_close(found["feedforward.up.weight"], above["feedforward.up.weight"] / 2)
-    assert set(found) == set(weights_of(model, 1))
-    assert run(model, 1, with_weights(model, 1, found)).isfinite().all()
+    assert set(found) == set(read_weights(model, 1))
+    assert run(model, 1, found).isfinite().all()
 
 
 def test_groups_of_another_size_are_refused() -> None:
     model = model_of(LayerShape(4, 2, 48), LayerShape(4, 4, 48))
     with pytest.raises(UserError, match="4 heads on 2 KV heads cannot stand in for 4 on 4"):
-        neighbour_average(model, 1)
+        average_neighbours(model, 1)
 
 
 def test_the_average_of_equal_neighbours_is_theirs() -> None:
     model = model_of(*(LayerShape(4, 2, 48),) * 3)
     model.blocks[2].load_state_dict(model.blocks[0].state_dict())
-    torch.testing.assert_close(
-        run(model, 1, with_weights(model, 1, neighbour_average(model, 1))), run(model, 0)
-    )
+    torch.testing.assert_close(run(model, 1, average_neighbours(model, 1)), run(model, 0))
 
 
 def test_nothing_changes_the_model_itself() -> None:
     model = model_of(LayerShape(4, 2, 48), LayerShape(4, 2, 48))
     before, clean = {n: p.clone() for n, p in model.named_parameters()}, run(model, 0)
-    half = without(model, 0, "attention")
-    assert half is not None and not torch.equal(run(model, 0, half), clean)
-    zeros = {n: torch.zeros_like(w) for n, w in weights_of(model, 0).items()}
-    changed = changed_copy(model, {0: zeros})
+    half = drop_half(model.blocks[0], "attention")
+    x_BTD = torch.randn(2, 7, 32)
+    assert not torch.equal(half(x_BTD, None), model.blocks[0](x_BTD, model.rotation(0, 7, x_BTD.device)))
+    zeros = {n: torch.zeros_like(w) for n, w in read_weights(model, 0).items()}
+    changed = copy_with_weights(model, {0: zeros})
     assert not torch.equal(run(changed, 0), clean) and changed.blocks[1] is model.blocks[1]
     assert torch.equal(run(model, 0), clean)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
