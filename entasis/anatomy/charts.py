@@ -39,12 +39,7 @@ def draw_heat_map(wide: pd.DataFrame, says: dict[str, str]) -> Chart:
     base = alt.Chart(alt.InlineData(rows)).mark_rect(stroke=None)
     chart = base.encode(
         x=_layers(wide.index),
-        y=alt.Y(
-            "measure:N",
-            sort=[str(q).replace("_", " ") for q in wide],
-            title=None,
-            axis=alt.Axis(labelLimit=190, domain=False, ticks=False),
-        ),
+        y=_measures([str(q).replace("_", " ") for q in wide]),
         color=alt.Color(
             "rank:Q",
             scale=alt.Scale(scheme="viridis", domain=[0, 1]),
@@ -92,7 +87,7 @@ def draw_curves(parts: dict[str, pd.DataFrame], title: str) -> Chart:
             *(alt.Tooltip(f"{k}:Q", format="+.4f") for k in ("value", "low", "high")),
         ],
     )
-    zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[4, 3]).encode(y="zero:Q")
+    zero = _zero_line().encode(y="zero:Q")
     bars = (
         base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.4).encode(y="low:Q", y2="high:Q")
     )
@@ -115,19 +110,14 @@ def draw_correlations(found: Sequence[RankCorrelation], main: str) -> Chart:
         for a in found
     ]
     base = alt.Chart(alt.InlineData(rows)).encode(
-        y=alt.Y(
-            "measure:N",
-            sort=[r["measure"] for r in rows],
-            title=None,
-            axis=alt.Axis(labelLimit=190, domain=False, ticks=False),
-        ),
+        y=_measures([r["measure"] for r in rows]),
         tooltip=[
             "measure:N",
             *(alt.Tooltip(f"{k}:Q", format="+.2f") for k in ("rho", "low", "high")),
             "layers:Q",
         ],
     )
-    zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[4, 3]).encode(x="zero:Q")
+    zero = _zero_line().encode(x="zero:Q")
     axis = alt.X(
         "rho:Q",
         title=f"rank correlation with {main.replace('_', ' ')}",
@@ -168,6 +158,15 @@ def _layers(index: Sequence[Any] | pd.Index) -> alt.X:
     return alt.X(
         "layer:O", sort=[int(i) for i in index], title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)
     )
+
+
+def _measures(order: list[str]) -> alt.Y:
+    axis = alt.Axis(labelLimit=190, domain=False, ticks=False)
+    return alt.Y("measure:N", sort=order, title=None, axis=axis)
+
+
+def _zero_line() -> alt.Chart:
+    return alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[4, 3])
 
 
 def _finish(chart: Any, *, height: Any) -> Chart:

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from entasis.model.cache import KVCache
 from entasis.model.normalisation import Norm
 from entasis.model.plain_attention import plain_attention
-from entasis.model.rotary import rotate
+from entasis.model.rotary import Rotation, rotate
 from entasis.shape.shapes import LayerShape, ModelShape
 
 Mask = torch.Tensor | BlockMask
@@ -70,7 +70,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor] | None,
+        rotation: Rotation | None,
         *,
         mask_BTS: Mask | None = None,
         cache: KVCache | None = None,
@@ -78,17 +78,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """`rotation` is rotary's (cos, sin); `mask_BTS` comes from `attention_mask`."""
         B, T, _ = x_BTD.shape
-        q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        if self.qk_norm == "full":
-            q, k = self.query_norm(q), self.key_norm(k)
-        q_BHTK = q.view(B, T, self.n_heads, self.head_dim)
-        k_BGTK = k.view(B, T, self.n_kv_heads, self.head_dim)
-        v_BGTK = v.view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        if self.qk_norm == "head":
-            q_BHTK, k_BGTK = self.query_norm(q_BHTK), self.key_norm(k_BGTK)
-        q_BHTK, k_BGTK = q_BHTK.transpose(1, 2), k_BGTK.transpose(1, 2)
-        if rotation is not None:
-            q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
+        q_BHTK, k_BGTK, v_BGTK = self.project(x_BTD, rotation)
         if cache is not None:
             k_BGTK, v_BGTK = cache.append(index, k_BGTK.to(v_BGTK.dtype), v_BGTK)
             k_BGTK, v_BGTK = k_BGTK.to(q_BHTK.dtype), v_BGTK.to(q_BHTK.dtype)
@@ -101,6 +91,32 @@ class Attention(nn.Module):
             attend = self._plain if self.implementation == "plain" else self._sdpa
             y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask_BTS)
         return self.output(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+    def project(
+        self, x_BTD: torch.Tensor, rotation: Rotation | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [B, H, T, K], keys and values [B, G, T, K], normed and turned."""
+        B, T, _ = x_BTD.shape
+        q, k, v = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if self.qk_norm == "full":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q_BHTK = q.view(B, T, self.n_heads, self.head_dim)
+        k_BGTK = k.view(B, T, self.n_kv_heads, self.head_dim)
+        v_BGTK = v.view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        if self.qk_norm == "head":
+            q_BHTK, k_BGTK = self.query_norm(q_BHTK), self.key_norm(k_BGTK)
+        q_BHTK, k_BGTK = q_BHTK.transpose(1, 2), k_BGTK.transpose(1, 2)
+        if rotation is not None:
+            q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
+        return q_BHTK, k_BGTK, v_BGTK
+
+    def log_weights(self, x_BTD: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
+        """Logarithms of the causal attention weights [B, H, T, S], fp32, which fused attention does not hand out."""
+        q_BHTK, k_BGTK, _ = self.project(x_BTD, rotation)
+        k_BHTK = k_BGTK.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        scores_BHTS = q_BHTK.float() @ k_BHTK.float().transpose(2, 3) * self.scale
+        later_TS = torch.ones(scores_BHTS.shape[2:], dtype=torch.bool, device=x_BTD.device).triu(1)
+        return scores_BHTS.masked_fill(later_TS, float("-inf")).log_softmax(-1)
 
     def _sdpa(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_BTS: torch.Tensor | None

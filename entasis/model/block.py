@@ -64,13 +64,22 @@ class Block(nn.Module):
         cache: KVCache | None,
     ) -> torch.Tensor:
         if self.attention is not None:
-            y_BTD = x_BTD if self.reordered else self.attention_norm(x_BTD, self.norm_scale)
-            y_BTD = self.attention(y_BTD, rotation, mask_BTS=mask_BTS, cache=cache, index=self.index)
+            y_BTD = self.attention(
+                self.read(x_BTD, self.attention_norm),
+                rotation,
+                mask_BTS=mask_BTS,
+                cache=cache,
+                index=self.index,
+            )
             x_BTD = self._add(x_BTD, y_BTD, self.attention_norm)
         if self.feedforward is not None:
-            y_BTD = x_BTD if self.reordered else self.feedforward_norm(x_BTD, self.norm_scale)
-            x_BTD = self._add(x_BTD, self.feedforward(y_BTD), self.feedforward_norm)
+            y_BTD = self.feedforward(self.read(x_BTD, self.feedforward_norm))
+            x_BTD = self._add(x_BTD, y_BTD, self.feedforward_norm)
         return x_BTD
+
+    def read(self, x_BTD: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """What a half of the layer reads of the residual stream."""
+        return x_BTD if self.reordered else norm(x_BTD, self.norm_scale)
 
     def _add(self, x_BTD: torch.Tensor, y_BTD: torch.Tensor, norm: Norm) -> torch.Tensor:
         if self.reordered:
