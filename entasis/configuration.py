@@ -218,7 +218,7 @@ def _check_depth(node: yaml.Node) -> None:
         nonlocal left
         left -= 1
         if id(node) in above:
-            raise ValueError("an alias holds itself")
+            raise ValueError("an alias refers to itself")
         if len(above) > 100 or left < 0:
             raise ValueError("nested too deep, or aliases unfold without bound")
         for child in node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else ():

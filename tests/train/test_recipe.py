@@ -63,7 +63,7 @@ def test_overrides_reach_the_shape_and_numbered_stages(path):
         ("tokens=1e400", "tokens is inf"),
         ("tokens='1e400'", "tokens is '1e400'"),
         ("data={train: a, train: b}", "the key 'train' stands twice"),
-        ("data=&a [*a]", "an alias holds itself"),
+        ("data=&a [*a]", "an alias refers to itself"),
         (
             "optimizer.base_head_dim=0",
             "optimizer.base_head_dim is 0; it must be a whole number of at least 1",
