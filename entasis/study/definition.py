@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from entasis.configuration import load_yaml
 from entasis.errors import UserError
 from entasis.shape import specification
 
@@ -138,16 +139,13 @@ def read(path_or_name: str | Path, *, size: str | None = None, overrides: Sequen
         raise UserError(
             f"study {path_or_name}: neither a YAML file nor a shipped study{_nearest(str(path_or_name), shipped())}"
         )
-    try:
-        source = _load(text)
-        changes = {}
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise UserError(f"override {override!r}: write key=value, as in seeds=5")
-            changes[key] = _load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    source = load_yaml(text, where)
+    changes = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override!r}: write key=value, as in seeds=5")
+        changes[key] = load_yaml(value, f"override {override!r}")
     return from_dict(source, name=name, where=where, size=size, changes=changes)
 
 
@@ -244,17 +242,10 @@ def _extended(source: dict[str, Any], size: str | None, where: str) -> dict[str,
         raise UserError(f"{where}: extends is {parent!r}, not a shipped study{_nearest(parent, shipped())}")
     text = resources.files("entasis.study").joinpath("studies", f"{parent}.yaml").read_text(encoding="utf-8")
     name = source.pop("name")
-    plain = _at_size({"name": name, **_load(text)}, size, f"study {parent}")
+    plain = _at_size({"name": name, **load_yaml(text, f"study {parent}")}, size, f"study {parent}")
     plain["base"] = changed(plain["base"], source.pop("base", {}))
     plain["corpora"] = {**plain.get("corpora", {}), **source.pop("corpora", {})}
     return {**plain, **source}
-
-
-def _load(text: str) -> Any:
-    """YAML in which 6e-4 is a number, as it is not in YAML 1.1."""
-    import jsonargparse
-
-    return jsonargparse.get_loader("yaml")(text)
 
 
 def _sweep(value: Any, seeds: Sequence[int], where: str) -> Sweep | None:
