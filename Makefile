@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart smollm2 test test-compat test-vllm lint types clean
+.PHONY: setup quickstart smollm2 test fuzz test-compat test-vllm lint types clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ $(SMOLLM2): | $(STAMP)
 test: setup
 	# One thread in each of two processes: more threads than cores slow torch down many times over.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# All inputs of the fuzz tests, of which `make test` takes a fiftieth. SEED=1 gives others.
+SEED ?= 0
+fuzz: setup
+	FUZZ=1 FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # Exported folders in the oldest transformers that they promise to open in, and in vLLM; each in an environment of its own.
 ENVIRONMENTS := .cache/environments

@@ -112,5 +112,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _complain(error: BaseException | str, code: int) -> int:
     if os.environ.get("ENTASIS_DEBUG") and isinstance(error, BaseException):
         raise error
-    print(f"entasis: {error}", file=sys.stderr)
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error).replace("\n", " "))
+    # Whoever's name or value is in it may be as long as a file.
+    text = text if len(text) <= 1200 else f"{text[:800]} … {text[-300:]}"
+    print(f"entasis: {text}", file=sys.stderr)
     return code

@@ -261,9 +261,15 @@ def parquet(path: Path, column: str) -> Iterator[Document]:
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names)
         raise UserError(f"{path}: no column {column!r}, it has {names}; name the right one with --column")
-    number = 0
-    for batch in file.iter_batches(batch_size=512, columns=[column]):
-        for value in batch.column(0).to_pylist():
+    number, batches = 0, file.iter_batches(batch_size=512, columns=[column])
+    while True:
+        try:
+            values = next(batches).column(0).to_pylist()
+        except StopIteration:
+            return
+        except Exception as error:
+            raise UserError(f"{path}: damaged parquet ({' '.join(str(error).split())[:200]})") from error
+        for value in values:
             number += 1
             if value is not None:
                 yield Document(f"{path}:{number}", str(value))

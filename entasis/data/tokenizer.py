@@ -20,6 +20,8 @@ END_OF_TEXT = "<|endoftext|>"
 _UNKNOWN = ("<unk>", "[UNK]", "<UNK>", "[unk]")
 _ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 
+_MOST_IDS = 1 << 24
+
 
 class Tokenizer:
     """Text to ids and back. `hash` identifies it; `end_of_text` closes a document (None when there is none)."""
@@ -29,7 +31,12 @@ class Tokenizer:
         library.no_padding()
         library.no_truncation()
         ids = library.get_vocab(with_added_tokens=True)
-        self.vocabulary = max(ids.values()) + 1
+        self.vocabulary = max(ids.values(), default=-1) + 1
+        if not 0 < self.vocabulary <= _MOST_IDS:
+            # The library walks from id 0 to the highest when it writes itself.
+            raise UserError(
+                f"its ids go up to {self.vocabulary - 1}; a tokenizer has from 1 to {_MOST_IDS:,} ids"
+            )
         self.end_of_text: int | None = next((ids[name] for name in _ENDS if name in ids), None)
         self.unknown: int | None = next((ids[name] for name in _UNKNOWN if name in ids), None)
         """Stands for text that the tokenizer has no ids for."""
@@ -67,6 +74,17 @@ def _named() -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """The library raises bare Exception, and Rust panics, which are none, for some damaged files."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise UserError(f"tokenizer {path}: cannot be read ({' '.join(str(error).split())})") from error
+
+
 def load(source: str | Path) -> Tokenizer:
     """A tokenizer from `bytes`, a `tokenizer.json`, a folder with one, or a folder with GPT-2's vocabulary and merges.
 
@@ -82,13 +100,8 @@ def load(source: str | Path) -> Tokenizer:
         path = path / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"tokenizer {source}: no such file; give a tokenizer.json, a GPT-2 folder, or bytes")
-    try:
+    with _readable(path):
         return Tokenizer(Library.from_str(path.read_text(encoding="utf-8")))
-    except BaseException as error:
-        # The library raises bare Exception, and a Rust panic, which is none, for some damaged files.
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise UserError(f"tokenizer {path}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 def from_bytes() -> Tokenizer:
@@ -99,14 +112,12 @@ def from_bytes() -> Tokenizer:
 
 def from_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
     """GPT-2's own files: a JSON of symbols to ids and a list of merges."""
-    try:
+    with _readable(vocabulary.parent):
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))
         lines = merges.read_text(encoding="utf-8").splitlines()
         found = (line.split(" ", 1) for line in lines if line and not line.startswith("#version"))
         pairs = [(a, b) for a, b in found]
         return _byte_level(ids, pairs)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {vocabulary.parent}: cannot be read ({error})") from error
 
 
 def train(texts: Iterable[str], vocabulary: int) -> Tokenizer:

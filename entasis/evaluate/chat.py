@@ -63,12 +63,15 @@ def load(folder: Path) -> Chat | None:
     if not path.is_file():
         return None
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds no mapping")
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
     if not isinstance(template, str):
         return None
     special = {}

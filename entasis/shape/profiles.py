@@ -13,11 +13,15 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pydantic import create_model
+
+from entasis.configuration import Settings, parse
 from entasis.errors import UserError
 from entasis.registry import Registry
 
 Rule = Callable[..., list[float]]
 PROFILES: Registry[Rule] = Registry("shape: profile")
+_MOST = 10_000
 DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 """Numbers of a profile for FFN and for heads where the user gives none."""
 
@@ -151,15 +155,17 @@ def multipliers(name: str, n: int, part: str, numbers: Mapping[str, Any]) -> lis
     """
     rule_name, _, control = name.partition("/")
     rule = PROFILES.find(rule_name)
-    known = [p for p in inspect.signature(rule).parameters if p != "n"]
-    for key in numbers:
-        if key not in known:
-            raise UserError(
-                f"shape: {part} has {key}, which is not a number of {rule_name}; it has {', '.join(known)}"
-            )
-    values = rule(n, **{**DEFAULTS[rule_name][part == "heads"], **numbers})
-    if any(v < 0 for v in values):
-        raise UserError(f"shape: {part} of {name} has the negative multiplier {min(values)}")
+    kinds = {p.name: (p.annotation, ...) for p in inspect.signature(rule, eval_str=True).parameters.values()}
+    del kinds["n"]
+    given = {**DEFAULTS[rule_name][part == "heads"], **numbers}
+    # The rule's own annotations say what its numbers are.
+    typed = parse(create_model(rule_name, __base__=Settings, **kinds), given, f"shape: {part} of {rule_name}")  # type: ignore[call-overload]
+    values = rule(n, **dict(typed))
+    if any(not 0 <= v <= _MOST for v in values):
+        worst = min(values) if min(values) < 0 else max(values)
+        raise UserError(
+            f"shape: {part} of {name} has the {'negative ' if worst < 0 else ''}multiplier {worst:g}; they are from 0 to {_MOST:,}"
+        )
     return _controlled(values, control)
 
 

@@ -19,6 +19,9 @@ NormPlacement = Literal["pre", "reordered"]
 QKNorm = Literal["none", "head", "full"]
 Positions = Literal["rope", "learned"]
 
+MOST, MOST_LAYERS = 10**9, 1_000
+"""Larger widths and depths are typing errors."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerFFN:
@@ -98,10 +101,19 @@ class ModelShape:
         object.__setattr__(self, "layers", tuple(self.layers))
         for name in ("d_model", "head_dim", "vocabulary", "context"):
             _positive(name, getattr(self, name))
-        for name in ("norm_eps", "rope_theta", "residual_scale", "logit_scale"):
+        for name in ("norm_eps", "rope_theta", "residual_scale", "logit_scale", "attention_scale"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
-                raise UserError(f"shape: {name} is {value!r}; it must be a number above 0")
+            if name == "attention_scale" and value is None:
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MOST:
+                raise UserError(
+                    f"shape: {name} is {_shown(value)}; it must be a number above 0, at most {MOST:,}"
+                )
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"shape: {name} is {_shown(getattr(self, name))}; it must be true or false")
+        if self.rope_scaling is not None:
+            _check_rope_scaling(self.rope_scaling)
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
@@ -114,6 +126,8 @@ class ModelShape:
             raise UserError("shape: norm_bias is true, but rmsnorm has no bias; use norm: layernorm")
         if not self.layers:
             raise UserError("shape: layers is empty; a model needs at least one layer")
+        if self.n_layers > MOST_LAYERS:
+            raise UserError(f"shape: there are {self.n_layers:,} layers; the most are {MOST_LAYERS:,}")
         for i, layer in enumerate(self.layers):
             _check_layer(i, layer)
 
@@ -159,6 +173,33 @@ _CHOICES: dict[str, Any] = {
     "positions": Positions,
 }
 
+_SWITCHES = "norm_bias tied_embeddings qkv_bias attention_output_bias ffn_bias head_bias norm_scaling".split()
+_ROPE_SCALING: dict[object, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _check_rope_scaling(scaling: object) -> None:
+    if not isinstance(scaling, Mapping):
+        raise UserError(f"shape: rope_scaling is {_shown(scaling)}; write {{rope_type: linear, factor: 2.0}}")
+    if not scaling:
+        return
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if not isinstance(kind, str) or kind not in _ROPE_SCALING:
+        raise UserError(
+            f"shape: rope_scaling is of type {_shown(kind)}; choose {', '.join(map(str, _ROPE_SCALING))}"
+        )
+    if odd := [str(name) for name in scaling if name not in ("rope_type", "type", *_ROPE_SCALING[kind])]:
+        raise UserError(f"shape: rope_scaling has {_shown(odd[0])}, which {kind} has not")
+    for name in _ROPE_SCALING[kind]:
+        value = scaling.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MOST:
+            raise UserError(f"shape: rope_scaling.{name} is {_shown(value)}; it must be a number above 0")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError("shape: rope_scaling.low_freq_factor must be below high_freq_factor")
+
 
 def _ffn_kind(where: str, name: object) -> ffn_kinds.FFNKind:
     if not isinstance(name, str) or name not in ffn_kinds.KINDS:
@@ -166,9 +207,20 @@ def _ffn_kind(where: str, name: object) -> ffn_kinds.FFNKind:
     return ffn_kinds.KINDS[name]
 
 
+def _whole(where: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+        raise UserError(
+            f"{where} is {_shown(value)}; it must be a whole number of at least {least}, at most {MOST:,}"
+        )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"shape: {name} is {value!r}; it must be a whole number of at least 1")
+    _whole(f"shape: {name}", value, 1)
 
 
 def read_layers(source: Sequence[object]) -> tuple[LayerShape, ...]:
@@ -198,8 +250,7 @@ def _read_layer(index: int, source: object) -> LayerShape:
 def _check_layer(index: int, layer: LayerShape) -> None:
     for name in ("n_heads", "n_kv_heads", "d_ff"):
         value = getattr(layer, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise UserError(f"layer {index}: {name} is {value!r}; it must be a whole number of at least 0")
+        _whole(f"layer {index}: {name}", value, 0)
     if layer.n_heads == 0 and layer.d_ff == 0:
         raise UserError(f"layer {index}: n_heads and d_ff are both 0; a layer needs attention or an FFN")
     if (layer.n_heads == 0) != (layer.n_kv_heads == 0):

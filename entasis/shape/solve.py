@@ -9,6 +9,7 @@ smaller and does not change the order of the layers, that is done and said. The 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -108,20 +109,60 @@ def flattened(silhouette: Silhouette, shape: ModelShape) -> list[str]:
     return notes
 
 
+def nearest(silhouettes: Sequence[Silhouette], budget: Budget, scale: str) -> Solution:
+    """Of several, the one whose own multipliers meet the budget with the least factor. Raises `UserError`.
+
+    The cost grows with the factor, so one whose factor is further from 1 than the best so far is known by its cost there;
+    those that cost about the budget as they are come first.
+    """
+    costs: dict[int, int] = {}
+    complaints: dict[int, UserError] = {}
+    for i, silhouette in enumerate(silhouettes):
+        try:
+            costs[i] = budget.measure(_build(silhouette, scale, 1.0))
+        except UserError as error:
+            complaints[i] = error
+    best: tuple[float, int, Solution] | None = None
+    for i in sorted(costs, key=lambda i: abs(math.log(costs[i] / budget.value))):
+        if best and not _within(silhouettes[i], budget, scale, best[0]):
+            continue
+        try:
+            solution, factor = solve(silhouettes[i], budget, scale)
+        except UserError as error:
+            complaints[i] = error
+            continue
+        bent = abs(math.log(factor)) + (abs(solution.miss) if abs(solution.miss) > TOLERANCE else 0) * 100
+        if best is None or (bent, i) < best[:2]:
+            best = (bent, i, solution)
+    if best is None:
+        raise complaints[max(complaints)]
+    return best[2]
+
+
+def _within(silhouette: Silhouette, budget: Budget, scale: str, bent: float) -> bool:
+    """Whether the factor that meets the budget can lie within exp(±bent)."""
+    factor = math.exp(min(bent, 20.0))
+    return (
+        budget.measure(_build(silhouette, scale, 1 / factor)) <= budget.value
+        and budget.measure(_build(silhouette, scale, factor)) >= budget.value
+    )
+
+
+def _build(silhouette: Silhouette, scale: str, factor: float) -> ModelShape:
+    if scale not in ("ffn", "heads", "both"):
+        raise UserError(f"shape: scale is {scale!r}; choose ffn, heads or both")
+    return silhouette.shape(factor if scale != "heads" else 1.0, factor if scale != "ffn" else 1.0)
+
+
 def solve(silhouette: Silhouette, budget: Budget, scale: str) -> tuple[Solution, float]:
     """The shape of this silhouette nearest to the budget, and the common factor that gave it.
 
     `scale` is "ffn", "heads" or "both": whose multipliers carry the factor. Raises `UserError` when even the
     smallest shape costs more than the budget.
     """
-    if scale not in ("ffn", "heads", "both"):
-        raise UserError(f"shape: scale is {scale!r}; choose ffn, heads or both")
 
     def build(factor: float) -> ModelShape:
-        return silhouette.shape(
-            factor if scale != "heads" else 1.0,
-            factor if scale != "ffn" else 1.0,
-        )
+        return _build(silhouette, scale, factor)
 
     low, high = 1e-6, 1.0
     smallest = budget.measure(build(low))
@@ -159,27 +200,31 @@ def solve(silhouette: Silhouette, budget: Budget, scale: str) -> tuple[Solution,
 
 def _adjust(shape: ModelShape, silhouette: Silhouette, budget: Budget) -> tuple[ModelShape, list[str]]:
     """Moves one group of equal layers by one rounding step where that lessens the miss and keeps the order."""
-    best, best_miss, note = shape, abs(budget.measure(shape) - budget.value), ""
-    for layer in sorted(set(shape.layers), key=lambda x: x.d_ff):
-        members = [i for i, x in enumerate(shape.layers) if x == layer]
-        if not layer.d_ff or len(members) == shape.n_layers:
+    cost_now = budget.measure(shape)
+    best_miss, change = abs(cost_now - budget.value), None
+
+    def alone(layer: LayerShape) -> int:
+        return budget.measure(replace(shape, layers=(layer,)))
+
+    counts = Counter(shape.layers)
+    for layer, n in sorted(counts.items(), key=lambda x: x[0].d_ff):
+        if not layer.d_ff or n == shape.n_layers:
             continue
+        others = {x.d_ff for x in counts if x != layer}
         for step in (silhouette.rounding.ffn_multiple, -silhouette.rounding.ffn_multiple):
             moved = replace(layer, d_ff=layer.d_ff + step)
-            others = {x.d_ff for x in shape.layers if x != layer}
             crossed = any((o > layer.d_ff) != (o > moved.d_ff) or o == moved.d_ff for o in others)
             if moved.d_ff < silhouette.rounding.ffn_multiple or crossed:
                 continue
-            layers = tuple(moved if i in members else x for i, x in enumerate(shape.layers))
-            candidate = replace(shape, layers=layers)
-            miss = abs(budget.measure(candidate) - budget.value)
+            miss = abs(cost_now + n * (alone(moved) - alone(layer)) - budget.value)
             if miss < best_miss:
-                named = ", ".join(map(str, members))
-                note = (
-                    f"layer {named}: FFN {layer.d_ff} → {moved.d_ff}, one rounding step, to meet the budget"
-                )
-                best, best_miss = candidate, miss
-    return best, [note] if note else []
+                best_miss, change = miss, (layer, moved)
+    if change is None:
+        return shape, []
+    layer, moved = change
+    members = [i for i, x in enumerate(shape.layers) if x == layer]
+    note = f"layer {', '.join(map(str, members))}: FFN {layer.d_ff} → {moved.d_ff}, one rounding step, to meet the budget"
+    return replace(shape, layers=tuple(moved if x == layer else x for x in shape.layers)), [note]
 
 
 def _why(solution: Solution, silhouette: Silhouette, scale: str) -> str:

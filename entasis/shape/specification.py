@@ -10,16 +10,18 @@ A specification is a mapping, as under `shape:` in a recipe or as options of `en
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field
+
+from entasis.configuration import Settings, parse
 from entasis.errors import UserError
 from entasis.registry import advise
 from entasis.shape import profiles, rounding
-from entasis.shape.shapes import LayerShape, ModelShape
-from entasis.shape.solve import MEASURES, Budget, Silhouette, Solution, flattened, solve
+from entasis.shape.shapes import MOST, MOST_LAYERS, LayerShape, ModelShape
+from entasis.shape.solve import MEASURES, Budget, Silhouette, Solution, flattened, nearest
 
 FIELDS = [f.name for f in dataclasses.fields(ModelShape)]
 DESIGN = {
@@ -36,6 +38,34 @@ DESIGN = {
     "n_kv_heads": "KV heads, the same in every layer",
     "aspect": "d_model / layers, when the budget has to find both",
 }
+
+Whole = Annotated[int, Field(ge=1, le=MOST)] | None
+Numbers = dict[str, Any] | None
+
+
+class _Names(Settings):
+    ffn: str
+    heads: str
+
+
+class _Design(Settings):
+    """Types and ranges of what `DESIGN` describes."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    profile: str | _Names
+    layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] | None = None
+    d_model: Whole = None
+    head_dim: Whole = None
+    ffn_multipliers: Numbers = None
+    head_multipliers: Numbers = None
+    scale: Literal["ffn", "heads", "both"] | None = None
+    rounding: str = "exact"
+    device: str = "other"
+    ffn_multiple: Whole = None
+    q_per_kv: Whole = None
+    n_kv_heads: Whole = None
+    aspect: Annotated[float, Field(ge=0.01, le=10_000)] = 64
 
 
 def resolve(source: Mapping[str, Any]) -> Solution:
@@ -82,45 +112,30 @@ def _design(source: Mapping[str, Any]) -> Solution:
     budget = _budget(source.get("budget"))
     if "profile" not in source:
         raise UserError("shape: name a preset, a profile, or give the list of layers")
+    parse(_Design, dict(source), "shape")
     depth, width = source.get("layers"), source.get("d_model")
     if not budget and (depth is None or width is None):
         raise UserError("shape: give layers and d_model, or a budget that finds them")
     scale = source.get("scale", "heads" if budget and budget.kind == "kv_bytes_per_token" else "ffn")
-    best: tuple[float, Solution] | None = None
-    complaint: UserError | None = None
-    for n, d in _candidates(source, depth, width):
-        silhouette = _silhouette(source, n, d)
-        if budget is None:
-            shape = silhouette.shape()
-            return Solution(shape, notes=tuple(flattened(silhouette, shape)))
-        try:
-            solution, factor = solve(silhouette, budget, scale)
-        except UserError as error:
-            complaint = error
-            continue
-        # Searching depth or width, the multipliers as given are the aim: the least bent candidate wins.
-        bent = abs(math.log(factor)) + (abs(solution.miss) if abs(solution.miss) > 0.001 else 0) * 100
-        if best is None or bent < best[0]:
-            best = (bent, solution)
-    if best is None:
-        assert complaint is not None
-        raise complaint
+    silhouettes = [_silhouette(source, n, d) for n, d in _candidates(source, depth, width)]
+    if budget is None:
+        shape = silhouettes[0].shape()
+        return Solution(shape, notes=tuple(flattened(silhouettes[0], shape)))
+    found = nearest(silhouettes, budget, scale)
     if depth is None or width is None:
-        shape = best[1].shape
-        found = f"found {shape.n_layers} layers of d_model {shape.d_model}"
-        return dataclasses.replace(best[1], notes=(found, *best[1].notes))
-    return best[1]
+        note = f"found {found.shape.n_layers} layers of d_model {found.shape.d_model}"
+        return dataclasses.replace(found, notes=(note, *found.notes))
+    return found
 
 
 def _candidates(source: Mapping[str, Any], depth: Any, width: Any) -> list[tuple[int, int]]:
     """Pairs (layers, d_model) to try."""
     head_dim = source.get("head_dim", 64)
-    for name, value in (("layers", depth), ("d_model", width), ("head_dim", head_dim)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"shape: {name} is {value!r}; it must be a whole number of at least 1")
     if depth is not None and width is not None:
         return [(depth, width)]
     if depth is not None:
+        if depth > 256:
+            raise UserError(f"shape: layers is {depth}; give d_model too where it is more than 256")
         return [(depth, head_dim * i) for i in range(1, 257)]
     if width is not None:
         return [(n, width) for n in range(1, 257)]
@@ -131,18 +146,9 @@ def _candidates(source: Mapping[str, Any], depth: Any, width: Any) -> list[tuple
 def _silhouette(source: Mapping[str, Any], n: int, d_model: int) -> Silhouette:
     profile = source["profile"]
     names = profile if isinstance(profile, Mapping) else {"ffn": profile, "heads": profile}
-    if set(names) != {"ffn", "heads"}:
-        raise UserError(f"shape: profile is {profile!r}; write a name or {{ffn: NAME, heads: NAME}}")
     ratio, fixed = source.get("q_per_kv"), source.get("n_kv_heads")
     if ratio is not None and fixed is not None:
         raise UserError("shape: give q_per_kv (a ratio) or n_kv_heads (a number), not both")
-    for name, value in (
-        ("q_per_kv", ratio),
-        ("n_kv_heads", fixed),
-        ("ffn_multiple", source.get("ffn_multiple")),
-    ):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UserError(f"shape: {name} is {value!r}; it must be a whole number of at least 1")
     template = ModelShape(
         **{
             "head_dim": 64,
@@ -153,8 +159,8 @@ def _silhouette(source: Mapping[str, Any], n: int, d_model: int) -> Silhouette:
         }
     )
     return Silhouette(
-        profiles.multipliers(names["ffn"], n, "ffn", _numbers(source, "ffn_multipliers")),
-        profiles.multipliers(names["heads"], n, "heads", _numbers(source, "head_multipliers")),
+        profiles.multipliers(names["ffn"], n, "ffn", source.get("ffn_multipliers") or {}),
+        profiles.multipliers(names["heads"], n, "heads", source.get("head_multipliers") or {}),
         rounding.policy(
             source.get("rounding", "exact"),
             head_dim=template.head_dim,
@@ -166,17 +172,6 @@ def _silhouette(source: Mapping[str, Any], n: int, d_model: int) -> Silhouette:
         ratio or 1,
         template=template,
     )
-
-
-def _numbers(source: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = source.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise UserError(
-            f"shape: {key} is {value!r}; write the profile's numbers, such as {{start: 1, end: 4}}"
-        )
-    return value
 
 
 def _budget(value: Any) -> Budget | None:

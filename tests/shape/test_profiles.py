@@ -137,7 +137,7 @@ def test_points_pass_through_their_control_points():
     ("name", "numbers", "says"),
     [
         ("crwon", {}, "did you mean crown"),
-        ("crown", {"middle": 3}, "start, mid, end, frame"),
+        ("crown", {"middle": 3}, "did you mean mid"),
         ("crown/sideways", {}, "/reversed"),
         ("explicit", {"values": [1, 2]}, "2 values for 4 layers"),
         ("points", {"points": [[0.5, 1], [0.2, 1]]}, "ascend"),
