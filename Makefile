@@ -65,6 +65,10 @@ $(VLLM)/.installed:
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# Every file × every damage, signals, full disks; `make test` runs a part of it.
+attacks: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/acceptance/attacks -m "attack or not attack" -n 2
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

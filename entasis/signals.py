@@ -23,6 +23,17 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM has come."""
 
 
+_came: str | None = None
+
+
+def came() -> str | None:
+    """The signal that has come inside `raised`, in words.
+
+    An exception out of a handler may be lost (where a library is being imported, say) or end in another one.
+    """
+    return _came
+
+
 def name_of(error: KeyboardInterrupt) -> str:
     """Which signal raised it."""
     return "SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"
@@ -32,16 +43,20 @@ def name_of(error: KeyboardInterrupt) -> str:
 def raised(*, last: bool) -> Iterator[None]:
     """Inside, SIGINT raises `KeyboardInterrupt` and SIGTERM `Terminated`.
 
-    `last` says that the process ends with the block: once a signal has come, Ctrl-C no longer disturbs its end.
+    `last` says that the process ends with the block: once a signal has come, no other disturbs its end.
     """
+    global _came
     told: float | None = None
+    _came = None
 
     def act(number: int, _frame: object) -> None:
         nonlocal told
+        global _came
         now = time.monotonic()
         if told is not None and now - told < _TOGETHER:
             return
         told = now
+        _came = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
     with _handled(act) as before:
@@ -49,7 +64,7 @@ def raised(*, last: bool) -> Iterator[None]:
             yield
         finally:
             if last and told is not None and before:
-                before[signal.SIGINT] = signal.SIG_IGN
+                before.update(dict.fromkeys(_SIGNALS, signal.SIG_IGN))
 
 
 class Request(threading.Event):
@@ -60,7 +75,7 @@ class Request(threading.Event):
 
 @contextlib.contextmanager
 def requested() -> Iterator[Request]:
-    """An event that the first signal sets; one that comes more than a second later acts as it did before."""
+    """An event that the first signal sets, at once where one has come already; one that comes more than a second later acts as it did before."""
     asked = Request()
     first = 0.0
 
@@ -74,6 +89,9 @@ def requested() -> Iterator[Request]:
             _act_as(before[number], number, frame)
 
     with _handled(ask) as before:
+        if _came:
+            asked.by = _came
+            asked.set()
         yield asked
 
 

@@ -97,7 +97,7 @@ def _run(argv: Sequence[str]) -> int:
             return _complain("out of memory: this machine or device has less than the work needs", 1)
         if isinstance(error, ValueError) and "embedded null" in str(error):  # Python's words on such a path
             return _complain("a path holds a NUL character", 2)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) or signals.came():
             return _complain(error, 1)
         raise
 
@@ -110,6 +110,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _complain(error: BaseException | str, code: int) -> int:
+    if signals.came() and not isinstance(error, Failure):
+        error, code = f"stopped by {signals.came()}", 1  # whatever that ended in
     if os.environ.get("ENTASIS_DEBUG") and isinstance(error, BaseException):
         raise error
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error).replace("\n", " "))

@@ -16,11 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from entasis.cli.numbers import whole
+from entasis.configuration import load_yaml
 from entasis.errors import UserError
 from entasis.files import write_text
 from entasis.shape import cost, presets, profiles, rounding, specification
@@ -209,8 +209,8 @@ def _read(name: str) -> Solution:
         path = path / "shape.json"
     if path.suffix in (".json", ".yaml", ".yml"):
         try:
-            source = _load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+            source = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
         if isinstance(source, dict) and isinstance(source.get("shape"), dict):
             source = source["shape"]
@@ -249,27 +249,8 @@ def _pairs(pairs: list[str]) -> dict[str, Any]:
             target = target.setdefault(part, {})
             if not isinstance(target, dict):
                 raise UserError(f"{pair!r}: {part} already has a value")
-        try:
-            target[last] = _load(value)
-        except ValueError as error:
-            raise UserError(f"{pair!r}: {value} is not a value") from error
+        target[last] = load_yaml(value, repr(pair))
     return result
-
-
-def _load(text: str) -> Any:
-    """YAML (JSON is a part of it), with 1e-5 read as a number, which YAML 1.1 does not. Raises `ValueError`."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 def _write_new(path: Path, text: str) -> None:

@@ -171,12 +171,13 @@ def verify(shard: Shard) -> None:
         raise Damaged(
             f"damaged: {shard.path} was changed after it was prepared; restore it, or prepare the corpus again"
         )
-    # A file changed just now may change again without its times showing it.
-    if large and time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:
+    if large and time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _JUST_NOW:
         with contextlib.suppress(OSError):  # a home that cannot be written to
             write_text(known, signs)
 
 
+_JUST_NOW = 2_000_000_000
+"""Nanoseconds within which a file may change again without its times showing it."""
 _LARGE = 64 << 20
 """Bytes from which a shard's hash is remembered; a smaller one is read in a tenth of a second."""
 

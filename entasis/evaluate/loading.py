@@ -11,7 +11,7 @@ import torch
 
 from entasis.data.tokenizer import Tokenizer
 from entasis.data.tokenizer import load as load_tokenizer
-from entasis.errors import UserError
+from entasis.errors import Damaged, UserError
 from entasis.evaluate import chat
 from entasis.evaluate.chat import Chat
 from entasis.evaluate.generation import Sampling, generate
@@ -131,6 +131,8 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
                 {k: v.clone() for k, v in loaded.model.state_dict().items()}, assign=True
             )
             return loaded
+    if (path / "result.json").is_file():
+        raise Damaged(f"damaged: {path / 'shape.json'} is missing")
     if (path / "recipe.yaml").is_file():
         raise UserError(f"{path}: the run is not finished; give the same `entasis train` command again")
     raise UserError(

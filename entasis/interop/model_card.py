@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from entasis.files import SEAL, read_json
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
 
@@ -35,9 +35,11 @@ def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
     for name, heading in (("result.json", "Training"), ("provenance.json", "Origin")):
         path = source / name
         if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
             lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
-            lines += [f"| {key} | {_plain(value)} |" for key, value in record.items()]
+            lines += [
+                f"| {key} | {_plain(value)} |" for key, value in record.items() if key not in (SEAL, "files")
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -47,7 +49,7 @@ def _study(source: Path) -> list[str]:
     verdict = run.parents[2] / "verdict.json" if len(run.parents) > 2 else run
     if run.parents[1].name != "runs" or not verdict.is_file():
         return []
-    told = json.loads(verdict.read_text(encoding="utf-8"))
+    told = read_json(verdict)
     return [
         "",
         "## Study",

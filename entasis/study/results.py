@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entasis.errors import Damaged, UserError
-from entasis.files import read_json
+from entasis.files import hash_of, read_json
 from entasis.study.definition import Study, Sweep
 from entasis.study.execute import failure_note
 from entasis.study.plan import Findings, Plan, PlannedRun
@@ -51,10 +51,14 @@ class Outcome:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
+        path = self.folder / "validation.safetensors"
+        told = self.result.get("files", {}).get(path.name)
+        if path.is_file() and told not in (None, hash_of(path)):
+            raise Damaged(f"damaged: {path} is not what the run wrote; restore it, or run again")
         try:
-            return load_file(self.folder / "validation.safetensors")
+            return load_file(path)
         except (SafetensorError, FileNotFoundError) as error:
-            raise Damaged(f"damaged: {self.folder / 'validation.safetensors'}: {error}") from error
+            raise Damaged(f"damaged: {path}: {error}") from error
 
     def check(self) -> None:
         """Compares the told score with the documents' own. Raises `Damaged`."""
@@ -158,5 +162,15 @@ def verdict_of(folder: Path) -> dict[str, Any]:
     return verdict
 
 
+def holds(path: Path, content: Any) -> bool:
+    """Whether a file is there, whole, and says this; one that is damaged is made again."""
+    try:
+        # JSON makes keys text, so what is compared is what would be written.
+        return path.is_file() and json_of(path) == json.loads(json.dumps(content))
+    except Damaged:
+        return False
+
+
 def json_of(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The mapping in a JSON file. Raises `Damaged`."""
+    return read_json(path)

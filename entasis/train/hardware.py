@@ -27,6 +27,8 @@ def device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(name)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError("torch knows it, nothing here runs on it")
     except RuntimeError as error:
         raise UserError(f"recipe: device is {name!r}; use auto, cpu, cuda or cuda:0") from error
     if chosen.type == "cuda":

@@ -122,4 +122,6 @@ def _resolve_stages(recipe: Recipe) -> tuple[list[Stage], int]:
 
 
 def _every(value: int | str | None, total: int, where: str) -> int | None:
+    if str(value).strip() == "0":
+        raise UserError(f"recipe: {where} is 0; write a number of steps from 1, a share of them (2%) or null")
     return None if value is None else max(1, quantities.steps(value, total, f"recipe: {where}"))

@@ -140,7 +140,10 @@ def recognise(resolved: Recipe, folder: Path) -> Recipe | None:
         if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOCK, "recipe.yaml.partial"}:
             raise UserError(f"{folder} is not empty and holds no run; choose another --output")
         return None
-    stored = read_stored(stored_at)
+    try:
+        stored = read_stored(stored_at)
+    except UserError as error:
+        raise Damaged(f"damaged: {stored_at} is not the recipe that was written ({error})") from error
     resolved = adopt(resolved, stored)
     # What only spreads the work or its memory is no part of what is computed: a run may go on elsewhere.
     free = {"parallel": resolved.parallel, "activation_memory": resolved.activation_memory}

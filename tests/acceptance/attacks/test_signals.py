@@ -1,0 +1,116 @@
+"""Ctrl-C and SIGTERM: a word, a checkpoint, and the same end afterwards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from .conftest import losses
+
+BUNCHES = [
+    (signal.SIGTERM, 1),
+    *(
+        pytest.param(n, k, marks=pytest.mark.attack)
+        for n, k in [(signal.SIGTERM, 5), (signal.SIGINT, 1), (signal.SIGINT, 5)]
+    ),
+]
+LONG = ["tokens=12k", "checkpoint.every=null"]
+
+
+def start(ground, folder):
+    return subprocess.Popen(
+        [sys.executable, "-m", "entasis", "train", ground / "recipe.yaml", "--output", folder, *LONG],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(path, child):
+    deadline = time.monotonic() + 120
+    while not path.is_file() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.is_file(), child.poll() is not None and child.stderr.read()[-3000:]
+
+
+@pytest.mark.parametrize(("number", "times"), BUNCHES)
+def test_signals_in_a_bunch_are_one_request(call, ground, tmp_path, number, times):
+    child = start(ground, tmp_path / "run")
+    wait_for(tmp_path / "run" / "metrics.jsonl", child)
+    for _ in range(times):
+        child.send_signal(number)
+        time.sleep(0.03)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 1, err
+    assert "Traceback" not in err
+    said = [line for line in err.splitlines() if line.startswith("entasis: ")]
+    assert len(said) == 1 and "a checkpoint is saved" in said[0]
+    assert call("train", ground / "recipe.yaml", "--output", tmp_path / "run", *LONG).code == 0
+    assert call("train", ground / "recipe.yaml", "--output", tmp_path / "whole", *LONG).code == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "times"), BUNCHES)
+def test_at_start_up_there_is_a_word_too(call, ground, tmp_path, number, times):
+    script = "import sys, entasis.cli, importlib\nprint('ready', flush=True)\nsys.exit(entasis.cli.main())\n"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, "train", ground / "recipe.yaml", "--output", tmp_path / "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.7)  # torch is being imported
+    for _ in range(times):
+        child.send_signal(number)
+        time.sleep(0.03)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 1, err
+    assert "Traceback" not in err
+    # Where a library being imported swallowed the exception, the run stops after its first step instead.
+    said = [line for line in err.splitlines() if line.startswith("entasis: ")]
+    word = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+    assert len(said) == 1 and (
+        said[0] == f"entasis: stopped by {word}" or "a checkpoint is saved" in said[0]
+    ), err
+
+
+@pytest.mark.attack
+def test_both_signals_at_once_are_one_request(call, ground, tmp_path):
+    child = start(ground, tmp_path / "run")
+    wait_for(tmp_path / "run" / "metrics.jsonl", child)
+    # Stopped, it cannot finish its step: both signals are pending when it goes on, and neither is lost.
+    os.kill(child.pid, signal.SIGSTOP)
+    child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGINT)
+    os.kill(child.pid, signal.SIGCONT)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 1
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("entasis: ")]) == 1
+
+
+@pytest.mark.attack
+def test_under_torchrun_one_process_speaks(call, ground, tmp_path):
+    child = subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            "-m", "entasis", "train", ground / "recipe.yaml", "--output", tmp_path / "run", *LONG,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for(tmp_path / "run" / "metrics.jsonl", child)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them, and the launcher passes it on
+    _, err = child.communicate(timeout=120)
+    said = [line for line in err.splitlines() if line.startswith("entasis: ")]
+    assert len(said) == 1 and "a checkpoint is saved" in said[0], err
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/complete"))
