@@ -20,15 +20,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
+from pydantic import Field
 
-from entasis.configuration import load_yaml
+from entasis.configuration import Settings, load_yaml, parse
 from entasis.errors import UserError
 from entasis.shape import specification
 
@@ -107,6 +109,47 @@ class Study:
         return yaml.safe_dump(plain, sort_keys=False, width=110, allow_unicode=True)
 
 
+class _Corpus(Settings):
+    sources: str | list[str] | None = None
+    train_tokenizer: Annotated[int, Field(ge=257, le=2**24)] | None = None
+    tokenizer: str | None = None
+    validation: Any = None
+    limit: Any = None
+    spoilt: str | None = None
+    danger: str | None = None
+
+
+class _Downstream(Settings):
+    tasks: list[str]
+    include_path: str | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class _Written(Settings):
+    """Of what type each key of a study file is, as far as one look at it tells."""
+
+    name: str | None = None
+    title: str | None = None
+    base: dict[str, Any] | None = None
+    arms: dict[Any, dict[str, Any] | None] | None = None
+    baseline: str | int | None = None
+    seeds: int | list[Annotated[int, Field(ge=0, lt=2**63)]] | None = None
+    protocols: str | list[str] | None = None
+    margin: Any = None
+    learning_rate: str | None = None
+    sweep: dict[str, Any] | list[float] | None = None
+    tolerance: Any = None
+    hours: Any = None
+    noise: Any = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    corpora: dict[Any, Any] | None = None
+    downstream: dict[str, Any] | None = None
+    sizes: dict[Any, dict[str, Any] | None] | None = None
+    size: str | int | None = None
+    extends: str | None = None
+
+
+_MOST_SEEDS = 10_000
 _SWEEP_SEEDS = 1000
 """Where the sweep's seeds begin, so that a study may be given more seeds."""
 _OTHER_KEYS = ("sizes", "size", "extends")
@@ -129,7 +172,11 @@ def read(path_or_name: str | Path, *, size: str | None = None, overrides: Sequen
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UserError(f"study {path}: no such file")
-        text, name, where = path.read_text(encoding="utf-8"), path.stem, f"study {path}"
+        name, where = path.stem, f"study {path}"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: cannot be read: {error}") from error
     elif str(path_or_name) in shipped():
         name, where = str(path_or_name), f"study {path_or_name}"
         text = (
@@ -162,10 +209,12 @@ def from_dict(
         raise UserError(f"{where}: must be a mapping with base: and arms:")
     known = [f.name for f in dataclasses.fields(Study)]
     _check_keys(source, [*known, *_OTHER_KEYS], where)
+    parse(_Written, dict(source), where)
     own = {"name": name, **copy.deepcopy(dict(source))}
     plain = _extended(own, size, where) if "extends" in own else _at_size(own, size, where)
     plain = changed(plain, changes or {})
     _check_keys(plain, known, where)
+    parse(_Written, plain, where)
     for key in ("base", "arms"):
         if not isinstance(plain.get(key), Mapping) or not plain[key]:
             raise UserError(f"{where}: {key} is missing; it must be a mapping")
@@ -173,9 +222,10 @@ def from_dict(
     arms = {str(k): dict(v or {}) for k, v in plain["arms"].items()}
     plain["arms"] = arms
     plain.setdefault("baseline", next(iter(arms)))
+    plain["baseline"] = str(plain["baseline"])
     if plain["baseline"] not in arms:
         raise UserError(
-            f"{where}: baseline is {plain['baseline']!r}, not an arm{_nearest(plain['baseline'], arms)}"
+            f"{where}: baseline is {plain['baseline']!r}, not an arm{_nearest(str(plain['baseline']), arms)}"
         )
     for arm in arms:
         if not arm or set(arm) & set("/\\@ ") or arm.startswith("."):
@@ -193,8 +243,6 @@ def from_dict(
         raise UserError(
             f"{where}: learning_rate is {plain['learning_rate']!r}; use shared or mup, or give sweep:"
         )
-    if plain.get("threads") is not None and (not isinstance(plain["threads"], int) or plain["threads"] < 1):
-        raise UserError(f"{where}: threads is {plain['threads']!r}; it must be a whole number of at least 1")
     return Study(**{k: v for k, v in plain.items() if v is not None or k in ("sweep",)})
 
 
@@ -228,6 +276,7 @@ def _at_size(source: dict[str, Any], size: str | None, where: str) -> dict[str, 
         known = f"; it has {', '.join(sizes)}" if sizes else "; it has no sizes"
         raise UserError(f"{where}: there is no size {size!r}{known}")
     over = dict(sizes[size] or {})
+    _mapping(over.get("base"), f"{where}: sizes.{size}.base")
     known_keys = [f.name for f in dataclasses.fields(Study)]
     _check_keys(over, known_keys, f"{where}: sizes.{size}")
     source["base"] = changed(source.get("base") or {}, over.pop("base", {}))
@@ -257,13 +306,13 @@ def _sweep(value: Any, seeds: Sequence[int], where: str) -> Sweep | None:
         raise UserError(f"{where}: sweep is {value!r}; give a list of multipliers such as [0.5, 1, 2]")
     _check_keys(value, [f.name for f in dataclasses.fields(Sweep)], f"{where}: sweep")
     multipliers = value.get("multipliers")
-    if not isinstance(multipliers, list) or len(set(multipliers)) < 2:
+    if not isinstance(multipliers, list) or len(set(map(str, multipliers))) < 2:
         raise UserError(
             f"{where}: sweep.multipliers is {multipliers!r}; give at least two, such as [0.5, 1, 2]"
         )
     return Sweep(
         multipliers=sorted(_number(m, 0.0, f"{where}: sweep.multipliers") for m in multipliers),
-        changes=dict(value.get("changes") or {}),
+        changes=_mapping(value.get("changes"), f"{where}: sweep.changes"),
         seeds=_sweep_seeds(value.get("seeds", 1), seeds, f"{where}: sweep.seeds"),
     )
 
@@ -274,6 +323,7 @@ def _downstream(value: Any, where: str) -> Downstream | None:
     if not isinstance(value, Mapping) or not isinstance(value.get("tasks"), list) or not value["tasks"]:
         raise UserError(f"{where} is {value!r}; give tasks: [names of lm-eval tasks]")
     _check_keys(value, [f.name for f in dataclasses.fields(Downstream)], where)
+    parse(_Downstream, dict(value), where)
     return Downstream(**value)
 
 
@@ -287,6 +337,7 @@ def _corpora(value: Any, where: str) -> dict[str, Corpus]:
         inside = f"{where}: corpora.{name}"
         if isinstance(entry, Mapping) and entry.get("spoilt"):
             _check_keys(entry, [f.name for f in dataclasses.fields(Corpus)], inside)
+            parse(_Corpus, dict(entry), inside)
             if entry["spoilt"] not in result or not entry.get("danger") or entry.get("sources"):
                 raise UserError(f"{inside}: give spoilt, a corpus above it, and danger, and no sources")
             result[str(name)] = Corpus(**entry)
@@ -295,6 +346,7 @@ def _corpora(value: Any, where: str) -> dict[str, Corpus]:
             raise UserError(f"{inside}: sources is missing; list files or folders, or stdlib")
         _check_keys(entry, [f.name for f in dataclasses.fields(Corpus)], inside)
         entry = dict(entry)
+        parse(_Corpus, entry, inside)
         if isinstance(entry["sources"], str):
             entry["sources"] = [entry["sources"]]
         if (entry.get("tokenizer") is None) == (entry.get("train_tokenizer") is None):
@@ -308,9 +360,15 @@ def _corpora(value: Any, where: str) -> dict[str, Corpus]:
     return result
 
 
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise UserError(f"{where} is {value!r}; it must be a mapping")
+    return dict(value or {})
+
+
 def _sweep_seeds(value: Any, others: Sequence[int], where: str) -> list[int]:
     """Seeds of the sweep, none of them the study's: a rate chosen on a seed would fit that seed's luck."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_SEEDS:
         first = max(_SWEEP_SEEDS, max(others) + 1)
         return list(range(first, first + value))
     own = _seeds(value, where)
@@ -322,7 +380,7 @@ def _sweep_seeds(value: Any, others: Sequence[int], where: str) -> list[int]:
 
 
 def _seeds(value: Any, where: str) -> list[int]:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_SEEDS:
         return list(range(value))
     valid = isinstance(value, list) and value and all(isinstance(s, int) and s >= 0 for s in value)
     if not valid or len(set(value)) != len(value):
@@ -343,9 +401,11 @@ def _protocols(value: Any, where: str) -> list[Protocol]:
 
 
 def _number(value: Any, above: float, where: str) -> float:
-    if isinstance(value, str) and value.strip().endswith("%"):
+    given = value
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*%\s*", value):
         value = float(value.strip().removesuffix("%")) / 100
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < 10**9:
+        value = given
         raise UserError(f"{where} is {value!r}; it must be a number above {above:g}")
     return float(value)
 
