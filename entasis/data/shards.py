@@ -131,16 +131,19 @@ def open_shard(path: Path) -> Shard:
         raise UserError(f"{path}: damaged or cut short ({error}); prepare the corpus again") from error
     if kind not in DTYPES:
         raise UserError(f"{path}: tokens are {kind}; a shard holds U16 or U32")
-    tokens = _map(path, DTYPES[kind])
-    vocabulary = int(metadata["vocabulary"])
-    whole = (
-        len(documents) == len(document_bytes) + 1
-        and documents[0] == 0
-        and documents[-1] == len(tokens) == int(metadata["tokens"])
-        and bool((np.diff(documents) >= 0).all())
-        and int(document_bytes.sum()) == int(metadata["bytes"])
-        and (hashes is None or len(hashes) == len(document_bytes))
-    )
+    try:
+        tokens = _map(path, DTYPES[kind])
+        vocabulary = int(metadata["vocabulary"])
+        whole = (
+            len(documents) == len(document_bytes) + 1
+            and documents[0] == 0
+            and documents[-1] == len(tokens) == int(metadata["tokens"])
+            and bool((np.diff(documents) >= 0).all())
+            and int(document_bytes.sum()) == int(metadata["bytes"])
+            and (hashes is None or len(hashes) == len(document_bytes))
+        )
+    except (KeyError, ValueError, IndexError, OverflowError) as error:
+        raise UserError(f"{path}: its header is damaged ({error}); prepare the corpus again") from error
     if not whole:
         raise UserError(f"{path}: its counts contradict one another; prepare the corpus again")
     return Shard(
