@@ -53,11 +53,20 @@ def main() -> None:
     both = shapes(args)
     if args.first_step:
         # The first step includes building the optimizer's state and, compiled, the code.
-        print(json.dumps(Stepper(both[args.first_step], args.batch, args.sequence, compile=True).step()))
+        how = {"compile": True, "bf16": args.bf16, "attention": args.attention}
+        print(json.dumps(Stepper(both[args.first_step], args.batch, args.sequence, **how).step()))
         return
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     runs = {
-        name: Stepper(shape, args.batch, args.sequence, compile=args.compile, clock=clock)
+        name: Stepper(
+            shape,
+            args.batch,
+            args.sequence,
+            compile=args.compile,
+            bf16=args.bf16,
+            attention=args.attention,
+            clock=clock,
+        )
         for name, shape in both.items()
     }
     for run in runs.values():
@@ -80,7 +89,7 @@ def main() -> None:
         settings=vars(args),
         threads=torch.get_num_threads(),
         load=os.getloadavg()[0],
-        precision="fp32",
+        precision="bf16" if args.bf16 else "fp32",
         shapes={
             name: {
                 "layers": [[x.n_heads, x.n_kv_heads, x.d_ff] for x in shape.layers],
@@ -135,6 +144,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--attention", choices=("sdpa", "plain"), default="sdpa")
     parser.add_argument("--first-step", choices=("crown", "isotropic"), help=argparse.SUPPRESS)
     return parser.parse_args()
 

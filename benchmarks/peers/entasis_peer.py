@@ -34,6 +34,8 @@ def main() -> None:
             "tokens": tokens * settings["steps"],
             "precision": settings["precision"],
             "compile": settings["compile"],
+            # Named, as these steps are too few for `auto` to time its candidates.
+            "attention": "plain",
             "checkpoint": {"every": None},
             "logging": {"tensorboard": False},
         }
