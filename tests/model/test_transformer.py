@@ -253,7 +253,7 @@ def test_a_model_without_ends_is_refused_and_files_that_do_not_fit_too(tmp_path)
     (tmp_path / "shape.json").write_text(text)
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="damaged: .* or cut short"):
+    with pytest.raises(UserError, match=r"damaged: .* or cut short"):
         weights.load(tmp_path)
 
 
