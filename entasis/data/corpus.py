@@ -42,6 +42,8 @@ class Corpus:
             raise UserError(f"{self.path}: no corpus here; {advice}") from error
         except (KeyError, TypeError) as error:
             raise UserError(f"{self.path / INDEX}: not a corpus index ({error})") from error
+        if not names or not isinstance(index["shards"], dict):
+            raise UserError(f"{self.path / INDEX}: names no shards; prepare the corpus again")
         self.shards: list[Shard] = [open_shard(self.path / name) for name in names]
         for shard, content in zip(self.shards, index["shards"].values(), strict=True):
             if (shard.content_hash, shard.vocabulary, shard.tokenizer_hash) != (

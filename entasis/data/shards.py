@@ -152,8 +152,8 @@ def open_shard(path: Path) -> Shard:
         documents,
         document_bytes,
         vocabulary,
-        metadata["tokenizer"],
-        metadata["content"],
+        metadata.get("tokenizer", ""),
+        metadata.get("content", ""),
         hashes,
     )
 
