@@ -123,8 +123,10 @@ def _backward_of_half(
         key = through("key", reads) or learn("key_norm")
         value = through("value", reads)
         scores = 2 * length * shape.layers[index].n_heads * shape.head_dim
-        work += scores * (query + key + (query or key) + value)
-        out = through("attention_output", query or key or value)
+        out = query or key or value
+        # The backward pass of attention itself is one piece: it gives the gradients of all three.
+        work += 4 * scores * out
+        out = through("attention_output", out)
     else:
         out = False
         for role, axes in layout.ffn_kind(shape, shape.layers[index]).matrices:
