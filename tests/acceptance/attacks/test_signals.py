@@ -31,7 +31,7 @@ def start(ground, folder):
 
 
 def wait_for(path, child):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not path.is_file() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert path.is_file(), child.poll() is not None and child.stderr.read()[-3000:]
@@ -108,9 +108,13 @@ def test_under_torchrun_one_process_speaks(call, ground, tmp_path):
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    wait_for(tmp_path / "run" / "metrics.jsonl", child)
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them, and the launcher passes it on
-    _, err = child.communicate(timeout=120)
+    try:
+        wait_for(tmp_path / "run" / "metrics.jsonl", child)
+        os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them, and the launcher passes it on
+        _, err = child.communicate(timeout=120)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
     said = [line for line in err.splitlines() if line.startswith("entasis: ")]
     assert len(said) == 1 and "a checkpoint is saved" in said[0], err
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/complete"))
