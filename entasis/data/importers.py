@@ -141,8 +141,8 @@ def llm_c(path: Path, dtype: str | None) -> np.ndarray:
     """llm.c's .bin: 256 int32 of header (magic, version, number of tokens), then uint16 or uint32 by its magic."""
     kinds = {20240520: "uint16", 20240801: "uint32"}
     with path.open("rb") as file:
-        header = np.frombuffer(file.read(1024), "<i4")
-    if len(header) < 256 or int(header[0]) not in kinds:
+        header = np.frombuffer(file.read(1024).ljust(1024, b"\0"), "<i4")
+    if int(header[0]) not in kinds:
         raise UserError(
             f"{path}: not an llm.c file; its first number is not one of {', '.join(map(str, kinds))}"
         )

@@ -1,5 +1,6 @@
 """A training run keeps the memory it has freed instead of asking the system for it again."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -38,4 +39,6 @@ def test_later_steps_ask_the_system_for_no_pages(recipe, tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     faults = json.loads(done.stdout.splitlines()[-1])
-    assert faults[-1] - faults[3] < 4 * 1000
+    asked = [after - before for before, after in itertools.pairwise(faults[2:])]
+    # A heap may still grow once, by a block that found no hole; memory handed back would be asked for in every step.
+    assert sum(pages > 1000 for pages in asked) <= 1, asked

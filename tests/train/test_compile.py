@@ -72,7 +72,7 @@ def test_a_sharded_model_has_one_graph_for_each_shape(tmp_path):
     try:
         for block in sharded.blocks:
             block.recompute = block.index % 12 < 4
-        sharding.shard(sharded, Parallel("fsdp"), torch.device("cpu"), "fp32")
+        sharding.shard(sharded, Parallel(kind="fsdp"), torch.device("cpu"), "fp32")
         loss_of = compiled(sharded, backend=backend)
         for _ in range(2):
             sharded.zero_grad()

@@ -110,7 +110,9 @@ def test_under_torchrun_one_process_speaks(call, ground, tmp_path):
     )  # fmt: skip
     try:
         wait_for(tmp_path / "run" / "metrics.jsonl", child)
-        os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to all of them, and the launcher passes it on
+        os.killpg(
+            child.pid, signal.SIGINT
+        )  # as a terminal does: to all of them, and the launcher passes it on
         _, err = child.communicate(timeout=120)
     finally:
         if child.poll() is None:
