@@ -218,7 +218,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     from entasis.errors import Failure
 
     shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
-    study = definition.from_dict(source(text, arms={"plain": {}}, seeds=1), name="s")
+    plain = source(text, arms={"plain": {}}, seeds=1)
+    plain["base"] = {**plain["base"], "tokens": "60k"}  # so long that it is not done before the first look
+    study = definition.from_dict(plain, name="s")
     machine.settle(study, tmp_path, solve(study))
     study = machine.applied(study, tmp_path)
     runs = lay_out(study, solve(study), Findings()).runs
