@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -59,10 +60,17 @@ def raised(*, last: bool) -> Iterator[None]:
         _came = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
+    def ignore(lost: Any) -> None:
+        # An exception that a library's callback swallows is told by `came`, not by Python's traceback of it.
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            hook(lost)
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignore
     with _handled(act) as before:
         try:
             yield
         finally:
+            sys.unraisablehook = hook
             if last and told is not None and before:
                 before.update(dict.fromkeys(_SIGNALS, signal.SIG_IGN))
 
