@@ -1,4 +1,4 @@
-"""Whom the doctor accuses wrongly, and what it misses: every text of `specimens.py` in every tokenizer.
+"""Whom the doctor accuses wrongly, and what it misses: every text of `doctor_samples.py` in every tokenizer.
 
     python benchmarks/doctor_matrix.py --table docs/data.md
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from common import write
-from specimens import all_tokenizers, texts, up_to
+from doctor_samples import all_tokenizers, texts, up_to
 
 from entasis.data import doctor
 from entasis.data.tokenizer import Tokenizer

@@ -1,9 +1,9 @@
 """Files that people write, read into typed settings: one line says which key is wrong, and what it may be.
 
-class Batch(Settings):
+class BatchSize(Settings):
     tokens: Count = 65_536
 
-parse(Batch, load_yaml(text, "recipe r.yaml"), "recipe")
+parse(BatchSize, load_yaml(text, "recipe r.yaml"), "recipe")
 """
 
 from __future__ import annotations

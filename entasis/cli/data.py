@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bring.add_argument(
         "--format",
         required=True,
-        help="nanogpt, llm.c, megatron, npy or raw; dangerous:NAME spoils a corpus on purpose",
+        help="nanogpt, llm.c, megatron, npy or raw; corrupt:NAME corrupts a corpus on purpose",
     )
     bring.add_argument(
         "--dtype", help="type of the ids where the format does not say it: uint16, int32, uint16be, …"
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("corpus", metavar="DIR")
     inspect.set_defaults(act=_inspect)
 
-    doctor = verbs.add_parser("doctor", help="examine token data: exit code 0 sound, 1 diseased")
+    doctor = verbs.add_parser("doctor", help="examine token data: exit code 0 sound, 1 corrupt")
     doctor.add_argument("path", metavar="FILE|DIR")
     doctor.add_argument("--dtype", help="type of a raw file's ids")
     doctor.add_argument("--vocabulary", type=whole(1), help="number of ids that the tokenizer has")
@@ -113,14 +113,15 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from entasis.data import dangerous
+    from entasis.data import corruption
     from entasis.data.importers import import_tokens
 
-    if args.format.startswith(dangerous.PREFIX):
-        result = dangerous.spoil(args.source, args.output, args.format.removeprefix(dangerous.PREFIX))
-        print(
-            json.dumps(result) if args.json else f"{args.output}: {result['tokens']:,} ids, spoilt on purpose"
-        )
+    if args.format.startswith("dangerous:"):
+        raise UserError(f"--format dangerous: is called {corruption.PREFIX} now")
+    if args.format.startswith(corruption.PREFIX):
+        result = corruption.corrupt(args.source, args.output, args.format.removeprefix(corruption.PREFIX))
+        said = f"{args.output}: {result['tokens']:,} ids, corrupted on purpose"
+        print(json.dumps(result) if args.json else said)
         return 0
     if args.tokenizer is None:
         raise UserError("--tokenizer is missing; name the tokenizer that made the ids")
@@ -184,7 +185,7 @@ def _doctor(args: argparse.Namespace) -> int:
         print(f"{args.path}: sound ({diagnosis.tokens:,} tokens)")
     else:
         for finding in diagnosis.findings:
-            print(f"{args.path}: {finding.name}\n  evidence: {finding.evidence}\n  cure: {finding.cure}")
+            print(f"{args.path}: {finding.name}\n  evidence: {finding.evidence}\n  fix: {finding.fix}")
     return 0 if diagnosis.sound else 1
 
 

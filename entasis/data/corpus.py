@@ -30,8 +30,8 @@ class Corpus:
             self.end_of_text: int | None = index["end_of_text"]
             self.vocabulary: int = index["vocabulary"]
             self.tokenizer_hash: str = index["tokenizer"]
-            self.danger: str | None = index.get("danger")
-            """What was done to its ids on purpose, see `entasis.data.dangerous`."""
+            self.corruption: str | None = index.get("corruption", index.get("danger"))
+            """What was done to its ids on purpose, see `entasis.data.corruption`; `danger` until version 0.1."""
         except FileNotFoundError as error:
             parts = [p.parent.name for p in sorted(self.path.glob(f"*/{INDEX}"))]
             advice = (

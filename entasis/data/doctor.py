@@ -19,7 +19,7 @@ import numpy as np
 
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, Corpus
-from entasis.data.examinations import EXAMINATIONS, Finding, Specimen
+from entasis.data.examinations import EXAMINATIONS, Finding, Sample
 from entasis.data.shards import content_hash
 from entasis.errors import UserError
 
@@ -80,11 +80,11 @@ def look_at(
     ids: np.ndarray, vocabulary: int | None, tokenizer: tokenizers.Tokenizer | None
 ) -> Iterator[Finding]:
     """What each examination finds, one after the other."""
-    sample = _sampled(lambda start, stop: ids[start:stop], len(ids))
+    taken = _sampled(lambda start, stop: ids[start:stop], len(ids))
     lowest, highest = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
-    specimen = Specimen(sample, lowest, highest, vocabulary, tokenizer)
+    sample = Sample(taken, lowest, highest, vocabulary, tokenizer)
     for look in EXAMINATIONS:
-        yield from look(specimen)
+        yield from look(sample)
 
 
 def _examine_corpus(path: Path, chosen: tokenizers.Tokenizer | None, thorough: bool) -> Diagnosis:
@@ -102,8 +102,8 @@ def _examine_corpus(path: Path, chosen: tokenizers.Tokenizer | None, thorough: b
     try:
         corpus = Corpus(path)
     except UserError as error:
-        cure = "prepare or import the corpus again"
-        return Diagnosis(str(path), 0, (Finding("damaged corpus", str(error), cure),))
+        fix = "prepare or import the corpus again"
+        return Diagnosis(str(path), 0, (Finding("damaged corpus", str(error), fix),))
     findings = []
     if thorough:
         for shard in corpus.shards:

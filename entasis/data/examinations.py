@@ -27,11 +27,11 @@ class Finding:
 
     name: str
     evidence: str
-    cure: str
+    fix: str
 
 
 @dataclass(frozen=True)
-class Specimen:
+class Sample:
     """What an examination sees: a sample of the ids as read, the range of all, and what is known about them."""
 
     ids: np.ndarray
@@ -41,7 +41,7 @@ class Specimen:
     tokenizer: tokenizers.Tokenizer | None
 
 
-Examination = Callable[[Specimen], Iterator[Finding]]
+Examination = Callable[[Sample], Iterator[Finding]]
 EXAMINATIONS: list[Examination] = []
 
 
@@ -52,9 +52,9 @@ def examination(look: Examination) -> Examination:
 
 
 @examination
-def swallowed_header(specimen: Specimen) -> Iterator[Finding]:
+def swallowed_header(sample: Sample) -> Iterator[Finding]:
     """A file format's header read as if it were tokens."""
-    start = np.ascontiguousarray(specimen.ids[:4096]).astype(specimen.ids.dtype).tobytes()
+    start = np.ascontiguousarray(sample.ids[:4096]).astype(sample.ids.dtype).tobytes()
     magic = int.from_bytes(start[:4], "little")
     known = {20240520: "llm.c", 20240801: "llm.c"}
     if start[:6] == b"\x93NUMPY":
@@ -71,19 +71,19 @@ def swallowed_header(specimen: Specimen) -> Iterator[Finding]:
 
 
 @examination
-def filled(specimen: Specimen) -> Iterator[Finding]:
+def filled(sample: Sample) -> Iterator[Finding]:
     """Nothing at all, one id only, or a large part that was never written."""
-    ids = specimen.ids
+    ids = sample.ids
     if not len(ids):
         yield Finding("no tokens", "there is not one id in it", "write the file again")
         return
     if len(ids) < _FEWEST:
         return
-    if specimen.lowest == specimen.highest:
-        evidence = f"all ids are {specimen.lowest}"
+    if sample.lowest == sample.highest:
+        evidence = f"all ids are {sample.lowest}"
         yield Finding("one id only", evidence, "write the file again")
         return
-    if _explained(specimen, wider_read_as_narrower):
+    if _explained(sample, wider_read_as_narrower):
         return
     # Text in which a zero is frequent has it between others ("A,C,G,T"); memory that was not written is all zeros.
     zero = ids == 0
@@ -99,9 +99,9 @@ def filled(specimen: Specimen) -> Iterator[Finding]:
 
 
 @examination
-def floating_point(specimen: Specimen) -> Iterator[Finding]:
+def floating_point(sample: Sample) -> Iterator[Finding]:
     """Ids that were stored as floating-point numbers."""
-    data = np.ascontiguousarray(specimen.ids)
+    data = np.ascontiguousarray(sample.ids)
     if len(data) < _FEWEST:
         return
     for kind, name in (("<f8", "float64"), ("<f4", "float32"), ("<f2", "float16")):
@@ -119,9 +119,9 @@ def floating_point(specimen: Specimen) -> Iterator[Finding]:
 
 
 @examination
-def noise(specimen: Specimen) -> Iterator[Finding]:
+def noise(sample: Sample) -> Iterator[Finding]:
     """Random bytes, or weights: their halves above and below the sign bit look the same, ids' never do."""
-    ids = specimen.ids
+    ids = sample.ids
     width = ids.dtype.itemsize
     if len(ids) < _FEWEST:
         return
@@ -136,8 +136,8 @@ def noise(specimen: Specimen) -> Iterator[Finding]:
         beyond = float(((ids < 0) | (ids >= _MOST)).mean())
         if (
             beyond > 0.02
-            and specimen.vocabulary is None
-            and not _explained(specimen, narrower_read_as_wider, swapped_bytes)
+            and sample.vocabulary is None
+            and not _explained(sample, narrower_read_as_wider, swapped_bytes)
         ):
             evidence = f"{beyond:.1%} of the ids are negative or above 2^24; no tokenizer has so many"
             yield Finding("no token ids", evidence, "name the right file and --dtype")
@@ -162,9 +162,9 @@ def noise(specimen: Specimen) -> Iterator[Finding]:
                     return
 
 
-def _explained(specimen: Specimen, *looks: Examination) -> bool:
+def _explained(sample: Sample, *looks: Examination) -> bool:
     """Whether another examination says more exactly what is wrong."""
-    return any(True for look in looks for _ in look(specimen))
+    return any(True for look in looks for _ in look(sample))
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
@@ -173,9 +173,9 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @examination
-def wider_read_as_narrower(specimen: Specimen) -> Iterator[Finding]:
+def wider_read_as_narrower(sample: Sample) -> Iterator[Finding]:
     """32- or 64-bit ids read as 16- or 32-bit ones: every other number is (nearly) always zero."""
-    ids = specimen.ids
+    ids = sample.ids
     width = ids.dtype.itemsize
     if len(ids) < _FEWEST or width > 4:
         return
@@ -203,15 +203,15 @@ def wider_read_as_narrower(specimen: Specimen) -> Iterator[Finding]:
                 f"{ids.dtype.newbyteorder('=')}"
             )
             order = "be" if low == stride - 1 else ""
-            cure = f"import the file with --dtype {'int' if bits == 64 else 'uint'}{bits}{order}"
-            yield Finding("wider ids read as narrower", evidence, cure)
+            fix = f"import the file with --dtype {'int' if bits == 64 else 'uint'}{bits}{order}"
+            yield Finding("wider ids read as narrower", evidence, fix)
             return
 
 
 @examination
-def narrower_read_as_wider(specimen: Specimen) -> Iterator[Finding]:
+def narrower_read_as_wider(sample: Sample) -> Iterator[Finding]:
     """Two narrow ids read as one wide id: both halves are ids, so both are spread alike."""
-    ids = specimen.ids
+    ids = sample.ids
     width = ids.dtype.itemsize
     if width == 1 or len(ids) < _FEWEST:
         return
@@ -230,9 +230,9 @@ def narrower_read_as_wider(specimen: Specimen) -> Iterator[Finding]:
 
 
 @examination
-def swapped_bytes(specimen: Specimen) -> Iterator[Finding]:
+def swapped_bytes(sample: Sample) -> Iterator[Finding]:
     """Big-endian ids read as little-endian."""
-    ids, vocabulary = specimen.ids, specimen.vocabulary
+    ids, vocabulary = sample.ids, sample.vocabulary
     if len(ids) < _FEWEST or ids.dtype.itemsize == 1:
         return
     native = ids.astype(ids.dtype.newbyteorder("="))
@@ -241,7 +241,7 @@ def swapped_bytes(specimen: Specimen) -> Iterator[Finding]:
         beyond = float(((native < 0) | (native >= _MOST)).mean())
         wrong = beyond > 0.5 and int(swapped.max()) < _MOST and int(swapped.min()) >= 0
         evidence = f"{beyond:.1%} of the ids are above 2^24, swapped none is"
-    elif vocabulary is not None and vocabulary < 1 << 16 and specimen.highest >= vocabulary:
+    elif vocabulary is not None and vocabulary < 1 << 16 and sample.highest >= vocabulary:
         wrong = int(swapped.max()) < vocabulary
         beyond = float((native.astype(np.int64) >= vocabulary).mean())
         evidence = f"{beyond:.1%} of the ids are outside the vocabulary of {vocabulary}, swapped none is"
@@ -268,12 +268,12 @@ def swapped_bytes(specimen: Specimen) -> Iterator[Finding]:
 
 
 @examination
-def outside_the_vocabulary(specimen: Specimen) -> Iterator[Finding]:
+def outside_the_vocabulary(sample: Sample) -> Iterator[Finding]:
     """Ids that the tokenizer does not have, and vocabularies that the ids cannot hold."""
-    ids, vocabulary = specimen.ids, specimen.vocabulary
+    ids, vocabulary = sample.ids, sample.vocabulary
     if not len(ids):
         return
-    low, high = specimen.lowest, specimen.highest
+    low, high = sample.lowest, sample.highest
     if low < 0:
         share = (ids < 0).mean()
         evidence = f"{share:.2%} of the ids are negative: ids from {1 << (8 * ids.dtype.itemsize - 1)} upwards wrapped in {ids.dtype}"
@@ -309,9 +309,9 @@ def outside_the_vocabulary(specimen: Specimen) -> Iterator[Finding]:
 
 
 @examination
-def wrong_tokenizer(specimen: Specimen) -> Iterator[Finding]:
+def wrong_tokenizer(sample: Sample) -> Iterator[Finding]:
     """Ids that, decoded, are no text, or that, encoded again, become other ids: another tokenizer made them."""
-    chosen, ids = specimen.tokenizer, specimen.ids
+    chosen, ids = sample.tokenizer, sample.ids
     if chosen is None or len(ids) < 256 or int(ids.max()) >= chosen.vocabulary or int(ids.min()) < 0:
         return
     unknown = chosen.unknown

@@ -49,7 +49,7 @@ def import_tokens(
     """Writes `output` as a corpus from a token file; returns what it holds.
 
     The ids are split into documents at the tokenizer's end-of-text token, and each document's bytes are counted
-    by decoding it. Raises `UserError` when the doctor finds the ids diseased, or `output` is not empty.
+    by decoding it. Raises `UserError` when the doctor finds the ids corrupt, or `output` is not empty.
     """
     source, output = Path(source), Path(output)
     if format not in IMPORTERS:
@@ -65,7 +65,7 @@ def import_tokens(
     diagnosis = doctor.examine_ids(source, ids, [], chosen.vocabulary, chosen)
     if not diagnosis.sound:
         first = diagnosis.findings[0]
-        raise UserError(f"{source}: {first.name}: {first.evidence}; {first.cure}")
+        raise UserError(f"{source}: {first.name}: {first.evidence}; {first.fix}")
     output.mkdir(parents=True, exist_ok=True)
     shards = {}
     cuts = _cuts(ids, chosen.end_of_text, shard_tokens)

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from entasis.data import split
+from entasis.data import dedup, split
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, TOKENIZER, Corpus
 from entasis.data.shards import hash_of_document, write_shard
@@ -141,7 +141,7 @@ def _survey(
     for document in documents(sources, column, skip=lambda path, why: left_out.update({str(path): why})):
         names.append(document.name)
         bytes_of.append(len(document.text.encode("utf-8")))
-        signatures.append(split.signature(document.text))
+        signatures.append(dedup.signature(document.text))
         seen += bytes_of[-1]
         report("survey", seen, 0)
     if not names:
@@ -156,8 +156,8 @@ def _survey(
     kept = np.flatnonzero(sides)
     if validation and len(kept):
         minhashes, shingles = zip(*(signatures[i] for i in kept), strict=True)
-        group, boilerplate = split.groups(np.stack(minhashes), shingles)
-        out = split.held_out([names[i] for i in kept], sizes[kept], group, boilerplate, validation, seed)
+        group, boilerplate = dedup.groups(np.stack(minhashes), shingles)
+        out = split.draw_held_out([names[i] for i in kept], sizes[kept], group, boilerplate, validation, seed)
         if out.all() or not out.any():
             raise UserError(
                 "all documents are near-duplicates of one another or there is but one, so nothing can be held out; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from entasis.data import dangerous
+from entasis.data import corruption
 from entasis.data.prepare import Progress, prepare
 from entasis.files import write_json
 from entasis.study.definition import Study
@@ -19,13 +19,13 @@ def make(study: Study, folder: Path, progress: Progress | None = None) -> None:
     """Prepares what is missing: split by file, near-duplicate files kept on one side."""
     for name in missing(study, folder):
         corpus = study.corpora[name]
-        if corpus.spoilt:
+        if corpus.copy_of:
             parts = ("train", "validation")
             made = {
-                part: dangerous.spoil(
-                    folder / "corpora" / corpus.spoilt / part,
+                part: corruption.corrupt(
+                    folder / "corpora" / corpus.copy_of / part,
                     folder / "corpora" / name / part,
-                    str(corpus.danger),
+                    str(corpus.corruption),
                 )
                 for part in parts
             }

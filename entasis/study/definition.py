@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import Field
@@ -60,7 +60,7 @@ class Downstream:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Corpus:
+class CorpusSource:
     """A corpus that the study makes itself: arguments of `entasis data prepare`."""
 
     sources: list[str] = field(default_factory=list)
@@ -71,10 +71,10 @@ class Corpus:
     """Share of the text held out, in whole files."""
     limit: int | None = None
     """At most so many bytes of source text, whole files drawn by name."""
-    spoilt: str | None = None
-    """Instead of sources: another corpus of the study, its ids spoilt on purpose by `danger`."""
-    danger: str | None = None
-    """A damage of `entasis.data.dangerous`."""
+    copy_of: str | None = None
+    """Instead of sources: another corpus of the study, its ids corrupted on purpose by `corruption`."""
+    corruption: str | None = None
+    """A fault of `entasis.data.corruption`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ class Study:
     """Known standard deviation of a paired difference in bits per byte, for planning."""
     threads: int | None = None
     """CPU threads of one run; as many runs go at once as there are such shares of the cores. Null is all."""
-    corpora: dict[str, Corpus] = field(default_factory=dict)
+    corpora: dict[str, CorpusSource] = field(default_factory=dict)
     downstream: Downstream | None = None
 
     def to_yaml(self) -> str:
@@ -110,13 +110,15 @@ class Study:
 
 
 class _Corpus(Settings):
+    renamed: ClassVar = {"spoilt": "copy_of", "danger": "corruption"}
+
     sources: str | list[str] | None = None
     train_tokenizer: Annotated[int, Field(ge=257, le=2**24)] | None = None
     tokenizer: str | None = None
     validation: Any = None
     limit: Any = None
-    spoilt: str | None = None
-    danger: str | None = None
+    copy_of: str | None = None
+    corruption: str | None = None
 
 
 class _Downstream(Settings):
@@ -327,26 +329,24 @@ def _downstream(value: Any, where: str) -> Downstream | None:
     return Downstream(**value)
 
 
-def _corpora(value: Any, where: str) -> dict[str, Corpus]:
+def _corpora(value: Any, where: str) -> dict[str, CorpusSource]:
     if not isinstance(value, Mapping):
         raise UserError(
             f"{where}: corpora is {value!r}; it must be a mapping from names to {{sources: [...]}}"
         )
-    result: dict[str, Corpus] = {}
+    result: dict[str, CorpusSource] = {}
     for name, entry in value.items():
         inside = f"{where}: corpora.{name}"
-        if isinstance(entry, Mapping) and entry.get("spoilt"):
-            _check_keys(entry, [f.name for f in dataclasses.fields(Corpus)], inside)
+        if isinstance(entry, Mapping):
             parse(_Corpus, dict(entry), inside)
-            if entry["spoilt"] not in result or not entry.get("danger") or entry.get("sources"):
-                raise UserError(f"{inside}: give spoilt, a corpus above it, and danger, and no sources")
-            result[str(name)] = Corpus(**entry)
+        if isinstance(entry, Mapping) and entry.get("copy_of"):
+            if entry["copy_of"] not in result or not entry.get("corruption") or entry.get("sources"):
+                raise UserError(f"{inside}: give copy_of, a corpus above it, and corruption, and no sources")
+            result[str(name)] = CorpusSource(**entry)
             continue
         if not isinstance(entry, Mapping) or not entry.get("sources"):
             raise UserError(f"{inside}: sources is missing; list files or folders, or stdlib")
-        _check_keys(entry, [f.name for f in dataclasses.fields(Corpus)], inside)
         entry = dict(entry)
-        parse(_Corpus, entry, inside)
         if isinstance(entry["sources"], str):
             entry["sources"] = [entry["sources"]]
         if (entry.get("tokenizer") is None) == (entry.get("train_tokenizer") is None):
@@ -356,7 +356,7 @@ def _corpora(value: Any, where: str) -> dict[str, Corpus]:
         if entry.get("limit") is not None:
             entry["limit"] = specification.number(entry["limit"], f"{inside}: limit")
         entry["validation"] = _number(entry.get("validation", 0.05), 0.0, f"{inside}: validation")
-        result[str(name)] = Corpus(**entry)
+        result[str(name)] = CorpusSource(**entry)
     return result
 
 

@@ -283,4 +283,6 @@ def _with_rate(plain: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
 
 def batch_tokens(plain: Mapping[str, Any]) -> int:
     """Tokens of one optimizer step."""
-    return quantities.count((plain.get("batch") or {}).get("tokens", recipes.Batch().tokens), "batch.tokens")
+    return quantities.count(
+        (plain.get("batch") or {}).get("tokens", recipes.BatchSize().tokens), "batch.tokens"
+    )

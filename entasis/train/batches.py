@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from entasis.data.order import Order
-from entasis.data.windows import Windows
+from entasis.data.dataset import TokenDataset
+from entasis.data.sampler import Sampler
 from entasis.train import parallel
 
 _AHEAD = 3
@@ -28,8 +28,8 @@ class Batch:
 
 
 def batches(
-    windows: Windows,
-    order: Order,
+    dataset: TokenDataset,
+    sampler: Sampler,
     *,
     position: int,
     sequences: int,
@@ -43,10 +43,10 @@ def batches(
         start, count = parallel.slice_of(
             position + step * sequences, sequences, rank=parallel.rank(), world=parallel.world()
         )
-        chosen = order.indices(start, count)
-        rows = [torch.from_numpy(windows.batch(chosen))]
+        chosen = sampler.indices(start, count)
+        rows = [torch.from_numpy(dataset.batch(chosen))]
         if document_masking:
-            rows.append(torch.from_numpy(windows.document_ids(chosen)))
+            rows.append(torch.from_numpy(dataset.document_ids(chosen)))
         return [x.pin_memory() for x in rows] if device.type == "cuda" else rows
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from entasis.data.corpus import Corpus
-from entasis.data.windows import Windows
+from entasis.data.dataset import TokenDataset
 from entasis.errors import UserError
 from entasis.model.attention import attention_mask
 from entasis.model.transformer import Transformer
@@ -165,13 +165,13 @@ def _parts(
     """Each part's share of a step, and the seconds of the first eager step."""
     runner = StageRunner(stages.lay_out(recipe.replaced(compile=False), shape)[0], device)
     model, rules = runner.model, runner.optimizers
-    windows = Windows(corpus, recipe.data.sequence)
+    dataset = TokenDataset(corpus, recipe.data.sequence)
     micro = int(recipe.batch.micro)
-    chosen = torch.arange(micro).numpy() % len(windows)
-    rows = torch.from_numpy(windows.batch(chosen)).to(device)
+    chosen = torch.arange(micro).numpy() % len(dataset)
+    rows = torch.from_numpy(dataset.batch(chosen)).to(device)
     ids_BT = None
     if recipe.data.document_masking:
-        ids_BT = torch.from_numpy(windows.document_ids(chosen)).to(device)[:, :-1]
+        ids_BT = torch.from_numpy(dataset.document_ids(chosen)).to(device)[:, :-1]
     walk = _Walk(
         model, rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), ids_BT, recipe.precision == "bf16"
     )

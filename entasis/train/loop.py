@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from entasis import files, signals
 from entasis.data.corpus import Corpus
-from entasis.data.order import Order
-from entasis.data.windows import Windows
+from entasis.data.dataset import TokenDataset
+from entasis.data.sampler import Sampler
 from entasis.errors import Failure, Stopped, UserError
 from entasis.evaluate.bits_per_byte import Score
 from entasis.grow import transitions
@@ -169,12 +169,12 @@ class _Run:
         """Trains to the end of one stage, validating and saving on the way."""
         span, recipe = self.span, self.span.recipe
         corpus = Corpus(recipe.data.train)
-        windows = Windows(corpus, recipe.data.sequence)
+        dataset = TokenDataset(corpus, recipe.data.sequence)
         place = f"{corpus.fingerprint}/{recipe.data.sequence}"
         self.positions.setdefault(place, 0)
         supply = batches(
-            windows,
-            Order(len(windows), recipe.seed),
+            dataset,
+            Sampler(len(dataset), recipe.seed),
             position=self.positions[place],
             sequences=recipe.sequences,
             steps=span.stop - self.step,

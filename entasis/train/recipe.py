@@ -28,16 +28,18 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Data(Settings):
     """What is read. Paths of corpora (folders made by `entasis data`), relative to where the command runs."""
 
+    renamed: ClassVar = {"dangerous": "allow_corruption"}
+
     train: str
     validation: str | None = None
     sequence: Positive = 1024
     document_masking: bool = False
     """Attention stays inside a document."""
-    dangerous: bool = False
-    """Trains on a corpus whose ids were spoilt on purpose (`entasis.data.dangerous`)."""
+    allow_corruption: bool = False
+    """Trains on a corpus whose ids were corrupted on purpose (`entasis.data.corruption`)."""
 
 
-class Batch(Settings):
+class BatchSize(Settings):
     tokens: Count = 65_536
     """Tokens per optimizer step, over all ranks: a multiple of data.sequence."""
     micro: Positive | Literal["auto"] = "auto"
@@ -142,7 +144,7 @@ class Recipe(Settings):
     data: Data
     tokens: Count | None = None
     """Tokens to train on; may be left out when every stage has its own."""
-    batch: Batch = Batch()
+    batch: BatchSize = BatchSize()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -213,8 +215,9 @@ def read_stored(path: Path) -> Recipe:
     for part in (source, *(stage for stage in source.get("stages") or [] if isinstance(stage, dict))):
         if isinstance(schedule := part.get("schedule"), dict):
             _rename(schedule, Schedule.renamed)
-    if isinstance(optimizer := source.get("optimizer"), dict):
-        _rename(optimizer, Optimizer.renamed)
+    for key, kind in (("data", Data), ("optimizer", Optimizer)):
+        if isinstance(inside := source.get(key), dict):
+            _rename(inside, kind.renamed)
     for stage in source.get("stages") or []:
         # Both were null in every recipe that could be run.
         stage.pop("grow", None), stage.pop("lora", None)

@@ -200,16 +200,16 @@ def check_data(recipe: Recipe) -> Corpus:
                 f"has; prepare it with --tokenizer {tokenizer}"
             )
     for path, opened in corpora.items():
-        if danger := opened.danger:
-            if recipe.data.dangerous:
+        if corruption := opened.corruption:
+            if recipe.data.allow_corruption:
                 continue
             raise UserError(
-                f"data: {path} was spoilt on purpose ({danger}); data.dangerous=true trains on it all the same"
+                f"data: {path} was corrupted on purpose ({corruption}); data.allow_corruption=true trains on it all the same"
             )
         diagnosis = examine(path)
         if not diagnosis.sound:
             worst = diagnosis.findings[0]
-            raise UserError(f"data: {path} is diseased: {worst.name}: {worst.evidence}; {worst.cure}")
+            raise UserError(f"data: {path} is corrupt: {worst.name}: {worst.evidence}; {worst.fix}")
     for opened in corpora.values():
         opened.verify()
     for stage in recipe.stages or [Stage()]:

@@ -46,9 +46,9 @@ def test_wide_ids_read_as_narrow_ones_are_recognised(tmp_path, ids, stored, read
     path = written(tmp_path / "x.bin", ids[:length].astype(stored))
     diagnosis = doctor.examine(path, read)
     assert "wider ids read as narrower" in names(diagnosis)
-    cure = diagnosis.findings[0].cure
-    assert ("64" if "8" in stored else "32") in cure
-    assert cure.endswith("be") == stored.startswith(">")
+    fix = diagnosis.findings[0].fix
+    assert ("64" if "8" in stored else "32") in fix
+    assert fix.endswith("be") == stored.startswith(">")
 
 
 def test_wide_ids_are_recognised_above_65536_too(tmp_path, ids):

@@ -10,7 +10,7 @@ from entasis.cli import main
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import doctor_matrix
-import specimens
+import doctor_samples
 
 from entasis.data import tokenizer as tokenizers
 
@@ -25,12 +25,12 @@ def words(letters, draw, between=" "):
 @pytest.fixture(scope="module")
 def kinds(texts):
     draw = random.Random(0)
-    made = specimens._generated(random.Random(0))
+    made = doctor_samples._generated(random.Random(0))
     made = {name: made[name] for name in ("emoji", "DNA in one line", "A,C,G,T", "prices.csv", "sparse.csv")}
     made["Chinese"] = words([chr(c) for c in range(0x4E00, 0x5200)], draw, "")
     made["Arabic"] = words([chr(c) for c in range(0x0621, 0x064A)], draw)
     made["Python"] = texts
-    return {name: list(specimens.up_to(parts, 20_000)) for name, parts in made.items()}
+    return {name: list(doctor_samples.up_to(parts, 20_000)) for name, parts in made.items()}
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,12 @@ def every(kinds):
     made = {
         "bytes": tokenizers.load("bytes").library,
         "byte-level": tokenizers.train(mixed, 3000).library,
-        "unigram": specimens._unigram(mixed, 3000, fallback=False),
-        "unigram, byte fallback": specimens._unigram(latin, 600, fallback=True),
-        "Llama-2's kind": specimens._llama2(latin, 900),
-        "WordPiece": specimens._wordpiece(mixed, 3000, lowercase=True),
-        "characters": specimens._characters(mixed, end=False),
-        "characters, no decoder": specimens._characters(mixed, end=True, decoder=False),
+        "unigram": doctor_samples._unigram(mixed, 3000, fallback=False),
+        "unigram, byte fallback": doctor_samples._unigram(latin, 600, fallback=True),
+        "Llama-2's kind": doctor_samples._llama2(latin, 900),
+        "WordPiece": doctor_samples._wordpiece(mixed, 3000, lowercase=True),
+        "characters": doctor_samples._characters(mixed, end=False),
+        "characters, no decoder": doctor_samples._characters(mixed, end=True, decoder=False),
     }
     return {name: tokenizers.Tokenizer(library) for name, library in made.items()}
 

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from entasis.data import dedup, tokenizer
 from entasis.data import prepare as preparing
-from entasis.data import split, tokenizer
 from entasis.data.corpus import Corpus
+from entasis.data.dataset import TokenDataset
 from entasis.data.prepare import prepare
 from entasis.data.shards import open_shard, write_shard
-from entasis.data.windows import Windows
 from entasis.errors import UserError
 
 
@@ -43,12 +43,12 @@ def test_every_text_comes_back_on_one_side_with_its_bytes(corpus, texts):
 
 def test_windows_cover_the_corpus_and_share_one_token(corpus):
     whole = Corpus(corpus / "train")
-    windows = Windows(whole, 64)
-    rows = windows.batch(np.arange(len(windows)))
+    dataset = TokenDataset(whole, 64)
+    rows = dataset.batch(np.arange(len(dataset)))
     stream = whole.read(0, whole.tokens)
     assert np.array_equal(rows[:, :-1].ravel(), stream[: rows[:, :-1].size])
     assert np.array_equal(rows[:-1, -1], rows[1:, 0])
-    ids = windows.document_ids(np.arange(len(windows)))
+    ids = dataset.document_ids(np.arange(len(dataset)))
     ends = stream[: ids[:, :-1].size].reshape(ids[:, :-1].shape) == whole.end_of_text
     assert np.array_equal(np.diff(ids, axis=1) == 1, ends[:, : ids.shape[1] - 1])
 
@@ -157,8 +157,8 @@ def test_near_duplicates_stay_on_one_side(tmp_path, texts):
 
 
 def test_unrelated_texts_are_no_near_duplicates(texts):
-    minhashes, kept = zip(*map(split.signature, texts), strict=True)
-    group, _ = split.groups(np.stack(minhashes), kept)
+    minhashes, kept = zip(*map(dedup.signature, texts), strict=True)
+    group, _ = dedup.groups(np.stack(minhashes), kept)
     assert group.tolist() == list(range(len(texts)))
 
 

@@ -22,7 +22,7 @@ STUDY = {
 WORDS = [
     "params", "flops", "time", ["params", "flops"], "isotropic", "crown", "shared", "mup", "nothing", [0.5, 1, 2], [1],
     [0, 1], 5, "50%", {"multipliers": [1, 2]}, {"shape.layers": 3}, {"base.tokens": "1k"}, {"optimizer": {"lr": 1}}, "large",
-    "quickstart", {"tasks": []}, {"sources": ["stdlib"]}, {"spoilt": "c", "danger": "shuffled"}, "extends", "corpora", "hours",
+    "quickstart", {"tasks": []}, {"sources": ["stdlib"]}, {"copy_of": "c", "corruption": "shuffled"}, "extends", "corpora", "hours",
 ]  # fmt: skip
 
 

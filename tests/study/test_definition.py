@@ -73,15 +73,17 @@ def test_shipped_studies_are_valid_and_survive_writing(tmp_path: Path) -> None:
 
 def test_the_wrongly_typed_study_is_the_paper_s_but_for_its_data() -> None:
     right, wrong = (definition.read(n, size="nano") for n in ("crown-paper", "crown-paper-typed-wrong"))
-    assert wrong.corpora["mistyped"].spoilt == "prose" and wrong.corpora["prose"] == right.corpora["prose"]
+    assert wrong.corpora["mistyped"].copy_of == "prose" and wrong.corpora["prose"] == right.corpora["prose"]
     assert (wrong.arms, wrong.seeds, wrong.margin) == (right.arms, right.seeds, right.margin)
     data = wrong.base.pop("data")
-    assert data["dangerous"] and data["train"] == "corpora/mistyped/train"
+    assert data["allow_corruption"] and data["train"] == "corpora/mistyped/train"
     right.base.pop("data")
     assert wrong.base == right.base
-    corpora = {"bad": {"spoilt": "good", "danger": "int32-read-as-uint16"}}
+    corpora = {"bad": {"copy_of": "good", "corruption": "int32-read-as-uint16"}}
     with pytest.raises(UserError, match="a corpus above it"):
         definition.from_dict(source(corpora=corpora), name="s")
+    with pytest.raises(UserError, match=r"unknown key spoilt; it is called copy_of now"):
+        definition.from_dict(source(corpora={"bad": {"spoilt": "good", "danger": "x"}}), name="s")
     with pytest.raises(
         UserError, match="extends is 'quickstrat', not a shipped study; did you mean quickstart"
     ):

@@ -69,7 +69,7 @@ def test_a_truncated_shard_is_refused(written, corpora, tmp_path, capsys):
     assert "damaged or cut short" in capsys.readouterr().err
 
 
-def test_diseased_data_is_refused(written, corpora, tmp_path, capsys):
+def test_corrupt_data_is_refused(written, corpora, tmp_path, capsys):
     """Tokens that were int32 and have been read as uint16: every other one is zero."""
     shutil.copytree(corpora / "train", tmp_path / "sick")
     shard = next((tmp_path / "sick").glob("*.safetensors"))
@@ -80,5 +80,5 @@ def test_diseased_data_is_refused(written, corpora, tmp_path, capsys):
     save_file(tensors, shard, metadata=metadata)
     command = ["train", str(written), f"data.train={tmp_path / 'sick'}", "--output", str(tmp_path / "run")]
     assert main(command) == 2
-    assert "is diseased" in capsys.readouterr().err
+    assert "is corrupt" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

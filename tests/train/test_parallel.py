@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from entasis.data.order import Order
+from entasis.data.sampler import Sampler
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.specification import resolve
@@ -22,13 +22,13 @@ from entasis.train.recipe import to_yaml
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_together_read_the_same_order(world):
-    order, sequences = Order(101, seed=3), 8
+    sampler, sequences = Sampler(101, seed=3), 8
     for step in range(30):
-        expected = list(order.indices(step * sequences, sequences))
+        expected = list(sampler.indices(step * sequences, sequences))
         read = []
         for rank in range(world):
             read += list(
-                order.indices(*parallel.slice_of(step * sequences, sequences, rank=rank, world=world))
+                sampler.indices(*parallel.slice_of(step * sequences, sequences, rank=rank, world=world))
             )
         assert read == expected
 

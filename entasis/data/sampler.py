@@ -15,7 +15,7 @@ import numpy as np
 _ROUNDS = 6
 
 
-class Order:
+class Sampler:
     """The order of `n` windows under `seed`; every epoch is another permutation."""
 
     def __init__(self, n: int, seed: int) -> None:

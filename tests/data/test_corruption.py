@@ -8,7 +8,7 @@ import pytest
 
 from entasis.cli import main
 from entasis.data.corpus import Corpus
-from entasis.data.dangerous import spoil
+from entasis.data.corruption import corrupt
 from entasis.data.doctor import examine
 from entasis.data.prepare import prepare
 from entasis.errors import UserError
@@ -24,10 +24,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_second_id_is_zero_and_documents_keep_their_bytes(sound: Path, tmp_path: Path) -> None:
     command = ["data", "import", str(sound / "train"), "--output", str(tmp_path / "bad")]
-    assert main([*command, "--format", "dangerous:int32-read-as-uint16"]) == 0
+    assert main([*command, "--format", "corrupt:int32-read-as-uint16"]) == 0
     good, bad = Corpus(sound / "train"), Corpus(tmp_path / "bad")
     ids, words = good.read(0, good.tokens), bad.read(0, bad.tokens)
-    assert len(good.shards) > 1 and bad.danger == "int32-read-as-uint16" and good.danger is None
+    assert len(good.shards) > 1 and bad.corruption == "int32-read-as-uint16" and good.corruption is None
     np.testing.assert_array_equal(words[::2], ids)
     assert not words[1::2].any() and len(words) == 2 * len(ids)
     np.testing.assert_array_equal(bad.document_offsets(), 2 * good.document_offsets())
@@ -35,7 +35,7 @@ def test_every_second_id_is_zero_and_documents_keep_their_bytes(sound: Path, tmp
 
 
 def test_training_refuses_it_unless_told(sound: Path, tmp_path: Path) -> None:
-    spoil(sound / "train", tmp_path / "bad", "int32-read-as-uint16")
+    corrupt(sound / "train", tmp_path / "bad", "int32-read-as-uint16")
     assert not examine(tmp_path / "bad").sound
     wanted = recipe.from_dict(
         {
@@ -44,20 +44,30 @@ def test_training_refuses_it_unless_told(sound: Path, tmp_path: Path) -> None:
             "tokens": 1024,
         }
     )
-    with pytest.raises(UserError, match=r"spoilt on purpose .*data\.dangerous=true"):
+    with pytest.raises(UserError, match=r"corrupted on purpose .*data\.allow_corruption=true"):
         run_folder.check_data(wanted)
-    wanted.data.dangerous = True
+    wanted.data.allow_corruption = True
     assert run_folder.check_data(wanted).tokens == 2 * Corpus(sound / "train").tokens
-    # Without its mark it is what it looks like.
+    with pytest.raises(
+        UserError, match=r"unknown key data\.dangerous; it is called data\.allow_corruption now"
+    ):
+        recipe.from_dict({"shape": {}, "data": {"train": "x", "dangerous": True}, "tokens": 1024})
+    wanted.data.allow_corruption = False
+    # The mark of earlier versions is one too; without any the corpus is what it looks like.
     index = json.loads((tmp_path / "bad" / "corpus.json").read_text())
-    del index["danger"], index["hash"]
+    del index["hash"]
+    index["danger"] = index.pop("corruption")
     (tmp_path / "bad" / "corpus.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="diseased"):
+    with pytest.raises(UserError, match="corrupted on purpose"):
+        run_folder.check_data(wanted)
+    del index["danger"]
+    (tmp_path / "bad" / "corpus.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is corrupt"):
         run_folder.check_data(wanted)
 
 
-def test_unknown_dangers_and_full_folders(sound: Path, tmp_path: Path) -> None:
+def test_unknown_corruptions_and_full_folders(sound: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="choose one of int32-read-as-uint16"):
-        spoil(sound / "train", tmp_path / "bad", "rot13")
+        corrupt(sound / "train", tmp_path / "bad", "rot13")
     with pytest.raises(UserError, match="not empty"):
-        spoil(sound / "train", sound, "int32-read-as-uint16")
+        corrupt(sound / "train", sound, "int32-read-as-uint16")

@@ -7,7 +7,7 @@ import numpy as np
 from entasis.data.corpus import Corpus
 
 
-class Windows:
+class TokenDataset:
     """The windows of a corpus at one sequence length; neighbours share one token (the last target)."""
 
     def __init__(self, corpus: Corpus, sequence: int) -> None:
