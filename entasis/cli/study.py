@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from entasis.report.tables import Table
-    from entasis.study.definition import Study
-    from entasis.study.judgement import Verdict
+    from entasis.study.analysis import Verdict
+    from entasis.study.config import Study
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,15 +99,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    from entasis.study import conduct
+    from entasis.study import runner
 
     if args.action == "resume":
-        study, folder = conduct.stored(args.folder), args.folder
+        study, folder = runner.stored(args.folder), args.folder
     else:
         study = _study(args)
         folder = args.output or Path("studies", study.name)
     options = dict(_pair(text) for text in args.option)
-    verdict = conduct.run(study, folder, console, launcher=args.launcher, options=options)
+    verdict = runner.run(study, folder, console, launcher=args.launcher, options=options)
     _show(verdict, folder, args, console)
     return 1 if verdict["failed"] else 0
 
@@ -120,30 +120,30 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:
-    from entasis.study import conduct
+    from entasis.study import runner
 
-    _show(conduct.report(args.folder, console), args.folder, args, console)
+    _show(runner.report(args.folder, console), args.folder, args, console)
     return 0
 
 
 def _plan(args: argparse.Namespace, console: Console) -> int:
-    from entasis.study import price
+    from entasis.study import cost_estimate
 
     study = _study(args)
-    estimate = price.estimate(
+    estimate = cost_estimate.estimate(
         study, args.output or Path("studies", study.name), noise=args.noise, quick=args.quick
     )
     if args.json:
         print(json.dumps(estimate, indent=1))
     else:
-        price.show(estimate, console)
+        cost_estimate.show(estimate, console)
     return 0
 
 
 def _compare(args: argparse.Namespace, console: Console) -> int:
-    from entasis.study import side_by_side
+    from entasis.study import compare
 
-    return _tell(*side_by_side.compare(*args.folders), args, console)
+    return _tell(*compare.compare(*args.folders), args, console)
 
 
 def _scale(args: argparse.Namespace, console: Console) -> int:
@@ -164,16 +164,16 @@ def _tell(plain: Any, table: Table, notes: list[str], args: argparse.Namespace, 
 
 
 def _study(args: argparse.Namespace) -> Study:
-    from entasis.study import definition
+    from entasis.study import config
 
-    return definition.read(args.study, size=args.size, overrides=args.overrides)
+    return config.read(args.study, size=args.size, overrides=args.overrides)
 
 
 def _show(verdict: Verdict, folder: Path, args: argparse.Namespace, console: Console) -> None:
-    from entasis.study import conduct
+    from entasis.study import runner
 
     if args.json:
         print(json.dumps(verdict, indent=1))
         return
-    conduct.summary(verdict, console)
+    runner.summary(verdict, console)
     console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from entasis.data import corruption
 from entasis.data.prepare import Progress, prepare
 from entasis.files import write_json
-from entasis.study.definition import Study
+from entasis.study.config import Study
 
 
 def missing(study: Study, folder: Path) -> list[str]:

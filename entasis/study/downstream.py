@@ -17,7 +17,7 @@ from rich.console import Console
 from entasis.files import write_text
 from entasis.report.tables import Column, Table
 from entasis.study import results, statistics
-from entasis.study.definition import Downstream
+from entasis.study.config import Downstream
 from entasis.study.results import Outcome
 
 FILE = "downstream.json"

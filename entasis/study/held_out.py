@@ -13,7 +13,7 @@ from entasis import quantities
 from entasis.data.corpus import Corpus
 from entasis.data.held_out import choose_documents
 from entasis.errors import UserError
-from entasis.study.definition import Study, changed
+from entasis.study.config import Study, changed
 from entasis.study.plan import Arm
 
 

@@ -17,10 +17,11 @@ from typing import Any
 
 from entasis.files import write_text
 from entasis.shape import cost
-from entasis.study import execute, remote, results
-from entasis.study.definition import Study, changed
+from entasis.study import results
+from entasis.study.config import Study, changed
+from entasis.study.executors import launchers, local
+from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Arm
-from entasis.study.remote import Pool
 from entasis.train.candidates import MARGIN, Measured, Settings, fastest, from_plain, told
 
 FILE = "machine.json"
@@ -35,9 +36,9 @@ def settle(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool | Non
     arguments = ([arms[names[0]].recipe for names in jobs], [runs * len(names) for names in jobs], wanted)
     if pool:
         # Where the runs will run: the machine that submits them may be another kind.
-        answers = [remote.call(pool, "choices", measure, *arguments)]
+        answers = [launchers.call(pool, "choices", measure, *arguments)]
     else:
-        answers = execute.on_each(execute.places(study.threads, runs * len(arms)), measure, *arguments)
+        answers = local.on_each(local.places(study.threads, runs * len(arms)), measure, *arguments)
     chosen = decide(jobs, answers)
     write_text(folder / FILE, json.dumps(chosen, indent=1) + "\n")
     return "\n".join(

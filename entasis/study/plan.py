@@ -15,7 +15,7 @@ from entasis import quantities
 from entasis.errors import UserError
 from entasis.shape import cost, specification
 from entasis.shape.shapes import ModelShape
-from entasis.study.definition import Protocol, Study, changed
+from entasis.study.config import Protocol, Study, changed
 from entasis.train import recipe as recipes
 from entasis.train.resolve import resolve, shape_of, with_mup_scales
 from entasis.train.stages import flops_per_token

@@ -13,13 +13,13 @@ from entasis.files import write_bytes, write_text
 from entasis.report import charts, silhouettes
 from entasis.report.page import Page
 from entasis.report.tables import Column, Table
-from entasis.study import downstream, judgement, results
-from entasis.study.definition import Study
-from entasis.study.judgement import Verdict
-from entasis.study.live import duration
+from entasis.study import analysis, downstream, results
+from entasis.study.analysis import Verdict
+from entasis.study.config import Study
+from entasis.study.live_table import duration
 from entasis.study.plan import Plan, PlannedRun
 from entasis.study.results import Outcome
-from entasis.study.wording import EQUAL
+from entasis.study.verdict_text import EQUAL
 
 _POINTS = 150
 """Points a curve keeps; each is the mean over its stretch of steps, so that no step is left out."""
@@ -115,7 +115,7 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
                 "smaller than what matters here."
             ),
         ]
-    main = judgement.main_table(verdict, protocol)
+    main = analysis.main_table(verdict, protocol)
     blocks += [
         page.table(_save(main, folder, f"results-{protocol}")),
         *_noise(page, study, part, verdict["comparisons"]),
@@ -132,8 +132,8 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
         charts.save(dots, folder / "charts" / f"runs-{protocol}")
         blocks += [page.chart(dots), page.note("Every run; runs of one seed are joined.")]
     tables = [
-        page.table(_save(judgement.statistics_table(verdict, protocol), folder, f"statistics-{protocol}")),
-        page.table(_save(judgement.seeds_table(verdict, protocol), folder, f"seeds-{protocol}")),
+        page.table(_save(analysis.statistics_table(verdict, protocol), folder, f"statistics-{protocol}")),
+        page.table(_save(analysis.seeds_table(verdict, protocol), folder, f"seeds-{protocol}")),
     ]
     return [*blocks, page.folded("All statistics, and every run's score", *tables)]
 
@@ -224,9 +224,9 @@ def _gaps(study: Study, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cost(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Path) -> list[str]:
-    table = judgement.cost_table(verdict, protocol)
+    table = analysis.cost_table(verdict, protocol)
     if protocol == "time":
-        speeds = page.table(_save(judgement.throughput_table(verdict), folder, "throughput"))
+        speeds = page.table(_save(analysis.throughput_table(verdict), folder, "throughput"))
         said = (
             "Before the runs, all arms trained some steps in turn, round after round. The error of an arm's speed against "
             "the baseline's, which set its length, is worth so many bits per byte by the slope of its loss over tokens; a "

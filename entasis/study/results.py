@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from entasis.errors import Damaged, UserError
 from entasis.files import hash_of, read_json
-from entasis.study.definition import Study, Sweep
-from entasis.study.execute import failure_note
+from entasis.study.config import Study, Sweep
+from entasis.study.executors.local import failure_note
 from entasis.study.plan import Findings, Plan, PlannedRun
 
 

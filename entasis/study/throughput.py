@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from entasis import quantities
 from entasis.files import write_text
-from entasis.study import execute, machine, remote, results
-from entasis.study.definition import Study
+from entasis.study import machine, results
+from entasis.study.config import Study
+from entasis.study.executors import launchers, local
+from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Arm
-from entasis.study.remote import Pool
 from entasis.study.results import Outcome
 from entasis.study.statistics import CONFIDENCE
 
@@ -36,10 +37,10 @@ def measure(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool | No
     jobs = machine.jobs_of(arms)
     arguments = ([arms[names[0]].recipe for names in jobs], str(study.base.get("device", "auto")))
     if pool:
-        workers = [remote.call(pool, "throughput", in_turn, *arguments)]
+        workers = [launchers.call(pool, "throughput", in_turn, *arguments)]
     else:
-        where = execute.places(study.threads, len(arms) * len(study.seeds))
-        workers = execute.on_each(where, in_turn, *arguments)
+        where = local.places(study.threads, len(arms) * len(study.seeds))
+        workers = local.on_each(where, in_turn, *arguments)
     # Arms that are the same work have the same speed, not two measurements of it.
     told = {name: [worker[i] for worker in workers] for i, names in enumerate(jobs) for name in names}
     write_text(folder / FILE, json.dumps({"rounds": ROUNDS, "tokens_per_second": told}, indent=1) + "\n")

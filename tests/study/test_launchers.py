@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from entasis.errors import UserError
-from entasis.study import conduct, definition, machine, remote
-from entasis.study.execute import State, failure_note
+from entasis.study import config, machine, runner
+from entasis.study.executors import launchers
+from entasis.study.executors.local import State, failure_note
 from entasis.study.plan import Findings, lay_out, solve
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launchers")]
@@ -24,7 +25,7 @@ OPTIONS = {"slurm": {"cluster": "local"}, "ray": {"cpus": "1"}}
 WORKER = {"slurm": "submitit", "ray": "ray::runs/plain"}
 
 
-def study_of(text: Path, **changes: Any) -> definition.Study:
+def study_of(text: Path, **changes: Any) -> config.Study:
     source = {
         "base": {
             "shape": {"profile": "isotropic", "budget": "40k", "layers": 4, "d_model": 32, "head_dim": 8,
@@ -42,7 +43,7 @@ def study_of(text: Path, **changes: Any) -> definition.Study:
         "seeds": 1,
         "threads": 1,
     }  # fmt: skip
-    return definition.from_dict(source | changes, name="s")
+    return config.from_dict(source | changes, name="s")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_a_killed_worker_is_replaced_and_a_wrong_run_is_not(name: str, text: Pat
     study = study_of(text)
     machine.settle(study, tmp_path, solve(study))
     study = machine.applied(study, tmp_path)
-    conduct._prepare(study, tmp_path, Console(file=io.StringIO()))
+    runner._prepare(study, tmp_path, Console(file=io.StringIO()))
     runs = lay_out(study, solve(study), Findings()).runs
     killed: list[int] = []
 
@@ -73,8 +74,8 @@ def test_a_killed_worker_is_replaced_and_a_wrong_run_is_not(name: str, text: Pat
             killed.append(max(mine, key=lambda p: p.info["create_time"]).pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    with remote.find(name)(tmp_path / "logs", 1, OPTIONS[name]) as pool:
-        states = remote.execute(tmp_path, runs, pool, kill_once)
+    with launchers.find(name)(tmp_path / "logs", 1, OPTIONS[name]) as pool:
+        states = launchers.execute(tmp_path, runs, pool, kill_once)
     assert killed, "the run was over before its worker could be killed"
     status = {s.run.arm: (s.status, s.message) for s in states}
     assert status["plain"] == ("done", "")
@@ -92,8 +93,8 @@ def test_the_same_results_in_the_study_folder_as_on_this_machine(text: Path, tmp
     arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}}
     console = Console(file=io.StringIO(), width=160)
     base = {"base": {**study_of(text).base, "tokens": 2048}, "arms": arms}
-    here = conduct.run(study_of(text, **base), tmp_path / "here", console)
-    there = conduct.run(
+    here = runner.run(study_of(text, **base), tmp_path / "here", console)
+    there = runner.run(
         study_of(text, **base), tmp_path / "there", console, launcher="slurm", options=OPTIONS["slurm"]
     )
     for arm in arms:
@@ -104,8 +105,8 @@ def test_the_same_results_in_the_study_folder_as_on_this_machine(text: Path, tmp
 
 def test_unknown_launchers_and_options() -> None:
     with pytest.raises(UserError, match="choose one of local, "):
-        remote.find("kubernetes")
+        launchers.find("kubernetes")
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     options = {"cluster": "local", "nodez": "1"}
-    with pytest.raises(UserError, match="nodez"), remote.find("slurm")(Path("logs"), 1, options):
+    with pytest.raises(UserError, match="nodez"), launchers.find("slurm")(Path("logs"), 1, options):
         pass

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from entasis.study import definition, machine, plan
+from entasis.study import config, machine, plan
 from entasis.train.candidates import Measured, Settings
 
 SHAPE = {"profile": "isotropic", "budget": "40k", "layers": 4, "d_model": 32, "head_dim": 8,
          "vocabulary": 512, "tied_embeddings": True, "context": 32}  # fmt: skip
 
 
-def study(**changes: Any) -> definition.Study:
+def study(**changes: Any) -> config.Study:
     source: dict[str, Any] = {
         "base": {"shape": SHAPE, "data": {"train": "corpora/a/train", "validation": "corpora/a/validation", "sequence": 32},
                  "tokens": "64k", "batch": {"tokens": 64}, "device": "cpu", "compile": False},
@@ -23,7 +23,7 @@ def study(**changes: Any) -> definition.Study:
         "seeds": 2,
         "threads": 1,
     }  # fmt: skip
-    return definition.from_dict(source | changes, name="s")
+    return config.from_dict(source | changes, name="s")
 
 
 def timed(precision: Any, attention: Any, seconds: float) -> dict[str, Any]:

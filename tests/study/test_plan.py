@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from entasis.errors import UserError
-from entasis.study import definition, plan
+from entasis.study import config, plan
 from entasis.study.plan import Findings
 from entasis.train import recipe
 from entasis.train.resolve import resolve
 
 
-def study(**changes: Any) -> definition.Study:
+def study(**changes: Any) -> config.Study:
     source: dict[str, Any] = {
         "base": {
             "shape": {"profile": "isotropic", "budget": "300k", "layers": 6, "d_model": 64, "head_dim": 16,
@@ -24,11 +24,11 @@ def study(**changes: Any) -> definition.Study:
         },
         "arms": {"plain": {}, "crown": {"shape.profile": "crown"}, "deep": {"shape.layers": 10, "shape.d_model": 48}},
     }  # fmt: skip
-    return definition.from_dict(source | changes, name="s")
+    return config.from_dict(source | changes, name="s")
 
 
 def test_quickstart_meets_its_budget_within_half_a_percent() -> None:
-    arms = plan.solve(definition.read("quickstart"))
+    arms = plan.solve(config.read("quickstart"))
     assert list(arms) == ["isotropic", "vanilla", "framed", "reverse", "crown"]
     sizes = [arm.parameters for arm in arms.values()]
     assert max(sizes) / min(sizes) < 1.005
@@ -149,7 +149,7 @@ def test_a_study_trains_the_shape_that_train_makes_of_the_same_recipe(asked: str
     s.base["optimizer"] = mup
     arms = plan.solve(s)
     for run in plan.lay_out(s, arms, Findings()).runs:
-        written = definition.changed(s.base, s.arms[run.arm])
+        written = config.changed(s.base, s.arms[run.arm])
         _, trained, _ = resolve(recipe.from_dict(written), 512)
         _, studied, notes = resolve(recipe.from_dict(run.recipe), 512)
         assert studied == trained

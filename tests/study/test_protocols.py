@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from entasis.study import conduct, definition, throughput
+from entasis.study import config, runner, throughput
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 TASK = """
@@ -40,7 +40,7 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     ]
     (tmp_path / "tasks/data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks/two.yaml").write_text(TASK % (tmp_path / "tasks/data.jsonl"))
-    study = definition.from_dict(
+    study = config.from_dict(
         {
             "base": {
                 "shape": {"profile": "isotropic", "layers": 4, "d_model": 32, "head_dim": 8, "budget": "90k",
@@ -65,7 +65,7 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
         name="s",
     )  # fmt: skip
     folder = tmp_path / "s"
-    verdict = conduct.run(study, folder, Console(file=io.StringIO(), width=160))
+    verdict = runner.run(study, folder, Console(file=io.StringIO(), width=160))
     assert verdict["complete"] and set(verdict["protocols"]) == {"params", "flops", "time"}
     results = {
         str(p.parent.relative_to(folder)): json.loads(p.read_text()) for p in folder.rglob("result.json")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from entasis.study import statistics, wording
+from entasis.study import statistics, verdict_text
 
 SEEDS = 5
 
@@ -81,7 +81,7 @@ def test_any_false_claim_over_three_protocols_is_at_most_5_percent(
         }
         found = statistics.adjust(statistics.compare(d, margin=0.01))
         wrong += any(
-            wording.judge(x) in (false or ({"better", "worse"} if truth[k] == 0 else {"same", "better"}))
+            verdict_text.judge(x) in (false or ({"better", "worse"} if truth[k] == 0 else {"same", "better"}))
             for (_, k), x in found.items()
         )
     assert wrong / studies <= 0.05

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from entasis.study import statistics, throughput, wording
+from entasis.study import statistics, throughput, verdict_text
 from entasis.study.plan import PlannedRun
 from entasis.study.results import Outcome
 
@@ -46,17 +46,19 @@ def test_no_verdict_by_time_that_the_speed_s_error_could_undo() -> None:
     )
     found = statistics.adjust(compared, 2)
     fast, even = found["fast"], found["even"]
-    assert (wording.judge(fast), wording.judge(even)) == ("better", "same")
+    assert (verdict_text.judge(fast), verdict_text.judge(even)) == ("better", "same")
 
     def known_to(error: float) -> list[str]:
-        return [wording.judge(dataclasses.replace(d, length_error=error, margin=0.01)) for d in (fast, even)]
+        return [
+            verdict_text.judge(dataclasses.replace(d, length_error=error, margin=0.01)) for d in (fast, even)
+        ]
 
     assert known_to(0.001) == ["better", "same"]
     assert known_to(0.015) == ["better", "undecided"]
     assert known_to(0.03) == known_to(math.nan) == ["undecided", "undecided"]
     uncertain = {"fast": dataclasses.replace(fast, length_error=0.03, margin=0.01)}
-    assert wording.says(uncertain["fast"], 0.01) == (
+    assert verdict_text.says(uncertain["fast"], 0.01) == (
         "not established: the error of its measured speed alone is worth 0.0300 bits per byte"
     )
-    sentence = wording.verdict(uncertain, baseline="plain", protocol="time", margin=0.01)
+    sentence = verdict_text.verdict(uncertain, baseline="plain", protocol="time", margin=0.01)
     assert "fast differs by −0.0200, but the error of its measured speed alone is worth 0.0300" in sentence

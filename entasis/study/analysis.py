@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from entasis.report.tables import Column, Table
-from entasis.study import results, statistics, throughput, wording
-from entasis.study.definition import Protocol, Study
+from entasis.study import results, statistics, throughput, verdict_text
+from entasis.study.config import Protocol, Study
 from entasis.study.plan import Plan
 from entasis.study.results import Outcome
 
@@ -109,7 +109,7 @@ def _under(
     runs = plan.grid[protocol]
     twins = plan.twins(protocol, study.baseline)
     lost = len({run.folder for r in runs.values() for run in r} & set(failed))
-    sentence = wording.verdict(
+    sentence = verdict_text.verdict(
         differences,
         baseline=study.baseline,
         protocol=protocol,
@@ -147,7 +147,7 @@ def _arm(
     elif is_twin:
         judgement, says = "itself", f"{study.baseline} itself: the same shape and recipe"
     elif d:
-        judgement, says = str(wording.judge(d)), wording.says(d, study.margin)
+        judgement, says = str(verdict_text.judge(d)), verdict_text.says(d, study.margin)
     else:
         judgement, says = "missing", "no finished pair"
     scores = [o.bits_per_byte for o in done]
@@ -192,9 +192,9 @@ def rows(verdict: Verdict, protocol: str) -> list[dict[str, Any]]:
         d = arm["difference"] or {}
         interval = None
         if d.get("low") is not None:
-            interval = f"{wording.signed(d['low'])} … {wording.signed(d['high'])}"
+            interval = f"{verdict_text.signed(d['low'])} … {verdict_text.signed(d['high'])}"
         flat = {k: v for k, v in arm.items() if k not in ("scores", "differences", "difference")}
-        flat["short"] = wording.SHORT[arm["judgement"]]
+        flat["short"] = verdict_text.SHORT[arm["judgement"]]
         result.append(
             {"arm": name, **flat, **{f"difference_{k}": v for k, v in d.items()}, "interval": interval}
         )

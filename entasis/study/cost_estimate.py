@@ -10,9 +10,10 @@ from rich.console import Console
 
 from entasis import quantities
 from entasis.report.tables import Column, Table
-from entasis.study import conduct, execute, held_out, machine, results, statistics, throughput
-from entasis.study.definition import Study
-from entasis.study.live import duration
+from entasis.study import held_out, machine, results, runner, statistics, throughput
+from entasis.study.config import Study
+from entasis.study.executors import local
+from entasis.study.live_table import duration
 from entasis.study.plan import Arm, Findings, Plan, PlannedRun, batch_tokens, lay_out, preparatory, solve
 from entasis.study.worker import Place
 from entasis.train.candidates import Settings, from_plain
@@ -32,7 +33,7 @@ def estimate(
     `noise` is the standard deviation of a paired difference in bits per byte; without one the study's own, or
     that of its finished runs, is taken.
     """
-    vocabulary = conduct.vocabulary(study, folder) or next(
+    vocabulary = runner.vocabulary(study, folder) or next(
         (c.train_tokenizer for c in study.corpora.values() if c.train_tokenizer), None
     )
     arms = held_out.agree(study, folder, solve(study, vocabulary))
@@ -131,7 +132,7 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
     arms = plan.arms
     done = list(results.outcomes(folder, plan.runs).values())
     # All that needs torch is done by other processes.
-    where = execute.on_each([Place("counting", 1)], execute.places, study.threads, len(plan.runs))[0]
+    where = local.on_each([Place("counting", 1)], local.places, study.threads, len(plan.runs))[0]
     if done:
         mean = sum(o.result["seconds"] / o.run.flops for o in done) / len(done)
         own = {name: [o.result["seconds"] / o.run.flops for o in done if o.run.arm == name] for name in arms}
@@ -141,7 +142,7 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
     jobs = [] if quick else machine.jobs_of(applied)
     recipes = [applied[names[0]].recipe for names in jobs]
     device = str(study.base.get("device", "auto"))
-    answers = execute.on_each(where, machine.measure, recipes, [len(study.seeds)] * len(jobs), device, _LIMIT)
+    answers = local.on_each(where, machine.measure, recipes, [len(study.seeds)] * len(jobs), device, _LIMIT)
     ceiling = 1 / median(a["flops_per_second"] for a in answers)
     if quick:
         return dict.fromkeys(arms, ceiling), len(where), "a third of the measured matmul ceiling"

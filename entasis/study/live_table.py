@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from entasis.study.execute import State, Watcher
+from entasis.study.executors.local import State, Watcher
 
 _STYLE = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
 _EVERY = 20.0

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from entasis.study.definition import Protocol
+from entasis.study.config import Protocol
 from entasis.study.statistics import ALPHA, Difference
 
 Judgement = Literal["better", "worse", "same", "undecided", "unjudged", "itself"]

@@ -20,21 +20,12 @@ from rich.console import Console
 from entasis import signals
 from entasis.errors import Damaged, Failure, UserError
 from entasis.files import write_text
-from entasis.study import (
-    downstream,
-    execute,
-    held_out,
-    judgement,
-    live,
-    machine,
-    remote,
-    results,
-    throughput,
-)
-from entasis.study.definition import Study, read
-from entasis.study.judgement import Verdict
+from entasis.study import analysis, downstream, held_out, live_table, machine, results, throughput
+from entasis.study.analysis import Verdict
+from entasis.study.config import Study, read
+from entasis.study.executors import launchers, local
+from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Arm, Plan, PlannedRun, lay_out, preparatory, solve
-from entasis.study.remote import Pool
 
 
 def run(
@@ -58,7 +49,7 @@ def run(
     place = (
         contextlib.nullcontext()
         if launcher == "local"
-        else remote.find(launcher)(folder / "logs", study.threads, options or {})
+        else launchers.find(launcher)(folder / "logs", study.threads, options or {})
     )
     try:
         return _run(study, folder, console, place)
@@ -75,7 +66,7 @@ def _run(
     place: contextlib.AbstractContextManager[Pool | None],
 ) -> Verdict:
     begin(study, folder)
-    with execute.only_one(folder), place as pool:
+    with local.only_one(folder), place as pool:
         _prepare(study, folder, console)
         study = _settled(study, folder, console, pool)
         arms = held_out.agree(study, folder, solve(study, vocabulary(study, folder)))
@@ -90,7 +81,7 @@ def _run(
         if study.downstream:
             found = results.outcomes(folder, plan.runs)
             downstream.score(study.downstream, list(found.values()), console)
-        verdict = judgement.judge(study, plan, folder)
+        verdict = analysis.judge(study, plan, folder)
         told = folder / "verdict.json"
         if results.holds(told, verdict):
             return verdict
@@ -105,7 +96,7 @@ def report(folder: Path, console: Console) -> Verdict:
     prepared = preparatory(study, arms)
     _recognise(folder, prepared)
     plan = _lay_out(study, folder, arms, prepared)
-    return _report(study, plan, folder, judgement.judge(study, plan, folder), prepared, console)
+    return _report(study, plan, folder, analysis.judge(study, plan, folder), prepared, console)
 
 
 def stored(folder: Path) -> Study:
@@ -144,7 +135,7 @@ def vocabulary(study: Study, folder: Path) -> int | None:
 def summary(verdict: Verdict, console: Console) -> None:
     """The answer in the terminal."""
     for protocol in verdict["protocols"]:
-        console.print(judgement.main_table(verdict, protocol).rich())
+        console.print(analysis.main_table(verdict, protocol).rich())
     for name, message in verdict["failed"].items():
         console.print(f"failed {name}: {message}", markup=False, highlight=False, style="red")
     console.print(verdict["sentence"], markup=False, highlight=False, style="bold")
@@ -176,7 +167,7 @@ def _prepare(study: Study, folder: Path, console: Console) -> None:
 
     names = corpora.missing(study, folder)
     if names:
-        with live.preparing(console, f"preparing corpus {', '.join(names)}") as progress:
+        with live_table.preparing(console, f"preparing corpus {', '.join(names)}") as progress:
             corpora.make(study, folder, progress)
 
 
@@ -197,14 +188,14 @@ def _train(
     title: str,
     pool: Pool | None,
 ) -> None:
-    left = [r for r in runs if not execute.finished(folder, r)]
+    left = [r for r in runs if not local.finished(folder, r)]
     if not left:
         return
-    with live.watching(console, title) as watch:
+    with live_table.watching(console, title) as watch:
         if pool:
-            states = remote.execute(folder, runs, pool, watch)
+            states = launchers.execute(folder, runs, pool, watch)
         else:
-            states = execute.execute(folder, runs, execute.places(study.threads, len(left)), watch)
+            states = local.execute(folder, runs, local.places(study.threads, len(left)), watch)
     failed = [s for s in states if s.status == "failed"]
     if len(failed) == len(left) and not any(s.status == "done" for s in states):
         raise Failure(f"every run failed; the first, {failed[0].run.folder}: {failed[0].message}")

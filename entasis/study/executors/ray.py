@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from entasis.errors import UserError
-from entasis.study.execute import cores
-from entasis.study.remote import Pool, launcher
+from entasis.study.executors.launchers import Pool, launcher
+from entasis.study.executors.local import cores
 
 _OPTIONS = ("address", "cpus", "gpus")
 

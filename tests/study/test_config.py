@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from entasis.errors import UserError
-from entasis.study import definition
+from entasis.study import config
 
 
 def source(**changes: Any) -> dict[str, Any]:
@@ -16,8 +16,8 @@ def source(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def read(**changes: Any) -> definition.Study:
-    return definition.from_dict(source(**changes), name="s")
+def read(**changes: Any) -> config.Study:
+    return config.from_dict(source(**changes), name="s")
 
 
 def test_defaults() -> None:
@@ -53,26 +53,24 @@ def test_mistakes_are_named_in_one_line(changes: dict[str, Any], message: str) -
 
 def test_unknown_study_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean quickstart"):
-        definition.read("quickstrat")
+        config.read("quickstrat")
 
 
 def test_shipped_studies_are_valid_and_survive_writing(tmp_path: Path) -> None:
-    assert "quickstart" in definition.shipped()
-    for name in definition.shipped():
-        text = (
-            Path(definition.__file__).parent.joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
-        )
+    assert "quickstart" in config.shipped()
+    for name in config.shipped():
+        text = Path(config.__file__).parent.joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
         sized = "\nsizes:" in text or "\nextends:" in text
         sizes = ["nano", "small", "paper"] if sized else [None]
         for size in sizes:
-            study = definition.read(name, size=size)
+            study = config.read(name, size=size)
             stored = tmp_path / f"{name}.yaml"
             stored.write_text(study.to_yaml(), encoding="utf-8")
-            assert definition.read(stored) == study
+            assert config.read(stored) == study
 
 
 def test_the_wrongly_typed_study_is_the_paper_s_but_for_its_data() -> None:
-    right, wrong = (definition.read(n, size="nano") for n in ("crown-paper", "crown-paper-typed-wrong"))
+    right, wrong = (config.read(n, size="nano") for n in ("crown-paper", "crown-paper-typed-wrong"))
     assert wrong.corpora["mistyped"].copy_of == "prose" and wrong.corpora["prose"] == right.corpora["prose"]
     assert (wrong.arms, wrong.seeds, wrong.margin) == (right.arms, right.seeds, right.margin)
     data = wrong.base.pop("data")
@@ -81,27 +79,27 @@ def test_the_wrongly_typed_study_is_the_paper_s_but_for_its_data() -> None:
     assert wrong.base == right.base
     corpora = {"bad": {"copy_of": "good", "corruption": "int32-read-as-uint16"}}
     with pytest.raises(UserError, match="a corpus above it"):
-        definition.from_dict(source(corpora=corpora), name="s")
+        config.from_dict(source(corpora=corpora), name="s")
     with pytest.raises(UserError, match=r"unknown key spoilt; it is called copy_of now"):
-        definition.from_dict(source(corpora={"bad": {"spoilt": "good", "danger": "x"}}), name="s")
+        config.from_dict(source(corpora={"bad": {"spoilt": "good", "danger": "x"}}), name="s")
     with pytest.raises(
         UserError, match="extends is 'quickstrat', not a shipped study; did you mean quickstart"
     ):
-        definition.from_dict(source() | {"extends": "quickstrat"}, name="s")
+        config.from_dict(source() | {"extends": "quickstrat"}, name="s")
 
 
 def test_dot_keys_change_a_copy() -> None:
     base = {"shape": {"profile": "isotropic", "layers": 8}}
-    out = definition.changed(base, {"shape.profile": "crown", "optimizer.lr": 1e-3})
+    out = config.changed(base, {"shape.profile": "crown", "optimizer.lr": 1e-3})
     assert out == {"shape": {"profile": "crown", "layers": 8}, "optimizer": {"lr": 1e-3}}
     assert base == {"shape": {"profile": "isotropic", "layers": 8}}
 
 
 def test_sizes_change_the_base_and_replace_the_rest() -> None:
     sizes = {"nano": {"base": {"tokens": "10k"}, "seeds": 5}, "small": {"base": {"tokens": "10M"}}}
-    study = definition.from_dict(source(sizes=sizes), name="s", size="nano")
+    study = config.from_dict(source(sizes=sizes), name="s", size="nano")
     assert (study.name, study.base["tokens"], study.seeds) == ("s-nano", "10k", [0, 1, 2, 3, 4])
     with pytest.raises(UserError, match="choose a --size: nano, small"):
         read(sizes=sizes)
     with pytest.raises(UserError, match="no size 'huge'; it has nano, small"):
-        definition.from_dict(source(sizes=sizes), name="s", size="huge")
+        config.from_dict(source(sizes=sizes), name="s", size="huge")

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from entasis.errors import UserError
 from entasis.files import SEAL
-from entasis.study import conduct, definition, execute, machine, side_by_side
-from entasis.study.execute import Place, State
+from entasis.study import compare, config, machine, runner
+from entasis.study.executors import local
+from entasis.study.executors.local import Place, State
 from entasis.study.plan import Findings, lay_out, solve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
@@ -64,9 +65,9 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """A study run to its end: (folder, verdict, what was printed)."""
     folder = tmp_path_factory.mktemp("study") / "s"
     out = io.StringIO()
-    study = definition.from_dict(source(text), name="s")
-    verdict = conduct.run(study, folder, Console(file=out, width=160))
-    conduct.summary(verdict, Console(file=out, width=160))
+    study = config.from_dict(source(text), name="s")
+    verdict = runner.run(study, folder, Console(file=out, width=160))
+    runner.summary(verdict, Console(file=out, width=160))
     return folder, verdict, out.getvalue()
 
 
@@ -139,7 +140,7 @@ def test_a_finished_study_answers_from_what_is_there_even_when_moved(
     moved = tmp_path / "moved"
     shutil.copytree(finished[0], moved)
     began = {p: p.stat().st_mtime_ns for p in moved.rglob("result.json")}
-    verdict = conduct.report(moved, Console(file=io.StringIO()))
+    verdict = runner.report(moved, Console(file=io.StringIO()))
     assert (
         verdict["protocols"]["params"]["arms"]["slope"] == finished[1]["protocols"]["params"]["arms"]["slope"]
     )
@@ -149,16 +150,16 @@ def test_a_finished_study_answers_from_what_is_there_even_when_moved(
 def test_another_study_is_kept_out(
     finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
 ) -> None:
-    other = definition.from_dict(source(text, margin=0.5), name="s")
+    other = config.from_dict(source(text, margin=0.5), name="s")
     with pytest.raises(UserError, match=r"holds another study \(margin differs\)"):
-        conduct.run(other, finished[0], Console(file=io.StringIO()))
+        runner.run(other, finished[0], Console(file=io.StringIO()))
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and holds no study"):
-        conduct.run(other, tmp_path, Console(file=io.StringIO()))
+        runner.run(other, tmp_path, Console(file=io.StringIO()))
     with (
-        execute.only_one(tmp_path),
+        local.only_one(tmp_path),
         pytest.raises(UserError, match="another `entasis study` is at work"),
-        execute.only_one(tmp_path),
+        local.only_one(tmp_path),
     ):
         pass
 
@@ -168,7 +169,7 @@ def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
 ) -> None:
     shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
     arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}}
-    study = definition.from_dict(source(text, arms=arms, seeds=1), name="s")
+    study = config.from_dict(source(text, arms=arms, seeds=1), name="s")
     machine.settle(study, tmp_path, solve(study))
     study = machine.applied(study, tmp_path)
     runs = lay_out(study, solve(study), Findings()).runs
@@ -183,17 +184,17 @@ def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
             killed.append(victim.pid or 0)
             os.kill(killed[0], signal.SIGKILL)
 
-    states = execute.execute(tmp_path, runs, [Place("cpu-0", 1)], kill_first)
+    states = local.execute(tmp_path, runs, [Place("cpu-0", 1)], kill_first)
     assert killed and [s.status for s in states] == ["failed", "done"]
     assert "SIGKILL" in states[0].message and "memory" in states[0].message
-    again = execute.execute(tmp_path, runs, [Place("cpu-0", 1)], lambda states: None)
+    again = local.execute(tmp_path, runs, [Place("cpu-0", 1)], lambda states: None)
     assert [s.status for s in again] == ["done", "done"]
-    assert not execute.failure_note(tmp_path, runs[0]).exists()
+    assert not local.failure_note(tmp_path, runs[0]).exists()
 
 
 def test_two_studies_side_by_side(finished: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     folder = finished[0]
-    rows, table, notes = side_by_side.compare(folder, folder)
+    rows, table, notes = compare.compare(folder, folder)
     assert {r["arm"] for r in rows} == {"plain", "slope"} and all(r["difference"] == 0 for r in rows)
     assert "a_perplexity" in rows[0] and "perplexity" in table.csv() and len(notes) == 1
     other = tmp_path / "other"
@@ -202,14 +203,14 @@ def test_two_studies_side_by_side(finished: tuple[Path, dict[str, Any], str], tm
         result = json.loads(path.read_text())
         result["data"]["tokenizer"] = "another"
         path.write_text(json.dumps({key: value for key, value in result.items() if key != SEAL}))
-    rows, _, notes = side_by_side.compare(folder, other)
+    rows, _, notes = compare.compare(folder, other)
     assert "a_perplexity" not in rows[0] and "perplexities are not shown" in notes[1]
     for path in other.rglob("result.json"):
         result = json.loads(path.read_text())
         result["validation"]["bytes"] += 1
         path.write_text(json.dumps({key: value for key, value in result.items() if key != SEAL}))
     with pytest.raises(UserError, match="evaluated on different texts"):
-        side_by_side.compare(folder, other)
+        compare.compare(folder, other)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(
@@ -220,7 +221,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
     plain = source(text, arms={"plain": {}}, seeds=1)
     plain["base"] = {**plain["base"], "tokens": "60k"}  # so long that it is not done before the first look
-    study = definition.from_dict(plain, name="s")
+    study = config.from_dict(plain, name="s")
     machine.settle(study, tmp_path, solve(study))
     study = machine.applied(study, tmp_path)
     runs = lay_out(study, solve(study), Findings()).runs
@@ -230,6 +231,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Failure, match=r"stopped by Ctrl-C with 0 of 1 runs done; `entasis study resume"):
-        execute.execute(tmp_path, runs, [Place("cpu-0", 1)], interrupt)
+        local.execute(tmp_path, runs, [Place("cpu-0", 1)], interrupt)
     assert list((tmp_path / runs[0].folder / "checkpoints").iterdir())
-    assert execute.execute(tmp_path, runs, [Place("cpu-0", 1)], lambda states: None)[0].status == "done"
+    assert local.execute(tmp_path, runs, [Place("cpu-0", 1)], lambda states: None)[0].status == "done"

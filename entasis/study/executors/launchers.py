@@ -1,6 +1,6 @@
 """Runs of a study as jobs of somebody else's scheduler: submitted, watched through their folders, sent again when lost.
 
-A launcher is one registered context manager in one file (`launch_slurm.py`, `launch_ray.py`). The study's folder must
+A launcher is one registered context manager in one file (`slurm.py`, `ray.py`). The study's folder must
 lie where all machines see it under the same path.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from entasis import signals
 from entasis.errors import Failure, UserError
 from entasis.files import write_text
-from entasis.study.execute import State, Watcher, failure_note, finished
+from entasis.study.executors.local import State, Watcher, failure_note, finished
 from entasis.study.plan import PlannedRun
 
 ATTEMPTS = 3
@@ -59,7 +59,7 @@ def launcher(name: str) -> Callable[[Launcher], Launcher]:
 
 def find(name: str) -> Launcher:
     """A launcher by its name. Raises `UserError`."""
-    from entasis.study import launch_ray, launch_slurm  # noqa: F401  they register themselves
+    from entasis.study.executors import ray, slurm  # noqa: F401  they register themselves
 
     if name not in LAUNCHERS:
         raise UserError(f"--launcher {name!r} is not known; choose one of local, {', '.join(LAUNCHERS)}")
@@ -74,7 +74,7 @@ class _Active:
 
 
 def execute(folder: Path, runs: Sequence[PlannedRun], pool: Pool, watch: Watcher) -> list[State]:
-    """As `entasis.study.execute.execute`, the runs being jobs of `pool`.
+    """As `entasis.study.executors.local.execute`, the runs being jobs of `pool`.
 
     A run that fails is noted and not tried again; one whose job is lost goes on from its checkpoint, at most
     `ATTEMPTS` times in all. Ctrl-C cancels the jobs and raises `Failure`.
