@@ -17,6 +17,7 @@ carried out one parameter at a time. The axes come from `entasis.shape.layout`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 NewUnits = Literal["zeros", "copies"]
+Read = Callable[[str], "torch.Tensor"]
+"""Gives one tensor of the old model by its name, in the dtype it is stored in; may be called again."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,28 @@ class AxisMap:
 class ParameterMap:
     """Where one parameter comes from."""
 
-    source: str | None
-    """Name in the old model; None: the old layer has no such half."""
+    sources: tuple[tuple[str, float], ...]
+    """(name in the old model, its share), added up. Without any it is `fill`."""
     size: tuple[int, ...]
     axes: tuple[AxisMap | None, ...] = ()
     """None: as it was."""
-    fill: float = 0.0
-    """The value of a parameter that comes from nowhere."""
+    fill: float | None = 0.0
+    """The value of a parameter that comes from nowhere; None: the operator makes it, from whatever it reads."""
+
+    @property
+    def source(self) -> str | None:
+        """The first of the sources."""
+        return self.sources[0][0] if self.sources else None
 
     def make(self, old: torch.Tensor | None, like: torch.Tensor, *, factors: bool = True) -> torch.Tensor:
-        """The new parameter from the old, in `like`'s dtype and device; moments are taken without the `factors`."""
+        """One old parameter along the new axes, in `like`'s dtype and device; moments are taken without the `factors`.
+
+        Without an old one: the fill.
+        """
         import torch
 
         if old is None:
+            assert self.fill is not None, "the operator makes it"
             return like.new_full(self.size, self.fill)
         for dim, axis in enumerate(self.axes):
             if axis is None:
@@ -80,6 +92,28 @@ class ParameterMap:
                 old = old * torch.from_numpy(scale).to(old).view(-1, *(1,) * (old.ndim - dim - 1))
         return old
 
+    def mix(self, read: Read, like: torch.Tensor) -> torch.Tensor:
+        """The new parameter: the sum of its sources' shares, computed in fp32 at least, in `like`'s dtype."""
+        import torch
+
+        if not self.sources or (len(self.sources) == 1 and self.sources[0][1] == 1.0):
+            return self.make(read(self.sources[0][0]) if self.sources else None, like)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        parts = (self.make(read(name), like).to(wide) * share for name, share in self.sources)
+        return functools.reduce(torch.add, parts).to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a layer of the new model was made of."""
+
+    sources: tuple[int, ...]
+    """Layers of the old model: none for one that was drawn, several for one made of several."""
+    operator: str | None = None
+    """What made it; None for a layer that was only moved."""
+    is_new: bool = False
+    """Whether it was added. An old layer has one source, and no other old layer has the same."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -87,9 +121,13 @@ class Plan:
 
     shape: ModelShape
     """The new model's."""
-    layers: tuple[int, ...]
-    """For each new layer, the old one that it comes from."""
+    layers: tuple[Origin, ...]
+    """Of every new layer."""
     parameters: dict[str, ParameterMap] = field(repr=False)
+
+    def is_new(self, name: str) -> bool:
+        """Whether a parameter belongs to a layer that was added: no optimizer remembers anything of it."""
+        return name.startswith("blocks.") and self.layers[int(name.split(".")[1])].is_new
 
 
 def plan(
@@ -118,33 +156,57 @@ def plan(
     parameters: dict[str, ParameterMap] = {}
     for i, source in enumerate(sources):
         order = (orders or {}).get(source, Order())
-        parameters |= _plan_layer(shape, source, new, i, order, new_units)
-    outside = {p.name: ParameterMap(p.name, p.size) for p in layout.outer_parameters(new) if p.shares is None}
-    return Plan(new, sources, {name: (outside | parameters)[name] for name in layout.sizes(new)})
+        parameters |= map_layer(shape, source, new, i, order, new_units)
+    return Plan(new, _origins(shape, layers, sources), with_outer(new, parameters))
 
 
-def apply(
-    plan: Plan, tensors: Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the new model, one at a time, in the model's order.
+def with_outer(shape: ModelShape, layers: Mapping[str, ParameterMap]) -> dict[str, ParameterMap]:
+    """The maps of all layers with those of the parameters outside, which stay, in the model's order."""
+    outside = {
+        p.name: ParameterMap(((p.name, 1.0),), p.size)
+        for p in layout.outer_parameters(shape)
+        if p.shares is None
+    }
+    return {name: {**outside, **layers}[name] for name in layout.sizes(shape)}
+
+
+def apply(plan: Plan, tensors: Mapping[str, torch.Tensor] | Read) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the new model, one at a time, in the model's order, but for those that an operator makes.
 
     `tensors` are the old model's, or a function that reads one of them. What does not change is passed on, and copied
     only where it goes to two places.
     """
     read = tensors.__getitem__ if isinstance(tensors, Mapping) else tensors
-    like, given = read("norm.weight"), set[str]()
+    like, given = read("norm.weight"), set[str | None]()
     for name, entry in plan.parameters.items():
-        if entry.source is None:
-            yield name, entry.make(None, like)
+        if not entry.sources and entry.fill is None:
             continue
-        made = entry.make(read(entry.source), like)
-        yield name, made.clone() if entry.source in given else made
+        made = entry.mix(read, like)
+        yield name, made.clone() if entry.sources and entry.source in given else made
         given.add(entry.source)
 
 
-def _plan_layer(
-    old_shape: ModelShape, source: int, new_shape: ModelShape, index: int, order: Order, new_units: NewUnits
+def _origins(shape: ModelShape, layers: Sequence[LayerShape], sources: Sequence[int]) -> tuple[Origin, ...]:
+    """The first layer made from an old one is that one; others made from it are new."""
+    return tuple(
+        Origin(
+            (source,),
+            None if layer == shape.layers[source] and source not in sources[:i] else "resize",
+            source in sources[:i],
+        )
+        for i, (layer, source) in enumerate(zip(layers, sources, strict=True))
+    )
+
+
+def map_layer(
+    old_shape: ModelShape,
+    source: int,
+    new_shape: ModelShape,
+    index: int,
+    order: Order = Order(),
+    new_units: NewUnits = "zeros",
 ) -> dict[str, ParameterMap]:
+    """Where the parameters of one new layer come from when it is made of one old. Raises `UserError`."""
     old, new = old_shape.layers[source], new_shape.layers[index]
     where = f"resize: layer {source}"
     numbered = layout.ffn_kind(old_shape, old).numbers and old.d_ff != new.d_ff
@@ -159,15 +221,13 @@ def _plan_layer(
     for p in layout.layer_parameters(new_shape, index):
         name = p.name.removeprefix(f"blocks.{index}.")
         if name not in there:
-            result[p.name] = ParameterMap(
-                None, p.size, fill=1.0 if "norm" in p.role and not p.is_bias else 0.0
-            )
+            result[p.name] = ParameterMap((), p.size, fill=1.0 if "norm" in p.role and not p.is_bias else 0.0)
             continue
         maps = tuple(
             axes.get(f"{p.role}:{axis}") or axes.get(f"{'reads' if dim else 'writes'}:{axis}")
             for dim, axis in enumerate(p.axes)
         )
-        result[p.name] = ParameterMap(f"blocks.{source}.{name}", p.size, maps if any(maps) else ())
+        result[p.name] = ParameterMap(((f"blocks.{source}.{name}", 1.0),), p.size, maps if any(maps) else ())
     return result
 
 

@@ -12,6 +12,7 @@ done again from its start.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -26,18 +27,34 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True)
+class Init:
+    """How initial values are drawn where a transition needs some; see `entasis.model.initialisation`."""
+
+    seed: int = 0
+    parametrisation: str = "standard"
+    base_width: int | None = None
+
+
 class Transition(Settings):
     """One way to change a model between stages."""
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any], where: str) -> Transition:
+        """The transition with these options. Raises `UserError`, which begins with `where`."""
+        return parse(cls, options, where)
 
     def plan(self, shape: ModelShape) -> resize.Plan:
         """The next model's shape, and where each of its layers and parameters comes from. Raises `UserError`."""
         raise AssertionError("each transition has its own")
 
-    def weights(
-        self, plan: resize.Plan, tensors: Mapping[str, torch.Tensor]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) of the next model, one at a time."""
-        return resize.apply(plan, tensors)
+    def settle(self, plan: resize.Plan, read: resize.Read) -> resize.Plan:
+        """The plan once the weights are there; of the same shape and the same origins."""
+        return plan
+
+    def weights(self, plan: resize.Plan, read: resize.Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) of every parameter of the next model, one at a time, in any order."""
+        return resize.apply(plan, read)
 
 
 TRANSITIONS: Registry[type[Transition]] = Registry("transition")
@@ -45,17 +62,14 @@ TRANSITIONS: Registry[type[Transition]] = Registry("transition")
 
 def read(source: Mapping[str, Any], where: str) -> Transition:
     """The transition in `{NAME: {option: value, …}}`. Raises `UserError`, which begins with `where`."""
+    from entasis.grow import growth  # noqa: F401  (registers its transition)
+
     if len(source) != 1:
         raise UserError(f"{where} is {dict(source)!r}; name one of {', '.join(TRANSITIONS)}")
     name, options = next(iter(source.items()))
     if name not in TRANSITIONS:
         raise UserError(f"{where}: {name!r} is not known; {advise(name, TRANSITIONS)}")
-    return parse(TRANSITIONS[name], options, f"{where}.{name}")
-
-
-def name_of(transition: Transition) -> str:
-    """The name that a transition is registered by."""
-    return next(name for name, kind in TRANSITIONS.items() if isinstance(transition, kind))
+    return TRANSITIONS[name].read(options, f"{where}.{name}")
 
 
 @TRANSITIONS.register("resize")

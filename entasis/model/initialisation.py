@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
 
 from entasis.model import parametrisation as rules
 from entasis.model.transformer import Transformer
+from entasis.shape import layout
+from entasis.shape.shapes import ModelShape
 
 STD = 0.02
 
@@ -37,19 +39,36 @@ def init_weights(
     model: Transformer, seed: int, *, parametrisation: str = "standard", base_width: int | None = None
 ) -> None:
     """Fills every parameter of `model` in place; drawn on the CPU in fp32, so the device does not matter."""
-    described = rules.describe(model.shape, parametrisation, base_width=base_width)
-    branch_scaled = model.shape.norm_scaling or model.shape.residual_scale != 1.0
-    depth = 1.0 if branch_scaled else 1 / math.sqrt(2 * model.shape.n_layers)
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, value in draw(
+        model.shape, parameters, seed, parametrisation=parametrisation, base_width=base_width
+    ):
+        parameters[name].copy_(value)
+
+
+def draw(
+    shape: ModelShape,
+    names: Iterable[str],
+    seed: int,
+    *,
+    parametrisation: str = "standard",
+    base_width: int | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, initial value) of these parameters of a model, one at a time, in fp32 on the CPU."""
+    described = rules.describe(shape, parametrisation, base_width=base_width)
+    sizes = layout.sizes(shape)
+    branch_scaled = shape.norm_scaling or shape.residual_scale != 1.0
+    depth = 1.0 if branch_scaled else 1 / math.sqrt(2 * shape.n_layers)
+    for name in names:
         rule = described[name]
         if rule.kind == "vector":
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            yield name, torch.full(sizes[name], 0.0 if name.endswith("bias") else 1.0)
             continue
         std = STD * rule.init * (depth if rule.writes else 1.0)
-        parameter.copy_(_normal(parameter, seed, name) * std)
+        yield name, _normal(sizes[name], seed, name) * std
 
 
-def _normal(parameter: nn.Parameter, seed: int, name: str) -> torch.Tensor:
+def _normal(size: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(parameter.shape, generator=generator)
+    return torch.randn(size, generator=generator)

@@ -26,7 +26,7 @@ from entasis.data.dataset import TokenDataset
 from entasis.data.sampler import Sampler
 from entasis.errors import Failure, Stopped, UserError
 from entasis.evaluate.bits_per_byte import Score
-from entasis.grow import transitions
+from entasis.grow.transitions import Init
 from entasis.model import weights
 from entasis.shape import cost
 from entasis.train import (
@@ -157,7 +157,11 @@ class _Run:
                 found, self.positions = moments.load(folder)
         if span.transition is not None and tensors is not None:
             transition, plan = span.transition
-            tensors, found = dict(transition.weights(plan, tensors)), moments.resized(found, plan)
+            optimizer = span.recipe.optimizer
+            init = Init(self.recipe.seed, optimizer.parametrisation, optimizer.base_width)
+            plan = transition.settle(plan, tensors.__getitem__)
+            tensors = dict(transition.weights(plan, tensors.__getitem__, init))
+            found = moments.resized(found, plan)
         runner = StageRunner(span, self.device, tensors=tensors)
         if resumes is not None:
             checkpoint.load(resumes, runner.model, runner.optimizers)
@@ -346,20 +350,19 @@ class _Run:
 
 
 def provenance(spans: Sequence[stages.StageSpan]) -> list[dict[str, Any]]:
-    """For each layer of the last of these stages: its id, the layer of the stage before that it was made from, by what,
-    whether it is new, and whether it learns."""
+    """For each layer of the last of these stages: its id, the layers that the last transition made it of, by what, whether
+    it was new then, and whether it learns."""
     span = spans[-1]
-    made, plan = span.transition if span.transition else (None, None)
     learning = {name.split(".")[1] for name in span.trainable if name.startswith("blocks.")}
     return [
         {
             "id": layer_id,
-            "source": plan.layers[i] if plan else None,
-            "operator": transitions.name_of(made) if made else None,
-            "new": i in span.newest,
+            "sources": list(origin.sources),
+            "operator": origin.operator,
+            "new": origin.is_new,
             "frozen": str(i) not in learning,
         }
-        for i, layer_id in enumerate(span.ids)
+        for i, (layer_id, origin) in enumerate(zip(span.ids, span.origins, strict=True))
     ]
 
 

@@ -58,10 +58,10 @@ def put(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], fou
 
 
 def resized(found: Moments, plan: Plan) -> Moments:
-    """The moments of the next model's parameters, taken from where its weights come from; new ones have none."""
+    """The moments of the next model's parameters, taken from where its weights come from; new layers have none."""
     result: Moments = {}
     for name, entry in plan.parameters.items():
-        state = None if entry.source is None else found.get(entry.source)
+        state = None if entry.source is None or plan.is_new(name) else found.get(entry.source)
         if state is not None:
             result[name] = {key: entry.make(x, x, factors=False) if x.ndim else x for key, x in state.items()}
     return result

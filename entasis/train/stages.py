@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from entasis import quantities
 from entasis.configuration import parse
 from entasis.errors import UserError
 from entasis.grow import transitions
-from entasis.grow.resize import Plan
+from entasis.grow.resize import Origin, Plan
 from entasis.grow.transitions import Transition
 from entasis.shape import cost, selectors
 from entasis.shape.shapes import ModelShape
@@ -31,12 +32,17 @@ class StageSpan:
     shape: ModelShape
     ids: tuple[int, ...]
     """For each layer the id that it keeps when layers are inserted before it."""
-    newest: tuple[int, ...]
-    """Positions of the layers that the last transition added."""
+    origins: tuple[Origin, ...]
+    """What the last transition made each layer of."""
     trainable: tuple[str, ...]
     """Names of the parameters that learn."""
     transition: tuple[Transition, Plan] | None
     optimizer_state: str
+
+    @property
+    def newest(self) -> tuple[int, ...]:
+        """Positions of the layers that the last transition added."""
+        return tuple(i for i, origin in enumerate(self.origins) if origin.is_new)
 
     @property
     def steps(self) -> int:
@@ -63,7 +69,8 @@ def lay_out(recipe: Recipe, shape: ModelShape) -> list[StageSpan]:
     """
     result: list[StageSpan] = []
     start = tokens = 0
-    ids, newest = tuple(range(shape.n_layers)), tuple[int, ...]()
+    ids = tuple(range(shape.n_layers))
+    origins = tuple(Origin((i,)) for i in ids)
     for index, stage in enumerate(recipe.stages):
         where = f"recipe: stages[{index}]"
         own = _recipe_of(recipe, stage, where)
@@ -74,14 +81,15 @@ def lay_out(recipe: Recipe, shape: ModelShape) -> list[StageSpan]:
                 raise UserError(f"{where}.transition: there is no model before it; draw the shape instead")
             plan = transition.plan(shape)
             changed, shape = (transition, plan), plan.shape
-            ids, newest = _identify(ids, plan.layers)
+            origins, ids = plan.layers, _identify(ids, plan.layers)
         _check(own, shape, where)
         steps = recipe.steps(stage)
         _check_schedule(own.schedule, steps)
+        newest = [i for i, origin in enumerate(origins) if origin.is_new]
         names = selectors.select(shape, stage.trainable, newest=newest, where=f"{where}.trainable")
         result.append(
             StageSpan(
-                index, own, start, start + steps, tokens, shape, ids, newest, tuple(names), changed,
+                index, own, start, start + steps, tokens, shape, ids, origins, tuple(names), changed,
                 stage.optimizer_state,
             )
         )  # fmt: skip
@@ -114,19 +122,10 @@ def _recipe_of(recipe: Recipe, stage: Stage, where: str) -> Recipe:
     )
 
 
-def _identify(ids: tuple[int, ...], sources: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of the next model's layers and the positions of new ones: the first layer made from an old one is that one."""
-    result: list[int] = []
-    newest = []
-    fresh = max(ids) + 1
-    for position, source in enumerate(sources):
-        if ids[source] in result:
-            result.append(fresh)
-            newest.append(position)
-            fresh += 1
-        else:
-            result.append(ids[source])
-    return tuple(result), tuple(newest)
+def _identify(ids: tuple[int, ...], origins: Sequence[Origin]) -> tuple[int, ...]:
+    """Ids of the next model's layers: an old layer keeps its own, a new one gets the next that is free."""
+    fresh = itertools.count(max(ids) + 1)
+    return tuple(next(fresh) if origin.is_new else ids[origin.sources[0]] for origin in origins)
 
 
 def _check(recipe: Recipe, shape: ModelShape, where: str) -> None:

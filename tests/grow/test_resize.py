@@ -118,7 +118,7 @@ def test_layers_are_dropped_and_repeated():
     model = random_model(shape)
     plan = resize.plan(shape, [shape.layers[i] for i in (2, 0, 0)], sources=[2, 0, 0])
     other = resized(model, plan)
-    assert plan.layers == (2, 0, 0)
+    assert [(x.sources, x.is_new) for x in plan.layers] == [((2,), False), ((0,), False), ((0,), True)]
     for new, old in enumerate((2, 0, 0)):
         for name, p in other.blocks[new].named_parameters():
             assert torch.equal(p, model.blocks[old].get_parameter(name))

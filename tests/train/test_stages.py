@@ -78,7 +78,7 @@ def test_a_widened_model_begins_as_the_one_before(recipe, tmp_path):
     middle = records(tmp_path / "run")[19]["validation_bits_per_byte"]
     assert result["validation"]["bits_per_byte"] == pytest.approx(middle, abs=1e-5)
     assert weights(tmp_path / "run")["blocks.0.feedforward.up.weight"].shape[0] == 100
-    assert [layer["source"] for layer in result["layers"]] == [0, 1]
+    assert [layer["sources"] for layer in result["layers"]] == [[0], [1]]
     assert load(tmp_path / "run").shape.layers[0].d_ff == 100
 
 
@@ -109,8 +109,8 @@ def test_repeated_layers_are_new_and_have_ids_of_their_own(recipe, tmp_path):
         },
     ]
     result = train(recipe(tokens=None, stages=stages), tmp_path / "run")
-    assert [(x["id"], x["new"], x["frozen"], x["source"]) for x in result["layers"]] == [
-        (0, False, True, 0), (1, False, True, 1), (2, True, False, 1),
+    assert [(x["id"], x["new"], x["frozen"], x["sources"]) for x in result["layers"]] == [
+        (0, False, True, [0]), (1, False, True, [1]), (2, True, False, [1]),
     ]  # fmt: skip
     found = weights(tmp_path / "run")
     assert not torch.equal(found["blocks.2.feedforward.up.weight"], found["blocks.1.feedforward.up.weight"])
@@ -145,7 +145,7 @@ def test_stages_read_other_data_at_other_lengths_and_come_back(recipe, corpora, 
     ("stage", "says"),
     [
         ({"transition": {"resize": {"layers": WIDER[:1]}}}, "2 layers cannot become 1"),
-        ({"transition": {"grwo": {}}}, "stages[1].transition: 'grwo' is not known; choose one of resize"),
+        ({"transition": {"grwo": {}}}, "stages[1].transition: 'grwo' is not known; did you mean grow?"),
         ({"transition": {"resize": {"layer": []}}}, "did you mean layers?"),
         ({"transition": {"resize": {"layers": [{"n_heads": 3, "n_kv_heads": 2, "d_ff": 1}] * 2}}}, "layer 0"),
         ({"trainable": "blocks[2:]"}, "stages[1].trainable: no parameter matches 'blocks[2:]'"),

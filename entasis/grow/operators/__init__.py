@@ -1,0 +1,5 @@
+"""The growth operators, each registered in a file of its own kind."""
+
+from entasis.grow.operators import copies, fresh, means
+
+__all__ = ["copies", "fresh", "means"]
