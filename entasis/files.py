@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,18 @@ def aside(path: Path, *, need: int | None = None, locked: bool = False) -> Itera
 
     `need` is the size in bytes, for the message. In a folder that is `locked` to this process the name is
     `NAME.partial`, so that a killed write leaves one file that the next replaces; elsewhere it is one that nobody else
-    uses. Raises `DiskFull`; an earlier `path` is then untouched.
+    uses. Its mode is that of any new file (safetensors would keep it from all but its owner). Raises `DiskFull`; an
+    earlier `path` is then untouched.
     """
     token = "" if locked else f".{secrets.token_hex(4)}"
     partial = path.with_name(f"{path.name}{token}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
         yield partial
+        partial.chmod(mode)
         sync(partial)
         partial.replace(path)
         sync(path.parent)

@@ -11,7 +11,6 @@ whole checkpoint with the same losses, on the CPU to the bit.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,6 +82,11 @@ def train(
             if files.is_disk_full(error):
                 then = f"give the same command: it goes on from {checkpoint.last_name(folder)}"
                 raise files.no_space(folder, error, then=then) from error
+            if parallel.world() > 1 and loop.interrupt.is_set():
+                # The signal ended another process before it listened for requests, and this one waited for it.
+                raise Stopped(
+                    f"stopped by {loop.interrupt.by}; the same command goes on from {checkpoint.last_name(folder)}"
+                ) from error
             raise
         finally:
             loop.close()
@@ -91,7 +95,7 @@ def train(
 class _Run:
     """A run under way: its folder, its place in the data, its metrics. Models belong to the stage runners."""
 
-    interrupt: threading.Event
+    interrupt: signals.Request
 
     def __init__(self, run: Run, folder: Path, device: torch.device, reporter: Reporter | None) -> None:
         self.recipe, self.folder, self.device = run.recipe, folder, device

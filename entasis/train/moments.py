@@ -1,7 +1,8 @@
 """What optimizers remember of each parameter, by its name: between stages, and as `optimizer.safetensors`.
 
 A run never opens another's pickled checkpoints. What goes from one run to the next lies in a safetensors file: tensors
-`KEY:PARAMETER` (`exp_avg:blocks.0.attention.query.weight`), and in its metadata the positions in the data.
+`KEY:PARAMETER` (`exp_avg:blocks.0.attention.query.weight`), and in its metadata the positions in the data and a hash of
+both.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from entasis import files
 from entasis.errors import Damaged, UserError
 from entasis.grow.resize import Plan
+from entasis.model import weights
 from entasis.train import sharding
 
 OPTIMIZER = "optimizer.safetensors"
@@ -73,23 +75,39 @@ def save(folder: Path, found: Moments, positions: Mapping[str, int]) -> None:
     with files.aside(
         folder / OPTIMIZER, need=sum(x.nbytes for x in tensors.values()), locked=True
     ) as partial:
-        save_file(tensors, partial, metadata={"positions": json.dumps(dict(positions))})
+        # One key: of several, safetensors writes now one first, now another.
+        told = {"positions": dict(positions), "content": _content(tensors, positions)}
+        save_file(tensors, partial, metadata={weights.BELONGS: json.dumps(told)})
 
 
 def load(folder: Path) -> tuple[Moments, dict[str, int]]:
-    """(moments, positions in the data) of a finished run or a kept checkpoint. Raises `UserError`."""
+    """(moments, positions in the data) of a finished run or a kept checkpoint.
+
+    Raises `UserError` where there are none, `Damaged` where they are not what was saved.
+    """
     path, result = folder / OPTIMIZER, Moments()
     try:
         with safe_open(path, framework="pt") as file:
-            positions = json.loads((file.metadata() or {})["positions"])
-            for entry in file.keys():  # noqa: SIM118  it is no mapping
-                key, _, name = entry.partition(":")
-                result.setdefault(name, {})[key] = file.get_tensor(entry)
+            metadata = file.metadata() or {}
+            # An earlier version wrote the positions alone, without a hash.
+            told = json.loads(metadata.get(weights.BELONGS) or f'{{"positions": {metadata["positions"]}}}')
+            tensors = {entry: file.get_tensor(entry) for entry in file.keys()}  # noqa: SIM118  it is no mapping
+        positions = {str(k): int(v) for k, v in told["positions"].items()}
     except FileNotFoundError as error:
         raise UserError(
             f"recipe: start.optimizer_state is keep, but {folder} holds no {OPTIMIZER}; finished runs and kept "
             "checkpoints do, imported models do not: use reset"
         ) from error
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"damaged: {path} does not hold an optimizer's moments ({error})") from error
-    return result, {str(k): int(v) for k, v in positions.items()}
+    if "content" in told and told["content"] != _content(tensors, positions):
+        raise Damaged(f"damaged: {path} does not hold the moments that were saved; restore it, or use reset")
+    for entry, x in tensors.items():
+        key, _, name = entry.partition(":")
+        result.setdefault(name, {})[key] = x
+    return result, positions
+
+
+def _content(tensors: Mapping[str, torch.Tensor], positions: Mapping[str, int]) -> str:
+    hashes = [(name, weights.tensor_hash(x)) for name, x in tensors.items()]
+    return weights.content_hash([*hashes, ("positions", json.dumps(dict(positions), sort_keys=True))])

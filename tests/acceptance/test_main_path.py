@@ -64,6 +64,9 @@ def test_a_run_folder_holds_everything_and_learned_something(place):
         "tokenizer.json",
     ):
         assert (run / name).is_file()
+    assert (
+        len({file.stat().st_mode for file in run.iterdir() if file.is_file() and file.name != ".lock"}) == 1
+    )
     result = json.loads((run / "result.json").read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in metrics if "loss" in row]

@@ -21,7 +21,9 @@ def one_byte_flipped(path: Path) -> None:
 
 def zeroed_block(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    begin, size = len(content) // 3, min(4096, max(1, len(content) // 3))
+    third = len(content) // 3
+    begin = next(i for i in range(third, len(content)) if content[i])  # zeros would stay what they are
+    size = min(4096, max(1, third), len(content) - begin)
     content[begin : begin + size] = bytes(size)
     path.write_bytes(content)
 

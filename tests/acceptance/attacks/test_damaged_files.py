@@ -11,7 +11,7 @@ from .damage import DAMAGES
 
 FINISHED = [
     "recipe.yaml", "shape.json", "environment.json", "tokenizer.json", "metrics.jsonl",
-    "model.safetensors", "validation.safetensors", "result.json",
+    "model.safetensors", "optimizer.safetensors", "validation.safetensors", "result.json",
 ]  # fmt: skip
 CHECKPOINT = ["__0_0.distcp", ".metadata", "state.json", "complete", "model.safetensors", "shape.json"]
 OPEN = ["recipe.yaml", "shape.json", "environment.json", "tokenizer.json", "metrics.jsonl"]
@@ -77,10 +77,8 @@ def test_a_finished_run_answers_with_its_numbers_or_says_what_is_wrong(call, gro
         return
     told = json.loads(answer.out)
     assert (told["validation"], told["loss"]) == (right["validation"], right["loss"])
-    if name in ("metrics.jsonl", "validation.safetensors") or (name, kind) == (
-        "model.safetensors",
-        "missing",
-    ):
+    said_when_asked = ("metrics.jsonl", "validation.safetensors", "optimizer.safetensors")
+    if name in said_when_asked or (name, kind) == ("model.safetensors", "missing"):
         assert any("damaged: " in line and name in line for line in answer.lines), answer.err
     if name == "result.json":
         assert json.loads((run / name).read_text())["validation"] == right["validation"]
@@ -158,6 +156,17 @@ def test_two_hundred_flipped_bytes_of_an_imported_model_are_noticed(call, ground
     weights.write_bytes(content)
     text = ground / "corpus" / "validation"
     call("evaluate", tmp_path / "imported", "--text", text).refused("damaged: ", "model.safetensors")
+
+
+@pytest.mark.parametrize("of", [".", "checkpoints/step-00000004"])
+@pytest.mark.parametrize(
+    ("name", "kind"), pairs(["optimizer.safetensors"], {("optimizer.safetensors", "one_byte_flipped")})
+)
+def test_damaged_moments_are_not_trained_on(call, ground, run, tmp_path, of, name, kind):
+    DAMAGES[kind](run / of / name)
+    start = [f"start.from={run / of}", "start.optimizer_state=keep"]
+    answer = call("train", ground / "recipe.yaml", "--output", tmp_path / "next", *start)
+    answer.refused(name, *([] if kind == "missing" else ["damaged: "]))
 
 
 def same_as_undisturbed(ground, folder):

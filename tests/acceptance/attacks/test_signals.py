@@ -95,12 +95,12 @@ def test_both_signals_at_once_are_one_request(call, ground, tmp_path):
     assert len([line for line in err.splitlines() if line.startswith("entasis: ")]) == 1
 
 
-@pytest.mark.attack
-def test_under_torchrun_one_process_speaks(call, ground, tmp_path):
+def under_torchrun(program, ground, folder, *, until):
+    """Two processes are interrupted once `until` is there; returns what was said on standard error."""
     child = subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "-m", "entasis", "train", ground / "recipe.yaml", "--output", tmp_path / "run", *LONG,
+            *program, "train", ground / "recipe.yaml", "--output", folder, *LONG,
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -109,14 +109,56 @@ def test_under_torchrun_one_process_speaks(call, ground, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        wait_for(tmp_path / "run" / "metrics.jsonl", child)
-        os.killpg(
-            child.pid, signal.SIGINT
-        )  # as a terminal does: to all of them, and the launcher passes it on
-        _, err = child.communicate(timeout=120)
+        wait_for(until, child)
+        # As a terminal does: to all of them, and the launcher passes it on.
+        os.killpg(child.pid, signal.SIGINT)
+        return child.communicate(timeout=120)[1]
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
+
+
+@pytest.mark.attack
+def test_under_torchrun_one_process_speaks(ground, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    err = under_torchrun(["-m", "entasis"], ground, tmp_path / "run", until=metrics)
     said = [line for line in err.splitlines() if line.startswith("entasis: ")]
-    assert len(said) == 1 and "a checkpoint is saved" in said[0], err
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*/complete"))
+    assert len(said) == 1 and ("a checkpoint is saved" in said[0] or "stopped by Ctrl-C" in said[0]), err
+    saved = bool(list((tmp_path / "run" / "checkpoints").glob("step-*/complete")))
+    assert saved == ("a checkpoint is saved" in said[0])
+
+
+LATE = """
+import os, pathlib, sys, time
+from entasis import cli, signals
+
+listen, up = signals.requested, pathlib.Path(os.environ["UP"])
+
+def late():
+    if os.environ["RANK"] != os.environ["LATE"]:
+        up.with_name("other").touch()
+        return listen()
+    while not up.with_name("other").exists():
+        time.sleep(0.05)
+    time.sleep(1)  # the other is waiting in its first sum by now
+    up.touch()
+    time.sleep(60)
+
+signals.requested = late
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_a_process_that_is_not_up_yet_does_not_leave_the_other_with_a_traceback(
+    ground, tmp_path, monkeypatch, late
+):
+    """The signal ends one; the other has taken it for a request, and waits for the first."""
+    (tmp_path / "late.py").write_text(LATE)
+    monkeypatch.setenv("LATE", late)
+    monkeypatch.setenv("UP", str(tmp_path / "up"))
+    err = under_torchrun([tmp_path / "late.py"], ground, tmp_path / "run", until=tmp_path / "up")
+    said = [line for line in err.splitlines() if line.startswith("entasis: ")]
+    assert len(said) == 1 and said[0].startswith("entasis: stopped by Ctrl-C"), err
+    assert err.count("Traceback") <= 1, err  # the launcher's own
