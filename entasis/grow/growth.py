@@ -27,7 +27,7 @@ tensor when it is made, in the dtype of the old model (`read("norm.weight").dtyp
 and `init.seed` alone: an interrupted transition is done again from its start. `self.diagnostics` may be filled on the way with
 plain data (numbers, lists, dicts of them), which `entasis grow` prints and writes into `provenance.json`.
 
-`settle(plan, read)` is for the rare plan that depends on weights, as the order in which a layer's units are cut does: it
+`settle(plan, read, shape)` is for the rare plan that depends on weights, as the order in which a layer's units are cut does: it
 returns a plan of the same shape and origins, and is called once before anything is made.
 """
 

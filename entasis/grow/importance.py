@@ -1,20 +1,28 @@
-"""Which heads and FFN units of a layer matter most, by its weights alone."""
+"""Which heads and FFN units of a layer matter most, by its weights alone: what `narrow` keeps.
+
+A score is one registered function `(weights, shape, layer) -> Order`, best first; `weights` are the layer's parameters by
+their names within the block.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from entasis.grow.resize import Order
+from entasis.registry import Registry
 from entasis.shape.shapes import LayerShape, ModelShape
 
+if TYPE_CHECKING:
+    import torch
 
+Score = Callable[[Mapping[str, "torch.Tensor"], ModelShape, LayerShape], Order]
+SCORES: Registry[Score] = Registry("grow: importance")
+
+
+@SCORES.register("norm")
 def order_by_norm(weights: Mapping[str, torch.Tensor], shape: ModelShape, layer: LayerShape) -> Order:
-    """KV groups and FFN units by the product of the norms of what writes and what reads them, largest first.
-
-    `weights` are the layer's parameters by their names within the block.
-    """
+    """KV groups and FFN units by the product of the norms of what writes and what reads them, largest first."""
     groups = units = None
     if layer.n_heads:
         value = weights["attention.value.weight"].view(layer.n_kv_heads, shape.head_dim, -1).flatten(1)
@@ -27,3 +35,9 @@ def order_by_norm(weights: Mapping[str, torch.Tensor], shape: ModelShape, layer:
             score = score * w.norm(dim=1)
         units = score.argsort(descending=True).tolist()
     return Order(groups, units)
+
+
+@SCORES.register("first")
+def order_as_it_stands(weights: Mapping[str, torch.Tensor], shape: ModelShape, layer: LayerShape) -> Order:
+    """The first groups and units stay: takes off what was added behind them."""
+    return Order()

@@ -48,8 +48,8 @@ class Transition(Settings):
         """The next model's shape, and where each of its layers and parameters comes from. Raises `UserError`."""
         raise AssertionError("each transition has its own")
 
-    def settle(self, plan: resize.Plan, read: resize.Read) -> resize.Plan:
-        """The plan once the weights are there; of the same shape and the same origins."""
+    def settle(self, plan: resize.Plan, read: resize.Read, shape: ModelShape) -> resize.Plan:
+        """The plan once the weights, of a model of `shape`, are there; of the same new shape and the same origins."""
         return plan
 
     def weights(self, plan: resize.Plan, read: resize.Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:

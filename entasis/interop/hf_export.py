@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from entasis.errors import UserError
-from entasis.interop import name_map, weights_writer
+from entasis.interop import name_map
 from entasis.interop.exporting import DTYPES, FORMATS, ExportRequest
 from entasis.interop.hf_families import FAMILIES, Family
 from entasis.interop.hf_unequal import WIDTH_KEYS
@@ -28,6 +28,7 @@ from entasis.interop.transforms import (
     find_widest,
     pad_layers,
 )
+from entasis.model import weights_writer
 from entasis.shape import fields, layout
 from entasis.shape.shapes import ModelShape
 

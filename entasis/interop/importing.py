@@ -21,12 +21,12 @@ import torch
 from entasis import __version__
 from entasis.errors import UserError
 from entasis.files import hash_of, new_folder
-from entasis.interop import hub, name_map, weights_writer
+from entasis.interop import hub, name_map
 from entasis.interop.config_reader import Description, shorten
 from entasis.interop.hf_folder import HFFolder
 from entasis.interop.hf_tokenizer import TokenizerFiles, check_vocabulary, read_folder, read_given
 from entasis.interop.name_map import NameMap, StoredTensor
-from entasis.model import weights
+from entasis.model import weights, weights_writer
 from entasis.shape.shapes import ModelShape
 
 if TYPE_CHECKING:

@@ -65,10 +65,11 @@ def draw(
             yield name, torch.full(sizes[name], 0.0 if name.endswith("bias") else 1.0)
             continue
         std = STD * rule.init * (depth if rule.writes else 1.0)
-        yield name, _normal(sizes[name], seed, name) * std
+        yield name, draw_normal(sizes[name], seed, name) * std
 
 
-def _normal(size: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
+def draw_normal(size: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
+    """Standard normal numbers in fp32 that depend on nothing but these three."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(size, generator=generator)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from entasis import files
 from entasis.errors import Damaged, UserError
 from entasis.model.transformer import Transformer
+from entasis.shape import layout
 from entasis.shape.shapes import ModelShape
 
 WEIGHTS, SHAPE, TOKENIZER = "model.safetensors", "shape.json", "tokenizer.json"
@@ -55,6 +57,78 @@ def content_hash(tensors: Iterable[tuple[str, str]]) -> str:
     return hashlib.sha256("\n".join(sorted(f"{name} {told}" for name, told in tensors)).encode()).hexdigest()
 
 
+class StoredWeights:
+    """The weights in a folder, read one tensor at a time.
+
+    Raises `UserError` when a file is missing and when tensors and shape do not belong together.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / WEIGHTS
+        self.shape = read_shape(folder)
+        self.sizes = layout.sizes(self.shape)
+        self.dtypes: dict[str, torch.dtype] = {}
+        with self.open() as file:
+            if odd := sorted(set(self.sizes) ^ set(file.keys())):
+                what = "is missing" if odd[0] in self.sizes else "does not belong to the shape"
+                raise UserError(f"{self.path}: tensor {odd[0]} {what}")
+            self._told = json.loads((file.metadata() or {}).get(BELONGS, "{}"))
+            for name, size in self.sizes.items():
+                part = file.get_slice(name)
+                if (found := tuple(part.get_shape())) != size:
+                    raise UserError(f"{self.path}: {name} is {list(found)}, the shape says {list(size)}")
+                if (dtype := _DTYPES.get(part.get_dtype())) is None:
+                    raise UserError(
+                        f"{self.path}: {name} is {part.get_dtype()}, which no weights of ours are"
+                    )
+                self.dtypes[name] = dtype
+
+    @contextlib.contextmanager
+    def open(self, device: torch.device | str = "cpu") -> Iterator[safe_open]:
+        """The opened file. Raises `UserError` where it is missing, `Damaged` where it is no safetensors file."""
+        try:
+            with safe_open(self.path, framework="pt", device=str(device)) as file:
+                yield file
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.folder}: no {WEIGHTS}; is it a finished run or an imported model?"
+            ) from error
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise Damaged(
+                f"damaged: {self.path} is no longer a safetensors file, or cut short ({error})"
+            ) from error
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored. The file is opened anew, as one mapping kept open comes to hold all of it in memory."""
+        with self.open() as file:
+            return file.get_tensor(name)
+
+    @property
+    def has_hash(self) -> bool:
+        """Whether the file says what its tensors were when it was saved."""
+        return CONTENT in self._told
+
+    def check(self, hashes: Iterable[tuple[str, str]]) -> None:
+        """Raises `Damaged` where the tensors' hashes (name, hash), or files beside them, are not those that were saved."""
+        if self.has_hash and content_hash(hashes) != self._told[CONTENT]:
+            raise Damaged(
+                f"damaged: {self.path} does not hold the weights that were saved; restore it, or make it again"
+            )
+        for name, now in hashes_beside(self.folder).items():
+            if self._told.get(name, now) != now:
+                raise Damaged(
+                    f"damaged: {self.folder / name} is not the file that {WEIGHTS} was saved with; restore it"
+                )
+
+    def verify(self) -> None:
+        """Reads everything once. Raises `Damaged` where anything was changed after the weights were saved."""
+        self.check((name, tensor_hash(self.read(name))) for name in self.sizes)
+
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
 def load(
     folder: str | Path,
     *,
@@ -67,40 +141,17 @@ def load(
     Raises `UserError` when a file is missing, when tensors and shape do not belong together, or (`Damaged`) when
     anything was changed after the weights were saved.
     """
-    folder = Path(folder)
-    shape = read_shape(folder)
+    stored = StoredWeights(folder)
     with torch.device("meta"):
-        model = Transformer(shape, attention=attention)  # type: ignore[arg-type]
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    path = folder / WEIGHTS
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            if odd := sorted(set(wanted) ^ set(file.keys())):
-                what = "is missing" if odd[0] in wanted else "does not belong to the shape"
-                raise UserError(f"{path}: tensor {odd[0]} {what}")
-            told = json.loads((file.metadata() or {}).get(BELONGS, "{}"))
-            tensors, hashes = {}, []
-            for name, size in wanted.items():
-                found = tuple(file.get_slice(name).get_shape())
-                if found != size:
-                    raise UserError(f"{path}: {name} is {list(found)}, the shape says {list(size)}")
-                stored = file.get_tensor(name)
-                if CONTENT in told:
-                    hashes.append((name, tensor_hash(stored)))
-                tensors[name] = stored if dtype is None else stored.to(dtype)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no {WEIGHTS}; is it a finished run or an imported model?") from error
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise Damaged(f"damaged: {path} is no longer a safetensors file, or cut short ({error})") from error
-    if CONTENT in told and content_hash(hashes) != told[CONTENT]:
-        raise Damaged(
-            f"damaged: {path} does not hold the weights that were saved; restore it, or make it again"
-        )
-    for name, now in hashes_beside(folder).items():
-        if told.get(name, now) != now:
-            raise Damaged(
-                f"damaged: {folder / name} is not the file that {WEIGHTS} was saved with; restore it"
-            )
+        model = Transformer(stored.shape, attention=attention)  # type: ignore[arg-type]
+    tensors, hashes = {}, []
+    with stored.open(device) as file:
+        for name in stored.sizes:
+            x = file.get_tensor(name)
+            if stored.has_hash:
+                hashes.append((name, tensor_hash(x)))
+            tensors[name] = x if dtype is None else x.to(dtype)
+    stored.check(hashes)
     model.load_state_dict(tensors, assign=True)
     return model
 

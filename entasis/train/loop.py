@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +160,10 @@ class _Run:
             if start.optimizer_state == "keep":
                 found, self.positions = moments.load(folder)
         if span.transition is not None and tensors is not None:
-            transition, plan = span.transition
+            transition, plan, shape = span.transition
             optimizer = span.recipe.optimizer
             init = Init(self.recipe.seed, optimizer.parametrisation, optimizer.base_width)
-            plan = transition.settle(plan, tensors.__getitem__)
+            plan = transition.settle(plan, tensors.__getitem__, shape)
             tensors = dict(transition.weights(plan, tensors.__getitem__, init))
             found = moments.resized(found, plan)
         runner = StageRunner(span, self.device, tensors=tensors)
@@ -254,7 +254,7 @@ class _Run:
             "provenance": {
                 "data": self.environment["data"],
                 "versions": self.environment["versions"],
-                "layers": provenance(self.spans[: self.span.index + 1]),
+                "layers": provenance(self.span),
             },
         }
         path = checkpoint.save(
@@ -311,7 +311,7 @@ class _Run:
             "flops_per_token": stages.flops_per_token(self.spans),
             "tokens": self.span.tokens(self.step),
             "steps": self.steps,
-            "layers": provenance(self.spans),
+            "layers": provenance(self.span),
             "validation": validation,
             "loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
             "seconds": sum(row["seconds"] for row in rows),
@@ -353,21 +353,11 @@ class _Run:
             self.journal.close()
 
 
-def provenance(spans: Sequence[stages.StageSpan]) -> list[dict[str, Any]]:
-    """For each layer of the last of these stages: its id, the layers that the last transition made it of, by what, whether
-    it was new then, and whether it learns."""
-    span = spans[-1]
+def provenance(span: stages.StageSpan) -> list[dict[str, Any]]:
+    """Where each layer of a stage's model came from, and whether it is frozen."""
     learning = {name.split(".")[1] for name in span.trainable if name.startswith("blocks.")}
-    return [
-        {
-            "id": layer_id,
-            "sources": list(origin.sources),
-            "operator": origin.operator,
-            "new": origin.is_new,
-            "frozen": str(i) not in learning,
-        }
-        for i, (layer_id, origin) in enumerate(zip(span.ids, span.origins, strict=True))
-    ]
+    frozen = [i for i in range(span.shape.n_layers) if str(i) not in learning]
+    return span.lineage.to_list(frozen)
 
 
 def _due(every: int | str | None, step: int) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from entasis import quantities
 from entasis.configuration import parse
 from entasis.errors import UserError
-from entasis.grow import transitions
-from entasis.grow.resize import Origin, Plan
+from entasis.grow import provenance, transitions
+from entasis.grow.provenance import Lineage
+from entasis.grow.resize import Plan
 from entasis.grow.transitions import Transition
 from entasis.shape import cost, selectors
 from entasis.shape.shapes import ModelShape
@@ -30,19 +30,13 @@ class StageSpan:
     tokens_before: int
     """Tokens of all stages before."""
     shape: ModelShape
-    ids: tuple[int, ...]
-    """For each layer the id that it keeps when layers are inserted before it."""
-    origins: tuple[Origin, ...]
-    """What the last transition made each layer of."""
+    lineage: Lineage
+    """Of every layer the id that it keeps when layers are inserted before it, and what the last transition made it of."""
     trainable: tuple[str, ...]
     """Names of the parameters that learn."""
-    transition: tuple[Transition, Plan] | None
+    transition: tuple[Transition, Plan, ModelShape] | None
+    """What makes this stage's model, how, and the shape of the one before."""
     optimizer_state: str
-
-    @property
-    def newest(self) -> tuple[int, ...]:
-        """Positions of the layers that the last transition added."""
-        return tuple(i for i, origin in enumerate(self.origins) if origin.is_new)
 
     @property
     def steps(self) -> int:
@@ -69,8 +63,8 @@ def lay_out(recipe: Recipe, shape: ModelShape) -> list[StageSpan]:
     """
     result: list[StageSpan] = []
     start = tokens = 0
-    ids = tuple(range(shape.n_layers))
-    origins = tuple(Origin((i,)) for i in ids)
+    n = shape.n_layers
+    lineage = provenance.read(recipe.start.folder, n) if recipe.start else provenance.begin(n)
     for index, stage in enumerate(recipe.stages):
         where = f"recipe: stages[{index}]"
         own = _recipe_of(recipe, stage, where)
@@ -80,16 +74,15 @@ def lay_out(recipe: Recipe, shape: ModelShape) -> list[StageSpan]:
             if index == 0 and recipe.start is None:
                 raise UserError(f"{where}.transition: there is no model before it; draw the shape instead")
             plan = transition.plan(shape)
-            changed, shape = (transition, plan), plan.shape
-            origins, ids = plan.layers, _identify(ids, plan.layers)
+            changed = (transition, plan, shape)
+            shape, lineage = plan.shape, lineage.after(plan)
         _check(own, shape, where)
         steps = recipe.steps(stage)
         _check_schedule(own.schedule, steps)
-        newest = [i for i, origin in enumerate(origins) if origin.is_new]
-        names = selectors.select(shape, stage.trainable, newest=newest, where=f"{where}.trainable")
+        names = selectors.select(shape, stage.trainable, newest=lineage.newest, where=f"{where}.trainable")
         result.append(
             StageSpan(
-                index, own, start, start + steps, tokens, shape, ids, origins, tuple(names), changed,
+                index, own, start, start + steps, tokens, shape, lineage, tuple(names), changed,
                 stage.optimizer_state,
             )
         )  # fmt: skip
@@ -120,12 +113,6 @@ def _recipe_of(recipe: Recipe, stage: Stage, where: str) -> Recipe:
         ),
         batch=recipe.batch.replaced(tokens=(stage.batch or recipe.batch).tokens),
     )
-
-
-def _identify(ids: tuple[int, ...], origins: Sequence[Origin]) -> tuple[int, ...]:
-    """Ids of the next model's layers: an old layer keeps its own, a new one gets the next that is free."""
-    fresh = itertools.count(max(ids) + 1)
-    return tuple(next(fresh) if origin.is_new else ids[origin.sources[0]] for origin in origins)
 
 
 def _check(recipe: Recipe, shape: ModelShape, where: str) -> None:

@@ -28,7 +28,7 @@ def write(
     tensors: Iterable[tuple[str, torch.Tensor]],
     beside: Mapping[str, str] | None = None,
 ) -> str:
-    """Writes `tensors`, which come in the order of `described` (name → dtype, size), and syncs the file.
+    """Writes `tensors`, which come in any order, each once, as `described` (name → dtype, size), and syncs the file.
 
     The header gets the tensors' hash and those of the files `beside` them, see `entasis.model.weights`. Returns the
     file's SHA-256. Raises `Failure` when a tensor is not what was described.
@@ -36,8 +36,9 @@ def write(
     blank = "0" * 64
     belongs = json.dumps({weights.CONTENT: blank, **(beside or {})})
     header: dict[str, object] = {"__metadata__": {"format": "pt", weights.BELONGS: belongs}}
-    offset = 0
+    offset, places = 0, {}
     for name, (dtype, size) in described.items():
+        places[name] = offset
         end = offset + dtype.itemsize * torch.Size(size).numel()
         header[name] = {"dtype": _NAMES[dtype], "shape": list(size), "data_offsets": [offset, end]}
         offset = end
@@ -46,14 +47,18 @@ def write(
     hashes = []
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for (wanted, (dtype, size)), (name, tensor) in zip(described.items(), tensors, strict=True):
-            if (name, tensor.dtype, tuple(tensor.shape)) != (wanted, dtype, size):
+        start = file.tell()
+        for name, tensor in tensors:
+            if name not in places or described[name] != (tensor.dtype, tuple(tensor.shape)):
                 raise Failure(
-                    f"{path.name}: {name} came as {tensor.dtype} {tuple(tensor.shape)}, not as described"
+                    f"{path.name}: {name} came as {tensor.dtype} {tuple(tensor.shape)}, not as described, or twice"
                 )
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.seek(start + places.pop(name))
             file.write(raw)
             hashes.append((name, weights.tensor_hash(tensor)))
+        if places:
+            raise Failure(f"{path.name}: {next(iter(places))} did not come")
         # The hash stands before what it is a hash of.
         file.seek(8 + encoded.index(blank.encode()))
         file.write(weights.content_hash(hashes).encode())

@@ -1,0 +1,95 @@
+"""Where each layer of a model came from: a list that goes along with weights, through stages, runs and folders.
+
+Of every layer it says its `id` (kept for life; a new layer gets the next that is free), its `sources` (layers of the model
+before the last transition; none for a drawn one), the `operator` that made it (null: only moved), whether it was `new` then,
+and whether it is `frozen`. It stands in `result.json` of a run, in the state of a checkpoint, and in `provenance.json` of a
+grown model. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entasis import files
+from entasis.errors import Damaged
+from entasis.grow.resize import Origin, Plan
+
+PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Of every layer its id, and what the last transition made it of."""
+
+    ids: tuple[int, ...]
+    origins: tuple[Origin, ...]
+
+    @property
+    def newest(self) -> tuple[int, ...]:
+        """Positions of the layers that the last transition added."""
+        return tuple(i for i, origin in enumerate(self.origins) if origin.is_new)
+
+    def after(self, plan: Plan) -> Lineage:
+        """The lineage of the model that a transition makes of this one."""
+        fresh = itertools.count(max(self.ids) + 1)
+        ids = (next(fresh) if x.is_new else self.ids[x.sources[0]] for x in plan.layers)
+        return Lineage(tuple(ids), plan.layers)
+
+    def to_list(self, frozen: Collection[int] = ()) -> list[dict[str, Any]]:
+        """For JSON; `frozen` are the positions of the layers that do not learn."""
+        return [
+            {
+                "id": layer_id,
+                "sources": list(origin.sources),
+                "operator": origin.operator,
+                "new": origin.is_new,
+                "frozen": i in frozen,
+            }
+            for i, (layer_id, origin) in enumerate(zip(self.ids, self.origins, strict=True))
+        ]
+
+
+def begin(n_layers: int) -> Lineage:
+    """Of a model without a past."""
+    return Lineage(tuple(range(n_layers)), tuple(Origin((i,)) for i in range(n_layers)))
+
+
+def read(folder: str | Path, n_layers: int) -> Lineage:
+    """The lineage of the model in a folder: a run, a kept checkpoint, a grown or an imported model.
+
+    A folder that says nothing has no past. Raises `Damaged`.
+    """
+    rows = _rows(Path(folder))
+    if rows is None:
+        return begin(n_layers)
+    try:
+        # Earlier versions had one source.
+        sources = [
+            row["sources"] if "sources" in row else [row["source"]] * (row["source"] is not None)
+            for row in rows
+        ]
+        origins = (
+            Origin(tuple(map(int, found)), row["operator"], bool(row["new"]))
+            for found, row in zip(sources, rows, strict=True)
+        )
+        found = Lineage(tuple(int(row["id"]) for row in rows), tuple(origins))
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"damaged: the record of the layers in {folder} cannot be read ({error})") from error
+    if len(found.ids) != n_layers or len(set(found.ids)) != n_layers:
+        raise Damaged(f"damaged: {folder} has {n_layers} layers, and a record of {len(found.ids)}")
+    return found
+
+
+def _rows(folder: Path) -> Any:
+    for name, path in (("result.json", ()), (PROVENANCE, ()), ("state.json", ("provenance",))):
+        if (folder / name).is_file():
+            content: Any = files.read_json(folder / name)
+            for key in path:
+                content = content.get(key, {})
+            if content.get("layers") is not None:
+                return content["layers"]
+    return None
