@@ -24,7 +24,7 @@ MEASURES: Registry[Measure] = Registry("importance measure")
 @MEASURES.register("gradient")
 def measure_gradients(model: Transformer, batches: Batches) -> list[float]:
     """Norm of the gradient of the mean loss by each layer's parameters, all of which are asked, frozen or not."""
-    layers = [[p for p in block.parameters()] for block in model.blocks]
+    layers = [list(block.parameters()) for block in model.blocks]
     asked = [p for parameters in layers for p in parameters]
     learning = [p.requires_grad for p in asked]
     totals = [torch.zeros_like(p, dtype=torch.float32) for p in asked]

@@ -12,8 +12,8 @@ done again from its start.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,7 @@ from entasis.configuration import Settings, parse
 from entasis.errors import UserError
 from entasis.grow import resize
 from entasis.registry import Registry, advise
+from entasis.shape import layout
 from entasis.shape.shapes import ModelShape, read_layers
 
 if TYPE_CHECKING:
@@ -85,3 +86,23 @@ class Resize(Transition):
 
     def plan(self, shape: ModelShape) -> resize.Plan:
         return resize.plan(shape, read_layers(self.layers), sources=self.sources, new_units=self.new_units)
+
+
+@TRANSITIONS.register("scale")
+class Scale(Transition):
+    """The matrices of some layers multiplied by a number; norms and biases stay."""
+
+    layers: list[int] = Field(min_length=1)
+    factor: Annotated[float, Field(gt=0, le=10)] = 0.9
+
+    def plan(self, shape: ModelShape) -> resize.Plan:
+        if wrong := [i for i in self.layers if not 0 <= i < shape.n_layers]:
+            raise UserError(f"scale: there is no layer {wrong[0]}; the model's are 0 to {shape.n_layers - 1}")
+        same = resize.plan(shape, shape.layers)
+        scaled = {
+            p.name: replace(same.parameters[p.name], sources=((p.name, self.factor),))
+            for i in self.layers
+            for p in layout.layer_parameters(shape, i)
+            if p.is_matrix
+        }
+        return replace(same, parameters={**same.parameters, **scaled})

@@ -157,7 +157,7 @@ class GrowthTransformer(TrainingPlan):
     """Layers that learn in the last phase only ("anti-layers")."""
     redundant_scale: Annotated[float, Field(gt=0, le=10)] = 0.9
     epochs: list[Annotated[float, Field(ge=0)]] = Field(
-        default_factory=lambda: [30, 20, 20, 20, 15, 15], min_length=6, max_length=6
+        default_factory=lambda: [30.0, 20.0, 20.0, 20.0, 15.0, 15.0], min_length=6, max_length=6
     )
     shuffle: Annotated[int, Field(ge=0)] | None = None
     """A control: the positions are shuffled by this seed."""
@@ -258,7 +258,9 @@ def allot(shares: Iterable[float], steps: int) -> list[int]:
     return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
-def to_stages(plan: TrainingPlan, n_layers: int, steps: int, batch_tokens: int, seed: int) -> list[dict[str, Any]]:
+def to_stages(
+    plan: TrainingPlan, n_layers: int, steps: int, batch_tokens: int, seed: int
+) -> list[dict[str, Any]]:
     """The plan as a recipe's stages. Stretches that get no step are left out; neighbours that train the same are one.
 
     Raises `UserError`.

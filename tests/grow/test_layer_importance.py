@@ -41,7 +41,9 @@ def test_gradients_are_those_of_a_plain_backward_pass(model, batches):
     for tokens_BT, targets_BT in batches:
         (other.loss(tokens_BT, targets_BT) / 96).backward()
     for block, norm in zip(other.blocks, found, strict=True):
-        assert torch.nn.utils.get_total_norm([p.grad for p in block.parameters()]).item() == pytest.approx(norm)
+        assert torch.nn.utils.get_total_norm([p.grad for p in block.parameters()]).item() == pytest.approx(
+            norm
+        )
     assert [p.requires_grad for p in model.blocks[0].parameters()] == [False] * 9
     assert all(p.grad is None for p in model.parameters())
 
