@@ -26,8 +26,8 @@ from common import write
 from entasis.train import recipe as recipes
 from entasis.train import run_folder
 from entasis.train.candidates import Settings
-from entasis.train.loop import train
 from entasis.train.resolve import resolve
+from entasis.train.run import train
 
 CACHE = Path(__file__).parents[1] / ".cache/auto"
 WARM_UP = 5

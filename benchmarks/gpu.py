@@ -31,7 +31,7 @@ from entasis.shape import cost
 from entasis.shape.presets import preset
 from entasis.shape.shapes import ModelShape
 from entasis.shape.specification import resolve
-from entasis.train import hardware
+from entasis.train import device as devices
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,7 +89,7 @@ def stepper(shape: ModelShape, args: argparse.Namespace) -> Stepper:
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second, MFU against the measured ceiling, and FLOPs done per second relative to equal layers."""
     device = torch.device(DEVICE)
-    ceiling = hardware.matmul_ceiling(device, "bf16" if args.bf16 else "fp32")
+    ceiling = devices.measure_matmul_ceiling(device, "bf16" if args.bf16 else "fp32")
     sequence = 64 if args.toy else 1024
     columns = shapes(args.toy)
     runs = {name: stepper(shape, args) for name, shape in columns.items()}
@@ -208,8 +208,8 @@ def checkpoints(args: argparse.Namespace) -> dict[str, Any]:
     Bytes of the standard library, the crown's layers; losses are compared step by step.
     """
     from entasis.data.prepare import prepare
-    from entasis.train.loop import train
     from entasis.train.recipe import from_dict
+    from entasis.train.run import train
 
     shape = shapes(args.toy)["crown"].to_dict()
     shape.pop("vocabulary")
@@ -275,7 +275,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first-step", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.bf16 = DEVICE == "cuda"
-    args.compile = hardware.has_compiler(torch.device(DEVICE))
+    args.compile = devices.has_compiler(torch.device(DEVICE))
     return args
 
 

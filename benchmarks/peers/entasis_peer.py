@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from entasis.train.loop import train
 from entasis.train.recipe import from_dict
+from entasis.train.run import train
 
 
 def main() -> None:

@@ -37,18 +37,19 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = recipes.read(args.recipe, args.set)
     if args.print_config:
-        from entasis.train import hardware, run_folder
+        from entasis.train import device as devices
+        from entasis.train import run_folder
         from entasis.train.resolve import resolve
 
         corpus = run_folder.check_data(recipe)
         resolved, shape, _ = resolve(recipe, corpus.vocabulary)
         run_folder.check_vocabulary(shape, corpus)
-        device = hardware.device(recipe.device)
+        device = devices.choose_device(recipe.device)
         run_folder.check_settings(resolved, device)
         print(recipes.to_yaml(run_folder.choose(resolved, shape, device)[0]), end="")
         return 0
     from entasis.train import parallel
-    from entasis.train.loop import train
+    from entasis.train.run import train
 
     folder = Path(args.output or Path("runs") / Path(args.recipe).stem)
     with _Progress() as progress:
@@ -131,9 +132,9 @@ class _Progress:
         )
         if event["auto"] and not event["step"]:
             self._console.print(_chosen(event["auto"]), soft_wrap=True, highlight=False)
-        if event["recomputed_layers"]:
-            layers = ", ".join(map(str, event["recomputed_layers"]))
-            self._console.print(f"computed twice, to save memory: layers {layers}", soft_wrap=True)
+        if event["checkpointed_layers"]:
+            layers = ", ".join(map(str, event["checkpointed_layers"]))
+            self._console.print(f"activation checkpointing: layers {layers}", soft_wrap=True)
         for note in event["notes"]:
             self._console.print(f"note: {note}", soft_wrap=True, markup=False)
         if self._console.is_terminal:

@@ -20,10 +20,10 @@ class Block(nn.Module):
     """x [B, T, D] → [B, T, D].
 
     `pre`: x + f(norm(x)). `reordered` (OLMo2): x + norm(f(x)). A layer with no heads or no FFN lacks that half.
-    With `recompute` set, the backward pass computes the layer once more instead of keeping what is inside it.
+    With `activation_checkpointing` set, the backward pass computes the layer once more instead of keeping what is inside it.
     """
 
-    recompute = False
+    activation_checkpointing = False
 
     def __init__(self, shape: ModelShape, index: int, implementation: str) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Block(nn.Module):
         mask_BTS: Mask | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        if self.recompute and torch.is_grad_enabled():
+        if self.activation_checkpointing and torch.is_grad_enabled():
             # Nothing here is random, so no state of a generator need be kept.
             return checkpoint(
                 self._layer, x_BTD, rotation, mask_BTS, cache, use_reentrant=False, preserve_rng_state=False

@@ -1,4 +1,4 @@
-"""What layers keep of the forward pass for the backward pass, and which of them to compute twice instead.
+"""What layers keep of the forward pass for the backward pass, and which of them go under activation checkpointing.
 
 Bytes per token of one layer, d the model width, h and g query and KV heads, k the head width, f the FFN width, b bytes
 of a matrix product's operand (4 in fp32, 2 in bf16) and s the keys that a query's block sees on average (`_keys`):
@@ -12,8 +12,8 @@ of a matrix product's operand (4 in fp32, 2 in bf16) and s the keys that a query
 That is what eager torch keeps on a CPU, exactly so for rotary positions with norms in front. Compiled code was measured
 to keep 0.70 to 0.83 of it; CUDA's fused norms should keep less too, which was not measured. Not counted: embedding, loss, weights and their bf16 copies.
 
-A layer that is recomputed keeps its input (4·d). While its backward pass runs it needs everything once more, together
-with what the layers *before* it keep; those after it are done. So recomputing the last layer frees nothing at the
+A layer under activation checkpointing is computed once more in the backward pass and keeps its input (4·d). While its backward pass runs it needs everything once more, together
+with what the layers *before* it keep; those after it are done. So checkpointing the last layer frees nothing at the
 moment that counts, and of two equal layers the earlier is the better choice. The gradients inside the layer that is at
 work come on top: measured, up to 0.4 of what that layer keeps.
 """
@@ -60,16 +60,16 @@ def layer_bytes_per_token(
     return total
 
 
-def peak_bytes_per_token(layers: list[int], recomputed: Collection[int], d_model: int) -> int:
-    """The most that layers of the given sizes hold at any moment of a step, some of them recomputed."""
+def peak_bytes_per_token(layers: list[int], checkpointed: Collection[int], d_model: int) -> int:
+    """The most that layers of the given sizes hold at any moment of a step, some of them checkpointed."""
     held = peak = 0
     for i, size in enumerate(layers):
         peak = max(peak, held + size)
-        held += 4 * d_model if i in recomputed else size
+        held += 4 * d_model if i in checkpointed else size
     return peak
 
 
-def to_recompute(
+def choose_checkpointed_layers(
     shape: ModelShape,
     limit: int,
     *,
@@ -78,10 +78,10 @@ def to_recompute(
     precision: Literal["fp32", "bf16"],
     attention: Literal["sdpa", "plain", "flex"],
 ) -> list[int]:
-    """The layers to compute twice so that `tokens` tokens at once need at most `limit` bytes.
+    """The layers to put under activation checkpointing so that `tokens` tokens at once need at most `limit` bytes.
 
     The costliest are taken first, until it suffices; then those that it also suffices without are left out again.
-    Raises `UserError` when recomputing every layer does not suffice.
+    Raises `UserError` when checkpointing every layer does not suffice.
     """
     sizes = [
         layer_bytes_per_token(shape, i, sequence, precision=precision, attention=attention)
@@ -102,7 +102,7 @@ def to_recompute(
     least = need(costliest)
     raise UserError(
         f"recipe: activation_memory is {limit / 2**20:,.1f} MiB, but {tokens:,} tokens at once need "
-        f"{least / 2**20:,.1f} MiB with every layer recomputed; lower batch.micro or raise activation_memory"
+        f"{least / 2**20:,.1f} MiB with every layer under activation checkpointing; lower batch.micro or raise activation_memory"
     )
 
 

@@ -109,14 +109,15 @@ def measure(
     With a limit, a recipe is left untimed whose one step would take longer than its part of it at a third of what a
     large matrix product reaches (`flops_per_second`), or whose weights and moments do not fit the free memory.
     """
-    from entasis.train import auto_settings, hardware, recipe, run_folder
+    from entasis.train import auto_settings, recipe, run_folder
+    from entasis.train import device as devices
     from entasis.train.resolve import resolve
     from entasis.train.stage_runner import micro_sequences
 
-    hardware.set_threads()
-    found = hardware.device(device)
-    speed = hardware.matmul_ceiling(found, _product(found)) / 3
-    free = hardware.free_memory(found) or math.inf
+    devices.set_threads()
+    found = devices.choose_device(device)
+    speed = devices.measure_matmul_ceiling(found, _product(found)) / 3
+    free = devices.free_memory(found) or math.inf
     jobs = []
     for plain, count in zip(recipes, runs, strict=True):
         resolved, shape, _ = resolve(recipe.from_dict(plain), plain["shape"]["vocabulary"])
@@ -185,6 +186,6 @@ def _open(base: Mapping[str, Any], changes: Mapping[str, Any], key: str) -> bool
 
 def _product(device: Any) -> str:
     """The precision of the faster large matrix product."""
-    from entasis.train import hardware
+    from entasis.train import device as devices
 
-    return "bf16" if hardware.bf16_product_is_faster(device) else "fp32"
+    return "bf16" if devices.bf16_product_is_faster(device) else "fp32"

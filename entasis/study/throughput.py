@@ -49,19 +49,20 @@ def measure(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool | No
 def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]]:
     """In a worker: tokens per second of each recipe in each round."""
     from entasis.shape import cost
-    from entasis.train import hardware, recipe, run_folder
+    from entasis.train import device as devices
+    from entasis.train import recipe, run_folder
     from entasis.train.auto_settings import simplest
     from entasis.train.resolve import resolve
     from entasis.train.step_timing import Step, Timing
 
-    hardware.set_threads()
-    found = hardware.device(device)
+    devices.set_threads()
+    found = devices.choose_device(device)
     resolved = [resolve(recipe.from_dict(p), p["shape"]["vocabulary"])[:2] for p in plain]
     ready = [(run_folder.with_device(r, found), shape) for r, shape in resolved]
     states = [cost.training_memory(shape) for _, shape in ready]
     state = sum(m.weights + m.gradients + m.optimizer for m in states)
     # Kept between rounds where all of them fit, made anew for each round otherwise.
-    keep = state < (hardware.free_memory(found) or math.inf) / 4
+    keep = state < (devices.free_memory(found) or math.inf) / 4
     held: dict[int, Step] = {}
     speeds: list[list[float]] = [[] for _ in ready]
     for i in range(ROUNDS):

@@ -73,7 +73,7 @@ def _serve(connection: Connection, place: Place, asked: threading.Event) -> None
     import torch
 
     from entasis.train import recipe as recipes
-    from entasis.train.loop import train
+    from entasis.train.run import train
 
     torch.set_num_threads(place.threads)
     while (task := connection.recv()) is not None:

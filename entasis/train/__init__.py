@@ -1,1 +1,1 @@
-"""Training: a recipe becomes a run folder. `entasis.train.loop.train` is the whole of it."""
+"""Training: a recipe becomes a run folder. `entasis.train.run.train` is the whole of it."""

@@ -19,10 +19,11 @@ import torch
 from entasis.errors import UserError
 from entasis.shape import activations
 from entasis.shape.shapes import ModelShape
-from entasis.train import faults, hardware, parallel
+from entasis.train import device as devices
+from entasis.train import failure_diagnosis, parallel
 from entasis.train.candidates import MARGIN, Measured, Settings, fastest
 from entasis.train.recipe import Recipe
-from entasis.train.stage_runner import micro_sequences, recomputed_layers
+from entasis.train.stage_runner import checkpointed_layers, micro_sequences
 from entasis.train.step_timing import Step, Timing, interleave
 
 SHARE = 0.05
@@ -52,7 +53,7 @@ def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> tuple[Rec
         "seconds": time.perf_counter() - begun,
         "timings": timings,
     }
-    return parallel.agree((recipe.replaced(**taken._asdict()), told))
+    return parallel.broadcast_object((recipe.replaced(**taken._asdict()), told))
 
 
 def simplest(recipe: Recipe, device: torch.device) -> Settings:
@@ -92,14 +93,14 @@ def measure(
             # The first step is slower than those of the run: what is expected falls as more is known.
             run = steps * min(timing.fastest(per_step) for timing in timings.values())
             budget = SHARE * run if limit is None else limit
-            return parallel.agree(time.perf_counter() - begun + seconds < budget)
+            return parallel.broadcast_object(time.perf_counter() - begun + seconds < budget)
 
         for settings in eager[1:]:
             # Its first step and one more of each.
             if time_for((2 + len(timings)) * sum(next(iter(timings.values())).first)):
                 _try(step, settings, timings)
         timed = _timed(step, timings, per_step, time_for)
-        if limit is None and recipe.compile is not False and hardware.has_compiler(device):
+        if limit is None and recipe.compile is not False and devices.has_compiler(device):
             budget = SHARE * steps * min(m.fastest for m in timed)
             timed += _compiled(
                 step, timed, per_step, budget - (time.perf_counter() - begun), recipe.compile is True
@@ -125,7 +126,7 @@ def _eager(recipe: Recipe, shape: ModelShape, device: torch.device) -> list[Sett
     result = [start]
     if recipe.precision == "auto":
         # Where the processor only emulates bf16 its step can take a hundred times as long: not to be tried.
-        contender = device.type == "cuda" or parallel.agree(hardware.bf16_product_is_faster(device))
+        contender = device.type == "cuda" or parallel.broadcast_object(devices.bf16_product_is_faster(device))
         if contender:
             result.append(start._replace(precision="fp32" if start.precision == "bf16" else "bf16"))
     if recipe.attention == "auto":
@@ -137,7 +138,7 @@ def _fits(recipe: Recipe, shape: ModelShape, device: torch.device, precision: st
     """Whether what plain attention keeps (T × T for every head) fits half of the memory that is free."""
     plain = recipe.replaced(precision=precision, attention="plain")
     try:
-        recomputed = recomputed_layers(plain, shape)
+        checkpointed = checkpointed_layers(plain, shape)
     except UserError:
         return False
     sequence = recipe.data.sequence
@@ -145,8 +146,8 @@ def _fits(recipe: Recipe, shape: ModelShape, device: torch.device, precision: st
         activations.layer_bytes_per_token(shape, i, sequence, precision=precision, attention="plain")  # type: ignore[arg-type]
         for i in range(shape.n_layers)
     ]
-    needed = activations.peak_bytes_per_token(layers, recomputed, shape.d_model)
-    free = parallel.agree(hardware.free_memory(device))
+    needed = activations.peak_bytes_per_token(layers, checkpointed, shape.d_model)
+    free = parallel.broadcast_object(devices.free_memory(device))
     return free is None or needed * micro_sequences(recipe) * sequence < free / 2
 
 
@@ -155,7 +156,7 @@ def _try(step: Step, settings: Settings, timings: dict[Settings, Timing]) -> Non
     try:
         timings[settings] = Timing(step(settings))
     except RuntimeError as error:
-        if not timings or parallel.world() > 1 or not faults.is_out_of_memory(error):
+        if not timings or parallel.world() > 1 or not failure_diagnosis.is_out_of_memory(error):
             raise
 
 
@@ -182,7 +183,7 @@ def _compiled(
     """The fastest eager candidates compiled, as many as the seconds left suffice for; the run has to be compiled if
     `forced`, and then it is all of them or none."""
     begun = time.perf_counter()
-    room = parallel.agree(int(budget / compilation_seconds(step.shape)))
+    room = parallel.broadcast_object(int(budget / compilation_seconds(step.shape)))
     chosen = sorted(eager, key=lambda m: m.fastest)[: max(0, room)]
     if not chosen or (forced and len(chosen) < len(eager)):
         return []
@@ -194,6 +195,6 @@ def _compiled(
             _try(step, m.settings._replace(compile=True), timings)
 
         def time_for(seconds: float) -> bool:
-            return parallel.agree(time.perf_counter() - begun + seconds < budget)
+            return parallel.broadcast_object(time.perf_counter() - begun + seconds < budget)
 
         return _timed(step, timings, per_step, time_for)

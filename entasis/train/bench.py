@@ -32,11 +32,12 @@ from entasis.model.attention import attention_mask
 from entasis.model.transformer import Transformer
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
-from entasis.train import hardware, meter, run_folder, stages
+from entasis.train import device as devices
+from entasis.train import metrics, run_folder, stages
 from entasis.train import recipe as recipes
-from entasis.train.loop import train
 from entasis.train.recipe import Recipe
 from entasis.train.resolve import resolve
+from entasis.train.run import train
 from entasis.train.stage_runner import StageRunner
 
 Reporter = Callable[[str, int, int], None]
@@ -75,7 +76,7 @@ def bench(
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("bench measures one process; for several, train and read the speed in result.json")
     say = reporter or (lambda *_: None)
-    device = hardware.device(recipe.device)
+    device = devices.choose_device(recipe.device)
     corpus = run_folder.check_data(recipe)
     resolved, shape, _ = resolve(recipe, corpus.vocabulary)
     run_folder.check_vocabulary(shape, corpus)
@@ -112,7 +113,7 @@ def bench(
         },
         "tokens_per_second": speed,
         "matmul_flops_per_second": ceiling,
-        "mfu": meter.utilisation(speed, flops, ceiling, world=1),
+        "mfu": metrics.mfu(speed, flops, ceiling, world=1),
         "data_wait": statistics.median(record["data_wait"] for record in records[WARM_UP:]),
         "peak_memory_bytes": max(record["memory_bytes"] for record in records),
         "state_bytes": memory.weights + memory.gradients + memory.optimizer,

@@ -26,9 +26,9 @@ from entasis.train.recipe import Optimizer
 
 
 def build(
-    model: Transformer, recipe: Optimizer, learning: list[str], *, precision: str = "fp32"
+    model: Transformer, recipe: Optimizer, trainable: list[str], *, precision: str = "fp32"
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of the parameters named in `learning`; each group has its `initial_lr` for the schedule.
+    """The optimizers of the parameters named in `trainable`; each group has its `initial_lr` for the schedule.
 
     Muon scales its update to AdamW's root mean square, so that one learning rate serves both; it orthogonalises in
     the recipe's `precision`.
@@ -38,7 +38,7 @@ def build(
         model.shape, recipe.parametrisation, base_width=recipe.base_width, muon=recipe.name == "muon"
     )
     gathered: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
-    for name in learning:
+    for name in trainable:
         rule, parameter = rules[name], parameters[name]
         hidden = rule.kind == "hidden"
         decays = hidden or rule.kind == "head"
@@ -52,7 +52,9 @@ def build(
     for (kind, lr, decay), members in gathered.items():
         groups[kind].append({"params": members, "lr": lr, "initial_lr": lr, "weight_decay": decay})
     total = sum(p.numel() for kind in groups.values() for group in kind for p in group["params"])
-    assert total == sum(parameters[name].numel() for name in learning), "a parameter is in no group or in two"
+    assert total == sum(parameters[name].numel() for name in trainable), (
+        "a parameter is in no group or in two"
+    )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     result: list[torch.optim.Optimizer] = []
     if groups["adamw"]:

@@ -1,4 +1,4 @@
-"""Data parallelism: one process a device, started by `torchrun`; without it, all of this is idle.
+"""Data parallelism: one process a device, started by `torchrun`; in one process nothing is sent.
 
     torchrun --nproc-per-node 2 -m entasis train tiny --output runs/tiny
 
@@ -72,7 +72,7 @@ AT_ONCE = 25 << 20
 class GradientSum:
     """Adds gradients over all ranks while the backward pass runs: they leave in groups, as soon as they are whole.
 
-    Ranks run the same graph, so they send in the same order. Alone, nothing is done.
+    Ranks run the same graph, so they send in the same order. With one process no hook is registered.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], *, at_once: int = AT_ONCE) -> None:
@@ -120,7 +120,7 @@ def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def agree(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Rank 0's value, on every rank: what is measured or read from disk must be the same everywhere."""
     if world() == 1:
         return value

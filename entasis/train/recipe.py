@@ -154,8 +154,8 @@ class Recipe(Settings):
     device: str = "auto"
     parallel: Parallel = Parallel()
     activation_memory: Size | None = None
-    """Most bytes ("8GiB") that the layers of one micro-batch may keep for the backward pass; the costliest layers are
-    computed twice to stay within it. Null keeps everything."""
+    """Most bytes ("8GiB") that the layers of one micro-batch may keep for the backward pass; the costliest layers
+    go under activation checkpointing (are computed twice) to stay within it. Null keeps everything."""
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()

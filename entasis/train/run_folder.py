@@ -25,7 +25,9 @@ from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import Damaged, UserError
 from entasis.model import weights
 from entasis.shape.shapes import ModelShape
-from entasis.train import auto_settings, checkpoint, hardware, parallel
+from entasis.train import auto_settings, checkpoint, parallel
+from entasis.train import device as devices
+from entasis.train.environment import describe_environment
 from entasis.train.recipe import Recipe, Stage, difference, read_stored, to_yaml
 from entasis.train.resolve import resolve
 
@@ -33,7 +35,7 @@ RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
 
 
 @dataclass(frozen=True)
-class Run:
+class OpenedFolder:
     """A folder ready for training: the recipe with nothing open, and where it was begun."""
 
     recipe: Recipe
@@ -59,20 +61,22 @@ class _Found:
 
 def open_run(
     recipe: Recipe, folder: Path, device: torch.device, held: ExitStack, *, resume: bool = True
-) -> Run:
+) -> OpenedFolder:
     """Begins a run in `folder`, or recognises the same recipe there and goes on. Every rank calls it.
 
     Unless it is finished, the folder is locked until `held` closes. Raises `UserError` for a folder that holds another
     recipe or something else or is in use, for unusable data and for damaged files.
     """
     ours = _look(recipe, folder, device, held) if parallel.is_main() else None
-    found = parallel.agree(dataclasses.replace(ours, corpus=None) if ours else None)
+    found = parallel.broadcast_object(dataclasses.replace(ours, corpus=None) if ours else None)
     assert found is not None
     chosen, auto = found.recipe, None
     if found.is_new:
         # All ranks time what is left to the machine: their steps wait for one another.
         chosen, auto = choose(found.recipe, found.shape, device)
-    run = parallel.agree(_settle(ours, chosen, auto, folder, device, held, resume) if ours else None)
+    run = parallel.broadcast_object(
+        _settle(ours, chosen, auto, folder, device, held, resume) if ours else None
+    )
     assert run is not None
     return run
 
@@ -100,7 +104,7 @@ def _settle(
     device: torch.device,
     held: ExitStack,
     resume: bool,
-) -> Run:
+) -> OpenedFolder:
     """Writes what a new run begins with, or finds where one there goes on. Raises `Damaged`."""
     corpus, shape, notes = found.corpus, found.shape, found.notes
     assert corpus is not None
@@ -110,7 +114,7 @@ def _settle(
     if (folder / RESULT).is_file():
         try:
             result = files.read_json(folder / RESULT)
-            return Run(wanted, shape, doubts(folder, result), environment or {}, result)
+            return OpenedFolder(wanted, shape, doubts(folder, result), environment or {}, result)
         except Damaged as error:
             notes += lock(folder, held)
             last, _ = checkpoint.newest(folder)
@@ -130,7 +134,7 @@ def _settle(
             )
         environment = _begin(folder, wanted, shape, corpus, device, auto)
     notes += _restore(folder, shape, corpus)
-    return Run(wanted, shape, notes, environment, None, last)
+    return OpenedFolder(wanted, shape, notes, environment, None, last)
 
 
 def recognise(resolved: Recipe, folder: Path) -> Recipe | None:
@@ -264,7 +268,7 @@ def check_settings(recipe: Recipe, device: torch.device) -> None:
         raise UserError(
             "recipe: logging.wandb is true, but wandb is not installed: pip install 'entasis[wandb]'"
         )
-    if recipe.compile is True and not hardware.has_compiler(device):
+    if recipe.compile is True and not devices.has_compiler(device):
         raise UserError(
             "recipe: compile is true, but there is no C++ compiler (g++ or clang++); use compile=false"
         )
@@ -324,12 +328,12 @@ def _begin(
     auto: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Writes `environment.json`, once."""
-    environment = hardware.environment(device) | {
+    environment = describe_environment(device) | {
         "precision": recipe.precision,
         "compile": recipe.compile,
         "attention": recipe.attention,
         "auto": auto,
-        "matmul_flops_per_second": hardware.matmul_ceiling(device, recipe.precision),
+        "matmul_flops_per_second": devices.measure_matmul_ceiling(device, recipe.precision),
         "distinct_layers": shape.distinct_layers,
         "data": _fingerprints(corpus, recipe),
     }

@@ -16,9 +16,9 @@ from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import activations
 from entasis.shape.shapes import ModelShape
-from entasis.train import faults, moments, optimizers, parallel, schedule, sharding
-from entasis.train.batches import Batch
+from entasis.train import failure_diagnosis, moments, optimizers, parallel, schedule, sharding
 from entasis.train.compilation import compiled
+from entasis.train.dataloader import Batch
 from entasis.train.moments import Moments
 from entasis.train.recipe import Recipe
 from entasis.train.stages import StageSpan
@@ -31,14 +31,14 @@ def micro_sequences(recipe: Recipe) -> int:
     return next(d for d in range(max(1, min(n, recipe.batch.micro)), 0, -1) if n % d == 0)
 
 
-def recomputed_layers(recipe: Recipe, shape: ModelShape) -> list[int]:
-    """The layers whose forward pass runs twice, to stay within the recipe's `activation_memory`.
+def checkpointed_layers(recipe: Recipe, shape: ModelShape) -> list[int]:
+    """The layers under activation checkpointing, to stay within the recipe's `activation_memory`.
 
     Raises `UserError` where that does not suffice.
     """
     if recipe.activation_memory is None:
         return []
-    return activations.to_recompute(
+    return activations.choose_checkpointed_layers(
         shape,
         recipe.activation_memory,
         tokens=micro_sequences(recipe) * recipe.data.sequence,
@@ -67,19 +67,19 @@ class StageRunner:
         self.span, self.device, self.recipe = span, device, recipe
         self.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
         self.micro = micro_sequences(recipe)
-        self.recomputed = recomputed_layers(recipe, span.shape)
+        self.checkpointed = checkpointed_layers(recipe, span.shape)
         self.model = self._build(tensors)
-        for i in self.recomputed:
-            self.model.blocks[i].recompute = True  # type: ignore[assignment]
+        for i in self.checkpointed:
+            self.model.blocks[i].activation_checkpointing = True  # type: ignore[assignment]
         if recipe.parallel.kind != "ddp" and parallel.world() > 1:
             sharding.shard(self.model, recipe.parallel, device, str(recipe.precision))
         else:
             self.model.to(device)
-        self.learning = set_trainable(self.model, span.trainable)
+        self.trainable = set_trainable(self.model, span.trainable)
         self.optimizers = optimizers.build(
             self.model, recipe.optimizer, list(span.trainable), precision=str(recipe.precision)
         )
-        self.gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else self.learning)
+        self.gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else self.trainable)
         self.loss: Callable[..., torch.Tensor] = (
             compiled(self.model) if recipe.compile is True else self.model.loss
         )
@@ -124,7 +124,7 @@ class StageRunner:
         mean, interrupted = parallel.sum_over_ranks(torch.stack([total / tokens, stop])).tolist()
         size = norm.item()
         if not (abs(mean) < float("inf") and size < float("inf")):
-            raise faults.non_finite(self.model, step + 1, mean, batch.tokens_BT, self.micro)
+            raise failure_diagnosis.non_finite(self.model, step + 1, mean, batch.tokens_BT, self.micro)
         self.step(norm)
         return mean, size, interrupted > 0
 
@@ -152,13 +152,13 @@ class StageRunner:
         """Of all gradients together, when every rank's have arrived."""
         self.gradients.wait()
         return sharding.full(
-            torch.nn.utils.get_total_norm([p.grad for p in self.learning if p.grad is not None])
+            torch.nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
         )
 
     def step(self, norm: torch.Tensor) -> None:
         """Shortens a gradient that is too long, updates, and forgets the gradients."""
         if self.recipe.optimizer.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.learning, self.recipe.optimizer.max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.recipe.optimizer.max_grad_norm, norm)
         for optimizer in self.optimizers:
             optimizer.step()
         for optimizer in self.optimizers:

@@ -21,7 +21,7 @@ from entasis.train.allocation import keep_freed_memory
 from entasis.train.candidates import Settings
 from entasis.train.compilation import compiled
 from entasis.train.recipe import Recipe
-from entasis.train.stage_runner import StageRunner, micro_sequences, recomputed_layers
+from entasis.train.stage_runner import StageRunner, checkpointed_layers, micro_sequences
 
 K = TypeVar("K")
 
@@ -145,9 +145,9 @@ class Step:
         for optimizer in runner.optimizers:
             if hasattr(optimizer, "dtype"):  # Muon orthogonalises in the precision of the run
                 optimizer.dtype = runner.autocast or torch.float32
-        chosen = recomputed_layers(wanted, self.shape)
+        chosen = checkpointed_layers(wanted, self.shape)
         for i, block in enumerate(runner.model.blocks):
-            block.recompute = i in chosen  # type: ignore[assignment]
+            block.activation_checkpointing = i in chosen  # type: ignore[assignment]
         return runner
 
 

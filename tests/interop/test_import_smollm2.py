@@ -20,7 +20,7 @@ from entasis.evaluate.chat import load as load_chat
 from entasis.interop.exporting import export
 from entasis.interop.importing import import_model
 from entasis.model import weights
-from entasis.train.journal import records
+from entasis.train.metrics import records
 
 SOURCE = Path(__file__).parents[2] / ".cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = [

@@ -18,9 +18,9 @@ import torch
 import torch._dynamo  # the first optimizer imports it: better once than in every fork
 
 from entasis.train import checkpoint
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
 from entasis.train.recipe import from_dict
+from entasis.train.run import train
 
 STAGED = {
     "tokens": None,

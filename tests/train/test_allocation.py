@@ -10,7 +10,7 @@ import pytest
 PROGRAM = """
 import json, resource, sys
 from pathlib import Path
-from entasis.train.loop import train
+from entasis.train.run import train
 from entasis.train.recipe import from_dict
 
 faults = []

@@ -10,7 +10,8 @@ import pytest
 
 from entasis import cli
 from entasis.model.attention import Attention
-from entasis.train import auto_settings, hardware
+from entasis.train import auto_settings
+from entasis.train import device as devices
 from entasis.train import recipe as recipes
 from entasis.train.candidates import Settings, fastest, from_plain, told
 from entasis.train.resolve import resolve
@@ -24,7 +25,7 @@ LONG = {"batch": {"tokens": 64}, "tokens": 64 * 2000, "data": {"validation": Non
 
 def chosen(recipe):
     resolved, shape, _ = resolve(recipe, 256 + 2)
-    device = hardware.device("cpu")
+    device = devices.choose_device("cpu")
     return auto_settings.choose(with_device(resolved, device), shape, device)
 
 
@@ -99,7 +100,7 @@ def test_steps_that_the_run_has_no_time_for_are_not_made(recipe, monkeypatch):
 
     monkeypatch.setattr(auto_settings.Step, "__call__", step)
     monkeypatch.setattr(auto_settings.time, "perf_counter", lambda: float(len(made)))
-    monkeypatch.setattr(hardware, "bf16_product_is_faster", lambda device: True)
+    monkeypatch.setattr(devices, "bf16_product_is_faster", lambda device: True)
     for total, candidates in ((100, 0), (130, 2), (250, 4), (1000, 4)):
         made.clear()
         _, auto = chosen(recipe(**{**LONG, "tokens": 64 * total}))
@@ -113,7 +114,7 @@ def test_a_short_run_compiles_nothing(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hardware.has_compiler(hardware.device("cpu")), reason="no C++ compiler")
+@pytest.mark.skipif(not devices.has_compiler(devices.choose_device("cpu")), reason="no C++ compiler")
 def test_a_long_run_times_compiled_steps_too(recipe):
     long = recipe(**{**LONG, "compile": "auto", "tokens": 10**9, "precision": "fp32", "attention": "sdpa"})
     settled, auto = chosen(long)

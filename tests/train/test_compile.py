@@ -12,9 +12,9 @@ from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
 from entasis.train import sharding
 from entasis.train.compilation import compiled
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
 from entasis.train.recipe import Parallel
+from entasis.train.run import train
 
 
 def many_shapes(layers: int) -> ModelShape:
@@ -71,7 +71,7 @@ def test_a_sharded_model_has_one_graph_for_each_shape(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         for block in sharded.blocks:
-            block.recompute = block.index % 12 < 4
+            block.activation_checkpointing = block.index % 12 < 4
         sharding.shard(sharded, Parallel(kind="fsdp"), torch.device("cpu"), "fp32")
         loss_of = compiled(sharded, backend=backend)
         for _ in range(2):

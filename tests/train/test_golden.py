@@ -8,8 +8,8 @@ order, schedule, optimizer or loss moves it by far more than the bound.
 
 import pytest
 
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
+from entasis.train.run import train
 
 LOSSES = [
     5.579196929931641,

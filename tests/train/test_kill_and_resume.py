@@ -11,8 +11,8 @@ import pytest
 
 from entasis.errors import Failure
 from entasis.train import checkpoint
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
+from entasis.train.run import train
 
 
 @pytest.mark.slow

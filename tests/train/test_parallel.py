@@ -15,9 +15,9 @@ from entasis.model.transformer import Transformer
 from entasis.shape.specification import resolve
 from entasis.train import parallel
 from entasis.train.compilation import compiled
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
 from entasis.train.recipe import to_yaml
+from entasis.train.run import train
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -6,8 +6,8 @@ import pytest
 from entasis.errors import UserError
 from entasis.registry import Registry
 from entasis.train import schedule as schedules
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
+from entasis.train.run import train
 from entasis.train.schedule import Schedule, factor
 
 

@@ -12,8 +12,8 @@ import torch
 
 from entasis.errors import UserError
 from entasis.train import parallel, run_folder, sharding
-from entasis.train.loop import train
 from entasis.train.recipe import Parallel
+from entasis.train.run import train
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ from entasis.errors import UserError
 from entasis.evaluate.loading import load
 from entasis.shape import cost
 from entasis.shape.selectors import select
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
+from entasis.train.run import train
 
 WIDER = [
     {"n_heads": 4, "n_kv_heads": 2, "d_ff": 100},

@@ -19,9 +19,9 @@ import torch
 import torch._dynamo  # the first optimizer imports it: better once than in every fork
 from safetensors.torch import load_file
 
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
 from entasis.train.recipe import from_dict
+from entasis.train.run import train
 
 LAYERS = [
     {"n_heads": 2, "n_kv_heads": 1, "d_ff": 48},

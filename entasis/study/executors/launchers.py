@@ -131,7 +131,7 @@ def call(pool: Pool, name: str, function: Callable[..., Any], *arguments: Any) -
 def train_one(folder: str, run: str, recipe: dict[str, Any]) -> tuple[str, Any]:
     """What a job does: trains one run in the study's folder; ("done", result) or ("failed", one line)."""
     from entasis.train import recipe as recipes
-    from entasis.train.loop import train
+    from entasis.train.run import train
 
     # The working folder is the study's, so that recipes name their corpora relative to it.
     os.chdir(folder)

@@ -26,7 +26,7 @@ from entasis.study.worker import Place, occupy, serve
 
 T = TypeVar("T")
 _REUSED = Path("/proc/self/clear_refs").exists()
-"""Whether a process can forget the peak of its memory; else every run gets one of its own (`train.meter.forget_peak`)."""
+"""Whether a process can forget the peak of its memory; else every run gets one of its own (`train.metrics.reset_peak_memory`)."""
 
 
 @dataclass(slots=True)

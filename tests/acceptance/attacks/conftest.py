@@ -9,7 +9,7 @@ import torch
 
 from entasis.cli import main
 from entasis.data.prepare import prepare
-from entasis.train.journal import records
+from entasis.train.metrics import records
 
 RECIPE = """
 shape: {{d_model: 16, head_dim: 8, context: 32, layers: [

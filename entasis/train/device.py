@@ -1,4 +1,4 @@
-"""What this machine can do, measured rather than assumed.
+"""The device of a run, and what it can do, measured rather than assumed.
 
 bf16 is 5 times faster than fp32 on a CPU with AMX and 100 times slower on one without, and both say they
 support it. What a recipe leaves to `auto` is chosen by `entasis.train.auto_settings`.
@@ -7,21 +7,18 @@ support it. What a recipe leaves to `auto` is chosen by `entasis.train.auto_sett
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import torch
 
-import entasis
 from entasis.errors import UserError
 from entasis.train import parallel
 
 
-def device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device of this rank; `auto` is CUDA where there is one, else the CPU. Raises `UserError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +63,7 @@ def free_memory(device: torch.device) -> int | None:
     return int(found[0]) * 1024 if found else None
 
 
-def matmul_ceiling(device: torch.device, precision: str) -> float:
+def measure_matmul_ceiling(device: torch.device, precision: str) -> float:
     """FLOP/s of a large square matrix product: the measured 100 % of MFU."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 8192 if device.type == "cuda" else 512
@@ -81,37 +78,7 @@ def has_compiler(device: torch.device) -> bool:
     return any(shutil.which(name) for name in (named, "g++", "clang++", "c++") if name)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, machine and threads: what the numbers of a run depend on beside its recipe."""
-    return {
-        "versions": {
-            "entasis": entasis.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-        },
-        "platform": platform.platform(),
-        "processor": processor(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "world": parallel.world(),
-    }
-
-
-def processor() -> str:
-    """The CPU's name and widest instruction set."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
-            name = next(
-                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name
-            )
-    except OSError:
-        pass
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def seconds(work: Callable[[], Any], device: torch.device, *, repeats: int = 3) -> float:
+def shortest_seconds(work: Callable[[], Any], device: torch.device, *, repeats: int = 3) -> float:
     """The shortest of some timings of `work`, after one to warm up."""
 
     def once() -> float:
@@ -127,4 +94,4 @@ def seconds(work: Callable[[], Any], device: torch.device, *, repeats: int = 3) 
 
 def _matmul_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
     a = torch.ones(size, size, dtype=dtype, device=device)
-    return seconds(lambda: a @ a, device)
+    return shortest_seconds(lambda: a @ a, device)

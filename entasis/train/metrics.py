@@ -1,20 +1,28 @@
-"""What a run tells as it goes: `metrics.jsonl` and TensorBoard always, Weights & Biases if asked."""
+"""The metrics of a run: one record a step in `metrics.jsonl`, TensorBoard and Weights & Biases; speed, MFU and memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from entasis import files
 from entasis.errors import Damaged
 from entasis.train.recipe import Logging
 
 METRICS = "metrics.jsonl"
+_CLEAR = Path("/proc/self/clear_refs")
+"""Linux: writing 5 resets the peak of the resident size (proc(5))."""
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -23,7 +31,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return _parsed(path, _lines(path.read_bytes())) if path.is_file() else []
 
 
-def kept(folder: Path, state: Mapping[str, Any]) -> bytes:
+def records_until(folder: Path, state: Mapping[str, Any]) -> bytes:
     """The part of `metrics.jsonl` up to the step of a checkpoint's `state`, which says its length and hash.
 
     Raises `Damaged` where lines of those steps are missing or were changed.
@@ -56,14 +64,14 @@ def _parsed(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
     return rows
 
 
-class Journal:
+class MetricsWriter:
     """Writes one record a step. A resumed run forgets the records after the step it resumes from.
 
-    `state` is that of the checkpoint to go on from. Raises `Damaged`, see `kept`.
+    `state` is that of the checkpoint to go on from. Raises `Damaged`, see `records_until`.
     """
 
     def __init__(self, folder: Path, wanted: Logging, state: Mapping[str, Any]) -> None:
-        earlier, step = kept(folder, state), state["step"]
+        earlier, step = records_until(folder, state), state["step"]
         files.write_bytes(folder / METRICS, earlier, locked=True)
         self._digest, self._size = hashlib.sha256(earlier), len(earlier)
         self._lines = (folder / METRICS).open("ab")
@@ -111,3 +119,46 @@ def _start_wandb(folder: Path) -> Any:
 
     # The id is the folder's name, so a resumed run goes on in the same place.
     return wandb.init(project="entasis", id=folder.name, name=folder.name, dir=folder, resume="allow")
+
+
+def mfu(tokens_per_second: float, flops_per_token: int, ceiling: float, world: int) -> float:
+    """MFU: the model's matmul FLOP/s as a share of what one large matrix product reaches there."""
+    return tokens_per_second * flops_per_token / (ceiling * world)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets `peak_memory` begin anew, so that a run does not inherit the peak of one before it in its process.
+
+    On a CPU only Linux can; a process elsewhere keeps its largest size for good.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        # What the allocator keeps of freed memory would count as the next run's.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(OSError):
+            _CLEAR.write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes since `reset_peak_memory`: on CUDA the most that was allocated, on the CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if (
+        _CLEAR.exists()
+    ):  # getrusage has a peak that nothing resets, and that a process inherits from its parent
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def steady_median(records: Sequence[dict[str, Any]], key: str) -> float:
+    """The median of `key` over the steps that are not warming up (the first after each start are)."""
+    warm = [record[key] for record in records if not record["warming"]]
+    return statistics.median(warm or [record[key] for record in records])

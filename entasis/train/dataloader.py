@@ -27,7 +27,7 @@ class Batch:
     waited: float
 
 
-def batches(
+def load_batches(
     dataset: TokenDataset,
     sampler: Sampler,
     *,
@@ -49,7 +49,7 @@ def batches(
             rows.append(torch.from_numpy(dataset.document_ids(chosen)))
         return [x.pin_memory() for x in rows] if device.type == "cuda" else rows
 
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="dataloader") as pool:
         pending: deque[Future[list[torch.Tensor]]] = deque(
             pool.submit(read, i) for i in range(min(_AHEAD, steps))
         )

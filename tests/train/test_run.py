@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from entasis.errors import Failure, UserError
 from entasis.train import run_folder, stage_runner
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
 from entasis.train.recipe import read
+from entasis.train.run import train
 
 
 def losses(folder) -> list[float]:

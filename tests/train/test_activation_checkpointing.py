@@ -1,4 +1,4 @@
-"""Layers that are computed twice: the same numbers, less memory, the costliest first."""
+"""Activation checkpointing: the same numbers, less memory, the costliest first."""
 
 import dataclasses
 import weakref
@@ -12,11 +12,11 @@ from entasis.errors import UserError
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.quantities import size
-from entasis.shape.activations import layer_bytes_per_token, peak_bytes_per_token, to_recompute
+from entasis.shape.activations import choose_checkpointed_layers, layer_bytes_per_token, peak_bytes_per_token
 from entasis.shape.shapes import LayerShape, ModelShape
 from entasis.train.compilation import compiled
-from entasis.train.journal import records
-from entasis.train.loop import train
+from entasis.train.metrics import records
+from entasis.train.run import train
 
 B, T = 2, 64
 SHAPE = ModelShape(
@@ -102,11 +102,11 @@ def test_for_other_drawings_it_is_an_upper_bound(changes):
 def test_the_costliest_layers_are_chosen_and_no_more_than_needed():
     sizes = [layer_bytes_per_token(SHAPE, i, T, **HOW) for i in range(SHAPE.n_layers)]
     order = sorted(range(SHAPE.n_layers), key=lambda i: -sizes[i])
-    assert to_recompute(SHAPE, sum(sizes) * 128, tokens=128, sequence=T, **HOW) == []
+    assert choose_checkpointed_layers(SHAPE, sum(sizes) * 128, tokens=128, sequence=T, **HOW) == []
     least = peak_bytes_per_token(sizes, order, SHAPE.d_model)
     seen = set()
     for limit in range(least, sum(sizes), 50):
-        chosen = to_recompute(SHAPE, limit * 128, tokens=128, sequence=T, **HOW)
+        chosen = choose_checkpointed_layers(SHAPE, limit * 128, tokens=128, sequence=T, **HOW)
         seen.add(tuple(chosen))
         assert peak_bytes_per_token(sizes, chosen, SHAPE.d_model) <= limit
         for i in chosen:
@@ -114,10 +114,10 @@ def test_the_costliest_layers_are_chosen_and_no_more_than_needed():
     assert {(order[0],), tuple(sorted(order[:2]))} <= seen
     equal = dataclasses.replace(SHAPE, layers=(LayerShape(2, 1, 64),) * 4)
     one = layer_bytes_per_token(equal, 0, T, **HOW)
-    assert to_recompute(equal, 4 * one - 1, tokens=1, sequence=T, **HOW) == [0]
+    assert choose_checkpointed_layers(equal, 4 * one - 1, tokens=1, sequence=T, **HOW) == [0]
 
 
-def test_recomputing_the_last_layer_alone_frees_nothing():
+def test_checkpointing_the_last_layer_alone_frees_nothing():
     """Its backward pass comes first, when all others still hold theirs."""
     assert peak_bytes_per_token([100, 100, 300], {2}, 1) == peak_bytes_per_token([100, 100, 300], set(), 1)
     assert peak_bytes_per_token([300, 100, 100], {0}, 1) == 300
@@ -155,7 +155,7 @@ def test_the_predicted_peak_is_the_measured_one(chosen):
     model = Transformer(shape)
     init_weights(model, 0)
     for i in chosen:
-        model.blocks[i].recompute = True
+        model.blocks[i].activation_checkpointing = True
     sizes = [B * T * layer_bytes_per_token(shape, i, T, **HOW) for i in range(8)]
     predicted = peak_bytes_per_token(sizes, set(chosen), B * T * shape.d_model)
     x_BTD = torch.randn(B, T, shape.d_model)
@@ -178,10 +178,10 @@ def test_gradients_are_the_same_to_the_bit_and_less_is_kept(loss):
     init_weights(frugal, 0)
     sizes = [B * T * n for n in (layer_bytes_per_token(SHAPE, i, T, **HOW) for i in range(SHAPE.n_layers))]
     limit = sum(sizes) // 2
-    chosen = to_recompute(SHAPE, limit, tokens=B * T, sequence=T, **HOW)
+    chosen = choose_checkpointed_layers(SHAPE, limit, tokens=B * T, sequence=T, **HOW)
     assert 2 in chosen and len(chosen) < SHAPE.n_layers
     for i in chosen:
-        frugal.blocks[i].recompute = True
+        frugal.blocks[i].activation_checkpointing = True
     tokens = torch.randint(96, (B, T), generator=torch.Generator().manual_seed(0))
     for model in (plain, frugal):
         loss_of = model.loss if loss == "eager" else compiled(model, backend="aot_eager")
@@ -198,13 +198,15 @@ def test_a_recipe_s_limit_changes_no_loss_and_is_told(recipe, tmp_path):
     told = []
     train(recipe(activation_memory="2.5MB"), tmp_path / "frugal", reporter=told.append)
     train(recipe(), tmp_path / "plain")
-    assert told[0]["recomputed_layers"] == [0]
+    assert told[0]["checkpointed_layers"] == [0]
     a, b = ([row["loss"] for row in records(tmp_path / name)] for name in ("frugal", "plain"))
     assert a == b
 
 
 def test_a_limit_that_cannot_be_kept_is_refused(recipe, tmp_path):
-    with pytest.raises(UserError, match=r"with every layer recomputed; lower batch\.micro"):
+    with pytest.raises(
+        UserError, match=r"with every layer under activation checkpointing; lower batch\.micro"
+    ):
         train(recipe(activation_memory="1kB"), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: a recipe and a folder in, a trained model and its numbers out.
+"""A run: a recipe and a folder in, a trained model and its numbers out.
 
     entasis train tiny --output runs/tiny
     torchrun --nproc-per-node 2 -m entasis train tiny --output runs/tiny
@@ -30,20 +30,20 @@ from entasis.model import weights
 from entasis.shape import cost
 from entasis.train import (
     checkpoint,
-    faults,
-    hardware,
-    meter,
+    failure_diagnosis,
+    metrics,
     moments,
     parallel,
     run_folder,
     stages,
 )
 from entasis.train.allocation import keep_freed_memory
-from entasis.train.batches import batches
-from entasis.train.journal import METRICS, Journal, records
+from entasis.train.dataloader import load_batches
+from entasis.train.device import choose_device
+from entasis.train.metrics import METRICS, MetricsWriter, records
 from entasis.train.moments import Moments
 from entasis.train.recipe import Recipe
-from entasis.train.run_folder import Run
+from entasis.train.run_folder import OpenedFolder
 from entasis.train.stage_runner import StageRunner
 
 Reporter = Callable[[dict[str, Any]], None]
@@ -62,23 +62,23 @@ def train(
     the work fails.
     """
     folder = Path(folder)
-    device = hardware.device(recipe.device)
+    device = choose_device(recipe.device)
     with parallel.group(device), contextlib.ExitStack() as held:
-        run = run_folder.open_run(recipe, folder, device, held, resume=resume)
-        if run.result is not None:
-            for note in run.notes if reporter and parallel.is_main() else ():
+        opened = run_folder.open_run(recipe, folder, device, held, resume=resume)
+        if opened.result is not None:
+            for note in opened.notes if reporter and parallel.is_main() else ():
                 reporter({"event": "note", "text": note})  # type: ignore[misc]
-            return run.result
-        meter.forget_peak(device)
-        loop = _Run(run, folder, device, reporter if parallel.is_main() else None)
+            return opened.result
+        metrics.reset_peak_memory(device)
+        run = Run(opened, folder, device, reporter if parallel.is_main() else None)
         try:
-            with signals.requested() as loop.interrupt:
-                return loop.train()
+            with signals.requested() as run.interrupt:
+                return run.train()
         except Failure:
             raise
         except (RuntimeError, MemoryError, OSError) as error:
-            if faults.is_out_of_memory(error):
-                raise faults.out_of_memory(run.recipe, loop.step + 1) from error
+            if failure_diagnosis.is_out_of_memory(error):
+                raise failure_diagnosis.out_of_memory(run.recipe, run.step + 1) from error
             if files.is_disk_full(error):
                 then = f"give the same command: it goes on from {checkpoint.last_name(folder)}"
                 raise files.no_space(folder, error, then=then) from error
@@ -89,36 +89,38 @@ def train(
                 ) from error
             raise
         finally:
-            loop.close()
+            run.close()
 
 
-class _Run:
+class Run:
     """A run under way: its folder, its place in the data, its metrics. Models belong to the stage runners."""
 
     interrupt: signals.Request
 
-    def __init__(self, run: Run, folder: Path, device: torch.device, reporter: Reporter | None) -> None:
-        self.recipe, self.folder, self.device = run.recipe, folder, device
-        self.spans = stages.lay_out(run.recipe, run.shape)
+    def __init__(
+        self, opened: OpenedFolder, folder: Path, device: torch.device, reporter: Reporter | None
+    ) -> None:
+        self.recipe, self.folder, self.device = opened.recipe, folder, device
+        self.spans = stages.lay_out(opened.recipe, opened.shape)
         for span in self.spans:
             if span.recipe.sequences % parallel.world():
                 raise UserError(
                     f"recipe: batch.tokens {span.recipe.batch.tokens} is {span.recipe.sequences} sequences, which "
                     f"{parallel.world()} processes cannot share equally"
                 )
-        self.checkpoint = run.checkpoint
-        self.environment, self.notes, self.reporter = run.environment, run.notes, reporter
+        self.checkpoint = opened.checkpoint
+        self.environment, self.notes, self.reporter = opened.environment, opened.notes, reporter
         if device.type == "cpu":
             keep_freed_memory()
             # Sums split over other numbers of threads round differently.
-            torch.set_num_threads(run.environment["threads"])
-        held_out = run.recipe.data.validation
+            torch.set_num_threads(opened.environment["threads"])
+        held_out = opened.recipe.data.validation
         self.held_out = Corpus(held_out) if held_out is not None else None
-        self.step, self.steps = 0, run.recipe.total_steps
+        self.step, self.steps = 0, opened.recipe.total_steps
         self.positions: dict[str, int] = {}
         """Sequences read of each corpus at each length of sequence."""
         self.span = self.spans[0]
-        self.journal: Journal | None = None
+        self.metrics: MetricsWriter | None = None
         self.started_at = 0
 
     def train(self) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class _Run:
             )
         self.positions = dict(state["positions"]) if last else {}
         if parallel.is_main():
-            self.journal = Journal(self.folder, self.recipe.logging, state)
+            self.metrics = MetricsWriter(self.folder, self.recipe.logging, state)
         runner: StageRunner | None = None
         for span in self.spans[state["stage"] :]:
             self.span = span
@@ -180,7 +182,7 @@ class _Run:
         dataset = TokenDataset(corpus, recipe.data.sequence)
         place = f"{corpus.fingerprint}/{recipe.data.sequence}"
         self.positions.setdefault(place, 0)
-        supply = batches(
+        supply = load_batches(
             dataset,
             Sampler(len(dataset), recipe.seed),
             position=self.positions[place],
@@ -200,8 +202,8 @@ class _Run:
                 score = self.validate(runner)
                 if score is not None:
                     record["validation_bits_per_byte"] = score.bits_per_byte
-            if self.journal:
-                self.journal.write(record)
+            if self.metrics:
+                self.metrics.write(record)
             self.report("step", **record)
             last = self.step == span.stop
             if stop or last or _due(recipe.checkpoint.every, self.step):
@@ -226,9 +228,9 @@ class _Run:
             "gradient_norm": norm,
             "seconds": seconds,
             "tokens_per_second": speed,
-            "mfu": meter.utilisation(speed, span.flops_per_token, ceiling, parallel.world()),
+            "mfu": metrics.mfu(speed, span.flops_per_token, ceiling, parallel.world()),
             "data_wait": waited / seconds,
-            "memory_bytes": meter.peak_memory(self.device),
+            "memory_bytes": metrics.peak_memory(self.device),
             "warming": self.step - self.started_at <= _WARMING,
         }
 
@@ -250,7 +252,7 @@ class _Run:
             "stage": self.span.index,
             "positions": self.positions,
             "tokens": self.span.tokens(self.step),
-            "metrics": self.journal.mark() if self.journal else None,
+            "metrics": self.metrics.mark() if self.metrics else None,
             "provenance": {
                 "data": self.environment["data"],
                 "versions": self.environment["versions"],
@@ -274,9 +276,9 @@ class _Run:
         model, found = runner.gathered(), runner.moments()
         if not parallel.is_main():
             parallel.barrier()
-            return parallel.agree({})
-        assert self.journal is not None, "the main rank keeps it"
-        hashes: dict[str, str | None] = {METRICS: self.journal.mark()["hash"]}
+            return parallel.broadcast_object({})
+        assert self.metrics is not None, "the main rank keeps it"
+        hashes: dict[str, str | None] = {METRICS: self.metrics.mark()["hash"]}
         weights.save(model, self.folder)
         hashes[weights.WEIGHTS] = None  # its own metadata says
         moments.save(self.folder, found, self.positions)
@@ -291,11 +293,11 @@ class _Run:
         result = {**self.result(score), "files": hashes}
         result = files.write_json(self.folder / run_folder.RESULT, result, locked=True)
         parallel.barrier()
-        return parallel.agree(result)
+        return parallel.broadcast_object(result)
 
     def result(self, score: Score | None) -> dict[str, Any]:
         rows = records(self.folder)
-        speed = meter.steady(rows, "tokens_per_second")
+        speed = metrics.steady_median(rows, "tokens_per_second")
         validation = None
         if score is not None:
             validation = {
@@ -316,8 +318,8 @@ class _Run:
             "loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
             "seconds": sum(row["seconds"] for row in rows),
             "tokens_per_second": speed,
-            "mfu": meter.steady(rows, "mfu"),
-            "data_wait": meter.steady(rows, "data_wait"),
+            "mfu": metrics.steady_median(rows, "mfu"),
+            "data_wait": metrics.steady_median(rows, "data_wait"),
             "peak_memory_bytes": max(row["memory_bytes"] for row in rows),
             "seed": self.recipe.seed,
             **{
@@ -332,7 +334,7 @@ class _Run:
             parameters=cost.parameters(self.span.shape),
             device=str(self.device),
             notes=self.notes,
-            recomputed_layers=runner.recomputed,
+            checkpointed_layers=runner.checkpointed,
             auto=self.environment.get("auto"),
             **{k: self.environment[k] for k in ("precision", "compile", "attention", "distinct_layers")},
         )
@@ -349,8 +351,8 @@ class _Run:
             self.reporter({"event": event, **place, **what})
 
     def close(self) -> None:
-        if self.journal:
-            self.journal.close()
+        if self.metrics:
+            self.metrics.close()
 
 
 def provenance(span: stages.StageSpan) -> list[dict[str, Any]]:
