@@ -82,10 +82,10 @@ def train(
             if files.is_disk_full(error):
                 then = f"give the same command: it goes on from {checkpoint.last_name(folder)}"
                 raise files.no_space(folder, error, then=then) from error
-            if parallel.world() > 1 and loop.interrupt.is_set():
+            if parallel.world() > 1 and run.interrupt.is_set():
                 # The signal ended another process before it listened for requests, and this one waited for it.
                 raise Stopped(
-                    f"stopped by {loop.interrupt.by}; the same command goes on from {checkpoint.last_name(folder)}"
+                    f"stopped by {run.interrupt.by}; the same command goes on from {checkpoint.last_name(folder)}"
                 ) from error
             raise
         finally:
