@@ -22,7 +22,7 @@ from prose import Text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from entasis.data import tokenizer as tokenizers
-from entasis.data.sources import documents
+from entasis.data.sources import TextSources
 
 CACHE = Path(".cache/doctor")
 CHARACTERS = 250_000
@@ -52,7 +52,7 @@ def texts() -> Texts:
             pages.append(parser.text())
         pages.sort(key=lambda p: sum(c < "\u0250" for c in p) / len(p), reverse=language[:2] in "en de")
         made[language] = pages  # in other alphabets, the pages that are translated come first
-    made["Python"] = [d.text for d in documents(["stdlib"])]
+    made["Python"] = [d.text for d in TextSources(("stdlib",)).documents()]
     made.update(_generated(random.Random(0)))
     return {name: list(up_to(parts, CHARACTERS)) for name, parts in made.items()}
 

@@ -20,7 +20,7 @@ from common import write
 
 from entasis.data import tokenizer
 from entasis.data.prepare import _BATCH_BYTES, prepare
-from entasis.data.sources import documents
+from entasis.data.sources import TextSources
 
 LIMIT = 12_000_000
 ROUNDS = 7
@@ -29,7 +29,7 @@ ROUNDS = 7
 def main() -> None:
     """Writes and prints benchmarks/results/prepare-TIME.json."""
     texts, size = [], 0
-    for document in documents(["stdlib"]):
+    for document in TextSources(("stdlib",)).documents():
         if size + len(document.text.encode()) > LIMIT:
             break
         texts.append(document.text)

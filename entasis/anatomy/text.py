@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from entasis.data.corpus import INDEX, Corpus
-from entasis.data.sources import Document, documents
+from entasis.data.readers import Document
+from entasis.data.sources import TextSources
 from entasis.data.tokenizer import Tokenizer
 from entasis.errors import UserError
 
@@ -109,7 +110,7 @@ Excerpts = tuple[list[np.ndarray], list[bool], list[int], list[str]]
 
 def _from_texts(source: TextInput, tokenizer: Tokenizer, tokens: int) -> Excerpts:
     if isinstance(source, str | Path):
-        found: Iterator[Document] = documents([source])
+        found: Iterator[Document] = TextSources((str(source),)).documents()
     else:
         found = (Document(f"document {i}", text) for i, text in enumerate(source) if text)
     most = tokens * _CHARACTERS_PER_TOKEN

@@ -2,6 +2,7 @@
 
 examples:
   entasis data prepare stdlib --train-tokenizer 4096 --output corpora/stdlib
+  entasis data prepare books/ --include '*.txt' --exclude 'drafts/*' --tokenizer bytes --output corpora/books
   entasis data prepare articles/ more.jsonl.zst --tokenizer tokenizer.json --output corpora/articles
   entasis data import old/train.bin --format nanogpt --dtype uint16 --tokenizer gpt2/ --output corpora/old
   entasis data inspect corpora/stdlib/train
@@ -47,6 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", metavar="SIZE", help="at most so much text, whole documents, such as 12MB"
     )
     prepare.add_argument("--column", default="text", help="the text's key in jsonl and parquet (text)")
+    prepare.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="in folders, read only files of these names or paths, whatever their suffix; may be repeated",
+    )
+    prepare.add_argument(
+        "--exclude", action="append", default=[], metavar="GLOB", help="in folders, leave these files out"
+    )
+    prepare.add_argument(
+        "--encoding-errors",
+        choices=["drop-file", "replace"],
+        default="drop-file",
+        help="what becomes of text that is not UTF-8: its file (in jsonl its row) is left out, or the bytes become U+FFFD (drop-file)",
+    )
     prepare.set_defaults(act=_prepare)
 
     bring = verbs.add_parser("import", help="bring in another project's token file")
@@ -83,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from entasis.data.prepare import prepare
+    from entasis.data.readers import REPLACED
 
     with _progress() as report:
         result = prepare(
@@ -94,14 +112,20 @@ def _prepare(args: argparse.Namespace) -> int:
             seed=args.seed,
             limit=_size(args.limit),
             column=args.column,
+            include=args.include,
+            exclude=args.exclude,
+            encoding_errors=args.encoding_errors,
             progress=report,
         )
-    if result.get("unread"):
-        print(f"entasis: {result['unread']}", file=sys.stderr)
+    if note := result.get("note"):
+        print(f"entasis: {note}", file=sys.stderr)
+    for reason, entry in result.get("left_out", {}).items():
+        said = reason if reason == REPLACED else f"left out ({reason})"
+        print(f"entasis: {_counted(said, entry)}", file=sys.stderr)
     if args.json:
         print(json.dumps(result))
         return 0
-    print(f"{args.output}: vocabulary {result['vocabulary']:,}, tokenizer {result['tokenizer'][:12]}")
+    print(f"{result['output']}: vocabulary {result['vocabulary']:,}, tokenizer {result['tokenizer'][:12]}")
     for side in ("train", "validation"):
         if part := result.get(side):
             print(
@@ -109,7 +133,17 @@ def _prepare(args: argparse.Namespace) -> int:
                 f"{part['bytes'] / 1e6:>9,.1f} MB  {part['bytes'] / part['tokens']:.2f} bytes/token  "
                 f"{part['fingerprint'][:12]}"
             )
+    if alike := result.get("near_duplicates"):
+        print(f"  {_counted('near-duplicates kept on one side', alike)}")
     return 0
+
+
+def _counted(reason: str, entry: dict[str, Any]) -> str:
+    """One line: how many, their bytes, the first names."""
+    size = f"{entry['bytes'] / 1e6:,.1f} MB" if entry["bytes"] >= 100_000 else f"{entry['bytes']:,} bytes"
+    more = ", …" if entry["count"] > len(entry["first"]) else ""
+    names = ", ".join(name if len(name) <= 120 else f"{name[:120]}…" for name in entry["first"])
+    return f"{reason}: {entry['count']:,} ({size}): {names}{more}"
 
 
 def _import(args: argparse.Namespace) -> int:

@@ -4,12 +4,11 @@
 
 The text is read twice. The first time it is measured: sizes, exact and near duplicates, and from them which
 documents are held out. The second time it is tokenised and written. Neither reading holds more than a batch of
-text and one shard of tokens. What a killed run finished is not done again.
+text and one shard of tokens. What a killed run finished is not done again. What is left out is counted by reason.
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
 from collections import deque
@@ -24,8 +23,10 @@ import numpy as np
 from entasis.data import dedup, split
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, TOKENIZER, Corpus
+from entasis.data.prepared_folder import PREPARED, WORK, claim
+from entasis.data.readers import Document, EncodingErrors, Losses
 from entasis.data.shards import hash_of_document, write_shard
-from entasis.data.sources import Document, documents
+from entasis.data.sources import TextSources
 from entasis.errors import UserError
 from entasis.files import aside, read_json, write_json
 
@@ -33,6 +34,7 @@ SHARD_TOKENS = 1 << 25
 _BATCH_BYTES = 1 << 20
 _TOKENIZER_SAMPLE = 64 << 20
 LEFT_OUT = "left-out.json"
+OVER_LIMIT = "over --limit"
 _SKIPPED, _TRAIN, _VALIDATION = 0, 1, 2
 SIDES = {"train": _TRAIN, "validation": _VALIDATION}
 
@@ -50,78 +52,77 @@ def prepare(
     seed: int = 0,
     limit: int | None = None,
     column: str = "text",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    encoding_errors: EncodingErrors = "drop-file",
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Writes `output/train` and `output/validation`; returns what they hold.
+    """Writes `output/train` and `output/validation`; returns what they hold, and under `left_out` what they do not.
 
-    `validation` is the held-out share of bytes, `limit` a cap on source bytes (whole documents, drawn by name).
-    Exactly one of `tokenizer` (see `tokenizer.load`) and `train_tokenizer` (its number of ids) is given. A folder
-    that holds the same is answered from; one that holds something else is refused (`UserError`).
+    `validation` is the held-out share of bytes, `limit` a cap on source bytes (whole documents, drawn by name); for the
+    others see `TextSources`. Exactly one of `tokenizer` (see `tokenizer.load`) and `train_tokenizer` (its number of
+    ids) is given. A folder that holds the same is answered from, unless a source has changed: then another beside it
+    is prepared, and `note` says so. One that holds something else is refused (`UserError`).
     """
-    output, report = Path(output), progress or (lambda *_: None)
+    report = progress or (lambda *_: None)
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("give either a tokenizer or --train-tokenizer VOCABULARY")
     if not 0 <= validation < 1:
         raise UserError(f"--validation is {validation}; it must be a share from 0 to below 1")
+    text = TextSources(
+        tuple(str(s) for s in sources), column, tuple(include), tuple(exclude), encoding_errors
+    )
     arguments = {
-        "sources": [str(s) for s in sources],
+        "sources": list(text.sources),
         "tokenizer": None if tokenizer is None else str(tokenizer),
         "train_tokenizer": train_tokenizer,
         "validation": validation,
         "seed": seed,
         "limit": limit,
         "column": column,
+        "include": list(include),
+        "exclude": list(exclude),
+        "encoding_errors": encoding_errors,
         "shard_tokens": shard_tokens,
     }
-    _claim(output, arguments)
-    done = output / "prepared.json"
-    if done.is_file():
-        return read_json(done)
+    state: dict[str, Any] = dict(text.state())
+    if tokenizer is not None:
+        state[f"tokenizer {tokenizer}"] = tokenizers.load(tokenizer).hash
+    output, note = claim(Path(output), arguments, state, tuple(SIDES))
+    if not (output / PREPARED).is_file():
+        _fill(output, text, arguments, tokenizer, report)
+    result = read_json(output / PREPARED)
+    return result if note is None else {**result, "note": note}
+
+
+def _fill(
+    output: Path, text: TextSources, arguments: dict[str, Any], tokenizer: str | Path | None, report: Progress
+) -> None:
     started = time.perf_counter()
-    work = output / ".work"
+    work = output / WORK
     work.mkdir(exist_ok=True)
-    sides, sizes = _survey(sources, column, validation, seed, limit, work, report)
-    chosen = _tokenizer(tokenizer, train_tokenizer, sources, column, sides, work, report)
-    total = int(sizes[sides != _SKIPPED].sum())
-    _write_tokens(sources, column, sides, total, chosen, output, shard_tokens, report)
+    sides, sizes = _survey(text, arguments["validation"], arguments["seed"], arguments["limit"], work, report)
+    chosen = _tokenizer(tokenizer, arguments["train_tokenizer"], text, sides, work, report)
+    survey = read_json(work / LEFT_OUT)
+    told = {key: survey[key] for key in ("left_out", "near_duplicates")}
+    _write_tokens(text, sides, sizes, chosen, output, arguments["shard_tokens"], told, report)
     result = {
         "output": str(output),
         "arguments": arguments,
         "tokenizer": chosen.hash,
         "vocabulary": chosen.vocabulary,
         "source_documents": len(sides),
-        "skipped_documents": int((sides == _SKIPPED).sum()),
-        "unread_files": (left_out := read_json(work / LEFT_OUT)["files"]),
-        "unread": _unread(left_out) if left_out else None,
+        **told,
         "seconds": time.perf_counter() - started,
         **{name: totals(output / name) for name in SIDES if (output / name / INDEX).is_file()},
     }
-    result = write_json(done, result)
+    write_json(output / PREPARED, result)
     shutil.rmtree(work, ignore_errors=True)
-    return result
-
-
-def _claim(output: Path, arguments: dict[str, Any]) -> None:
-    """Makes the folder this preparation's own, or finds that it is. Raises `UserError` if it is another's."""
-    file = output / "arguments.json"
-    if file.is_file():
-        earlier = read_json(file)
-        for name, value in arguments.items():
-            if earlier.get(name) != value:
-                raise UserError(
-                    f"{output}: prepared with {name} {earlier.get(name)!r}, not {value!r}; name another folder"
-                )
-        return
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output}: not empty and not a corpus; name another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(file, arguments)
 
 
 def _survey(
-    sources: Sequence[str | Path],
-    column: str,
+    text: TextSources,
     validation: float,
     seed: int,
     limit: int | None,
@@ -137,24 +138,28 @@ def _survey(
     bytes_of: list[int] = []
     signatures: list[tuple[np.ndarray, np.ndarray]] = []
     seen = 0
-    left_out: dict[str, str] = {}
-    for document in documents(sources, column, skip=lambda path, why: left_out.update({str(path): why})):
+    losses = Losses()
+    for document in text.documents(losses):
         names.append(document.name)
         bytes_of.append(len(document.text.encode("utf-8")))
-        signatures.append(dedup.signature(document.text))
+        if validation:
+            signatures.append(dedup.signature(document.text))
         seen += bytes_of[-1]
         report("survey", seen, 0)
     if not names:
-        told = f" ({_unread(left_out)})" if left_out else ""
-        raise UserError(f"no text in {', '.join(map(str, sources))}{told}")
-    write_json(work / LEFT_OUT, {"files": left_out})
+        raise UserError(f"no text in {', '.join(text.sources)}{_told(losses)}")
     sizes = np.array(bytes_of, np.int64)
     sides = np.full(len(names), _TRAIN, np.int64)
     if limit is not None:
         drawn = np.array(sorted(range(len(names)), key=lambda i: split.hash_of(names[i], seed + 1)))
         sides[drawn[np.cumsum(sizes[drawn]) > limit]] = _SKIPPED
+        for i in np.flatnonzero(sides == _SKIPPED):
+            losses.add(OVER_LIMIT, names[i], int(sizes[i]))
     kept = np.flatnonzero(sides)
-    if validation and len(kept):
+    if not len(kept):
+        raise UserError(f"--limit {limit}: the first document drawn is larger; allow more")
+    alike = Losses()
+    if validation:
         minhashes, shingles = zip(*(signatures[i] for i in kept), strict=True)
         group, boilerplate = dedup.groups(np.stack(minhashes), shingles)
         out = split.draw_held_out([names[i] for i in kept], sizes[kept], group, boilerplate, validation, seed)
@@ -164,23 +169,26 @@ def _survey(
                 "add text, or give --validation 0"
             )
         sides[kept[out]] = _VALIDATION
+        for i in kept[np.bincount(group, minlength=len(kept))[group] > 1]:
+            alike.add("near-duplicates", names[i], int(sizes[i]))
+    write_json(
+        work / LEFT_OUT,
+        {"left_out": losses.reasons, "near_duplicates": alike.reasons.get("near-duplicates")},
+    )
     with aside(saved) as partial, partial.open("wb") as file:
         np.save(file, np.stack([sides, sizes]), allow_pickle=False)
     return sides, sizes
 
 
-def _unread(left_out: dict[str, str]) -> str:
-    """One line about files that are no text."""
-    few = [f"{path}: {why}" for path, why in itertools.islice(left_out.items(), 3)]
-    more = f"; and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
-    return f"{len(left_out):,} file{'s' * (len(left_out) > 1)} could not be read as text and left out: {'; '.join(few)}{more}"
+def _told(losses: Losses) -> str:
+    told = [f"{reason}: {entry['first'][0]}" for reason, entry in losses.reasons.items()]
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _tokenizer(
     given: str | Path | None,
     train: int | None,
-    sources: Sequence[str | Path],
-    column: str,
+    text: TextSources,
     sides: np.ndarray,
     work: Path,
     report: Progress,
@@ -190,15 +198,15 @@ def _tokenizer(
     saved = work / TOKENIZER
     if not saved.is_file():
         assert train is not None
-        trained = tokenizers.train(_sample(sources, column, sides, report), train)
+        trained = tokenizers.train(_sample(text, sides, report), train)
         trained.save(saved)
     return tokenizers.load(saved)
 
 
-def _sample(sources: Sequence[str | Path], column: str, sides: np.ndarray, report: Progress) -> Iterator[str]:
+def _sample(text: TextSources, sides: np.ndarray, report: Progress) -> Iterator[str]:
     """Training text, from the beginning of the corpus to its end where that is short enough."""
     taken = 0
-    for side, document in zip(sides, documents(sources, column), strict=True):
+    for side, document in zip(sides, text.documents(), strict=True):
         if side == _TRAIN and taken < _TOKENIZER_SAMPLE:
             taken += len(document.text)
             report("tokenizer", taken, 0)
@@ -254,26 +262,28 @@ class _Side:
         self.ids, self.sizes, self.hashes, self.waiting, self.finished = [], [], [], 0, finished
         write_json(self.folder / "progress.json", {"shards": self.shards, "finished": finished})
 
-    def close(self) -> None:
+    def close(self, told: dict[str, Any]) -> None:
+        """Writes the index, which says too what the sources held and the corpus does not (`told`)."""
         self.chosen.save(self.folder / TOKENIZER)
         index = {
             "shards": self.shards,
             "vocabulary": self.chosen.vocabulary,
             "tokenizer": self.chosen.hash,
             "end_of_text": self.chosen.end_of_text,
+            **told,
         }
         write_json(self.folder / INDEX, index)
         (self.folder / "progress.json").unlink()
 
 
 def _write_tokens(
-    sources: Sequence[str | Path],
-    column: str,
+    text: TextSources,
     sides: np.ndarray,
-    total: int,
+    sizes: np.ndarray,
     chosen: tokenizers.Tokenizer,
     output: Path,
     shard_tokens: int,
+    told: dict[str, Any],
     report: Progress,
 ) -> None:
     halves = {
@@ -283,7 +293,8 @@ def _write_tokens(
     }
     for half in halves.values():
         half.resume()
-    done = 0
+    done, total = 0, int(sizes[sides != _SKIPPED].sum())
+    changed = UserError("the sources have changed since they were surveyed; give the command again")
 
     def encode(batch: list[tuple[int, int, Document]]) -> list[tuple[int, int, int, int, np.ndarray]]:
         ids = chosen.encode_batch([d.text for _, _, d in batch])
@@ -294,11 +305,9 @@ def _write_tokens(
         ]
 
     def wanted() -> Iterator[tuple[int, int, Document]]:
-        for i, document in enumerate(documents(sources, column)):
+        for i, document in enumerate(text.documents()):
             if i >= len(sides):
-                raise UserError(
-                    "the sources have changed since they were surveyed; prepare into a new folder"
-                )
+                raise changed
             side = int(sides[i])
             if side in halves and i >= halves[side].finished:
                 yield i, side, document
@@ -308,6 +317,8 @@ def _write_tokens(
     with ThreadPoolExecutor(2) as pool:
         for encoded in _ahead(pool, 2, encode, _batches(wanted())):
             for i, side, size, text_hash, ids in encoded:
+                if size != sizes[i]:
+                    raise changed
                 half = halves[side]
                 half.add(ids, size, text_hash)
                 done += size
@@ -316,7 +327,7 @@ def _write_tokens(
             report("tokens", done, total)
     for half in halves.values():
         half.flush(len(sides))
-        half.close()
+        half.close(told)
 
 
 def _batches(items: Iterator[tuple[int, int, Document]]) -> Iterator[list[tuple[int, int, Document]]]:

@@ -295,7 +295,7 @@ def test_files_that_are_no_text_are_named_and_the_rest_is_read(tmp_path, capsys)
     )
     assert code == 0
     (line,) = [line for line in said.splitlines() if line.startswith("entasis:")]
-    assert "1 file could not be read as text" in line and "latin.txt: not UTF-8" in line
+    assert "left out (not UTF-8): 1 (0.1 MB): latin.txt (not UTF-8 after about 110,000 characters)" in line
     assert sorted(decoded(Corpus(tmp_path / "o" / "train"))) == [
         "a name that is not UTF-8",
         "décodé utf-16",
@@ -308,7 +308,7 @@ def test_files_that_are_no_text_are_named_and_the_rest_is_read(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "a.jsonl:2: not a JSON object"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: text holds half a surrogate pair"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl:1: "),
         ("a.jsonl", b'{"n": ' + b"9" * 5_000 + b', "text": "x"}\n', "a.jsonl:1: not a JSON object"),

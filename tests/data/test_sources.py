@@ -1,0 +1,224 @@
+"""What is left out of a corpus is counted and named, and a source that has changed is noticed."""
+
+import gzip
+import itertools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entasis.cli import main
+from entasis.data import tokenizer
+from entasis.data.corpus import Corpus
+from entasis.data.prepare import prepare
+from entasis.data.readers import Losses
+from entasis.data.sources import TextSources
+from entasis.errors import UserError
+
+
+def texts(corpus: Path) -> list[str]:
+    """What a corpus of bytes holds, document by document."""
+    opened, chosen = Corpus(corpus), tokenizer.from_bytes()
+    edges = opened.document_offsets()
+    return sorted(chosen.decode(opened.read(a, b - 1)) for a, b in itertools.pairwise(edges))
+
+
+def command(capsys, *arguments):
+    code = main(["data", "prepare", *map(str, arguments), "--tokenizer", "bytes", "--json"])
+    caught = capsys.readouterr()
+    return code, json.loads(caught.out) if code == 0 else None, caught.err
+
+
+@pytest.fixture
+def stray(tmp_path: Path) -> Path:
+    """A folder with two good texts and one file of everything that can be wrong."""
+    folder = tmp_path / "stray"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "config").write_text("hidden")
+    (folder / ".hidden.txt").write_text("hidden")
+    (folder / "good.txt").write_text("good")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").write_text("")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "gone.txt").symlink_to(folder / "nowhere")
+    rows = ['{"text": "row 1"}', '{"text": 3}', "[", '{"txt": "x"}', '{"text": null}', '{"text": "row 6"}']
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "pretty.json.gz").write_bytes(gzip.compress(json.dumps({"text": "x"}, indent=1).encode()))
+    (folder / "other.jsonl").write_text('{"txt": "x"}\n{"text": "never looked at"}\n')
+    packed = gzip.compress("".join(f'{{"text": "packed {i}"}}\n' for i in range(9_999)).encode())
+    (folder / "short.jsonl.gz").write_bytes(packed[:-4_000])
+    (folder / "broken.parquet").write_bytes(b"PAR1 nothing")
+    pq.write_table(pa.table({"n": [1]}), folder / "numbers.parquet")
+    return folder
+
+
+def test_a_stray_file_kills_no_folder_and_everything_left_out_is_counted(stray, tmp_path, capsys):
+    code, result, said = command(capsys, stray, "--validation", "0", "--output", tmp_path / "o")
+    assert code == 0
+    held = texts(tmp_path / "o" / "train")
+    packed = [text for text in held if text.startswith("packed")]
+    assert sorted(set(held) - set(packed)) == ["good", "row 1", "row 6"]
+    assert len(packed) > 100  # what came before the cut
+    left = result["left_out"]
+    assert {reason: entry["count"] for reason, entry in left.items()} == {
+        "hidden": 2,
+        "not UTF-8": 1,
+        "empty": 2,
+        "unknown suffix": 1,
+        "no file, or a broken link": 1,
+        "bad row": 2,
+        "not lines of JSON": 1,
+        "no text under --column": 3,
+        "damaged": 2,
+    }
+    assert left["not UTF-8"]["bytes"] == 4 and left["unknown suffix"]["first"] == ["picture.png"]
+    assert left["bad row"]["bytes"] == len('{"text": 3}\n[\n')
+    assert left["bad row"]["first"][0] == "rows.jsonl:2 (text is no text)"
+    assert all(f"entasis: left out ({reason}): {entry['count']} (" in said for reason, entry in left.items())
+    for file in (tmp_path / "o" / "prepared.json", tmp_path / "o" / "train" / "corpus.json"):
+        assert json.loads(file.read_text())["left_out"] == left
+
+
+KINDS = st.sampled_from(["a.txt", "b.md", "c.jsonl", "d.json.gz", "e.parquet", "f.bin", ".g", "h.jsonl.zst"])
+CONTENTS = st.one_of(
+    st.sampled_from(
+        [b"", b"plain", b'{"text": "x"}\n', b'{"text": "x"}\n[', gzip.compress(b'{"text": "x"}')]
+    ),
+    st.binary(max_size=64),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.dictionaries(KINDS, CONTENTS, min_size=1))
+def test_no_file_disappears_without_a_word(files):
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        losses = Losses()
+        found = {d.name.split(":")[0] for d in TextSources((folder,)).documents(losses)}
+        named = " ".join(n for entry in losses.reasons.values() for n in entry["first"])
+        assert all(name in found or name in named for name in files)
+
+
+def test_globs_choose_the_files_of_a_folder(tmp_path, capsys):
+    source = tmp_path / "s"
+    (source / "vendor").mkdir(parents=True)
+    for name in ("main.rs", "vendor/other.rs", "notes.txt", ".hidden.rs"):
+        (source / name).write_text(name)
+    globs = ["--include", "*.rs", "--exclude", "vendor/*"]
+    code, result, _ = command(capsys, source, *globs, "--validation", "0", "--output", tmp_path / "o")
+    assert code == 0 and texts(tmp_path / "o" / "train") == ["main.rs"]
+    assert result["left_out"]["excluded"]["first"] == ["notes.txt", "vendor/other.rs"]
+    with pytest.raises(UserError, match=r"prepared with include \['\*\.rs'\], not \[\]"):
+        prepare([source], tmp_path / "o", tokenizer="bytes", validation=0, exclude=["vendor/*"])
+
+
+def test_bytes_that_are_no_text_are_replaced_where_that_is_wanted(tmp_path, capsys):
+    source = tmp_path / "s"
+    source.mkdir()
+    (source / "a.txt").write_bytes(b"caf\xe9")
+    (source / "b.jsonl").write_bytes(
+        b'{"text": "\xe9t\xe9"}\n{"text": "\\ud800!"}\n{"text": "\\ufffd as is"}\n'
+    )
+    options = ["--encoding-errors", "replace", "--validation", "0", "--output", tmp_path / "o"]
+    code, result, _ = command(capsys, source, *options)
+    assert code == 0
+    assert texts(tmp_path / "o" / "train") == ["caf\ufffd", "\ufffd as is", "\ufffd!", "\ufffdt\ufffd"]
+    assert {reason: e["count"] for reason, e in result["left_out"].items()} == {
+        "undecodable bytes replaced": 3
+    }
+
+
+def test_what_is_over_the_limit_and_what_is_alike_is_counted(folder, tmp_path, capsys):
+    source = tmp_path / "s"
+    shutil.copytree(folder, source)
+    shutil.copy(source / "00.txt", source / "copy.txt")
+    code, result, _ = command(
+        capsys, source, "--limit", "600kB", "--validation", "20%", "--output", tmp_path / "o"
+    )
+    assert code == 0
+    sizes = sum(f.stat().st_size for f in source.iterdir())
+    left = result["left_out"]["over --limit"]
+    assert left["count"] > 0
+    assert left["bytes"] + result["train"]["bytes"] + result["validation"]["bytes"] == sizes
+    whole = prepare([source], tmp_path / "whole", tokenizer="bytes", validation=0.2)
+    assert whole["near_duplicates"]["first"] == ["00.txt", "copy.txt"]
+    with pytest.raises(UserError, match="--limit 10: the first document drawn is larger"):
+        prepare([source], tmp_path / "none", tokenizer="bytes", limit=10)
+
+
+def test_changed_sources_are_noticed_and_prepared_anew_beside(tmp_path, capsys):
+    source, output = tmp_path / "s", tmp_path / "o"
+    source.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (source / name).write_text(f"text of {name}")
+    options = [source, "--validation", "0", "--output", output]
+    _, first, said = command(capsys, *options)
+    assert first["output"] == str(output) and "changed" not in said
+    (source / "a.txt").write_text("text of A.txt")  # as long as before
+    (source / "b.txt").unlink()
+    (source / "c.txt").write_text("new")
+    code, second, said = command(capsys, *options)
+    assert code == 0 and second["output"] == f"{output}-2"
+    assert f"{output}: its sources have changed since (1 changed: {source / 'a.txt'}, 1 new: " in said
+    assert f"1 gone: {source / 'b.txt'}); prepared anew in {output}-2" in said
+    assert texts(output / "train") == ["text of a.txt", "text of b.txt"]
+    assert texts(Path(f"{output}-2") / "train") == ["new", "text of A.txt"]
+    prepared = Path(f"{output}-2", "prepared.json")
+    before = prepared.stat().st_mtime_ns
+    _, third, said = command(capsys, *options)
+    assert third["train"] == second["train"] and prepared.stat().st_mtime_ns == before
+    assert f"{output}-2 is the corpus of what they are now" in said
+
+
+def test_sources_that_change_before_it_is_finished_begin_it_again(folder, tmp_path, monkeypatch, capsys):
+    source, output = tmp_path / "s", tmp_path / "o"
+    shutil.copytree(folder, source)
+    written = tokenizer.Tokenizer.save
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer.Tokenizer, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([source], output, tokenizer="bytes", validation=0)
+    monkeypatch.setattr(tokenizer.Tokenizer, "save", written)
+    (source / "00.txt").write_text("another text")
+    code, result, said = command(capsys, source, "--validation", "0", "--output", output)
+    assert code == 0 and result["output"] == str(output)
+    assert (
+        f"its sources changed before it was finished (1 changed: {source / '00.txt'}); it begins again"
+        in said
+    )
+    assert "another text" in texts(output / "train")
+
+
+def test_another_tokenizer_under_the_same_name_is_noticed(folder, tmp_path, trained, large):
+    trained.save(tmp_path / "t.json")
+    prepare([folder], tmp_path / "o", tokenizer=tmp_path / "t.json", validation=0)
+    large.save(tmp_path / "t.json")
+    again = prepare([folder], tmp_path / "o", tokenizer=tmp_path / "t.json", validation=0)
+    assert again["tokenizer"] == large.hash and "tokenizer" in again["note"]
+
+
+def test_a_data_set_is_streamed_from_a_local_copy(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    local = tmp_path / "set"
+    local.mkdir()
+    rows = [{"text": "first"}, {"text": ""}, {"text": None}, {"text": "fourth"}]
+    (local / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (local / "test.jsonl").write_text('{"text": "of the test"}\n')
+    code, result, _ = command(capsys, f"hf:{local}", "--validation", "0", "--output", tmp_path / "o")
+    assert code == 0 and texts(tmp_path / "o" / "train") == ["first", "fourth"]
+    assert result["left_out"]["empty"]["count"] == 2
+    code, _, _ = command(capsys, f"hf:{local}::test", "--validation", "0", "--output", tmp_path / "p")
+    assert code == 0 and texts(tmp_path / "p" / "train") == ["of the test"]
+    code, _, said = command(capsys, f"hf:{local}", "--column", "body", "--output", tmp_path / "q")
+    assert code == 2 and "no column 'body', it has text" in said
