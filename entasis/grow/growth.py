@@ -25,7 +25,8 @@ as it is stored; it reads from disk each time and nothing is kept, so an operato
 layers' matrices of one type, one after another, as often as it likes. It keeps in memory what it fits, and yields each
 tensor when it is made, in the dtype of the old model (`read("norm.weight").dtype`). What it yields follows from the weights
 and `init.seed` alone: an interrupted transition is done again from its start. `self.diagnostics` may be filled on the way with
-plain data (numbers, lists, dicts of them), which `entasis grow` prints and writes into `provenance.json`.
+plain data (numbers, lists, dicts of them), which `entasis grow` prints and writes into `provenance.json`; a list under
+`warnings` holds lines for the user. `self.told(done, total)` says how far a long fit is, to whoever gave `tell` a function.
 
 `settle(plan, read, shape)` is for the rare plan that depends on weights, as the order in which a layer's units are cut does: it
 returns a plan of the same shape and origins, and is called once before anything is made.
@@ -35,7 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -95,6 +96,17 @@ class Operator(Transition):
     keeps_function: ClassVar[bool] = False
     """Whether the grown model computes what the old one did."""
     _diagnostics: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    _tell: Callable[[float, float], None] | None = PrivateAttr(default=None)
+
+    def tell(self, progress: Callable[[float, float], None]) -> None:
+        """`progress` is called with the part of the fitting done and the whole of it, as `weights` goes on."""
+        self._tell = progress
+
+    def told(self, done: float, total: float) -> None:
+        """Passes on how far `make` is."""
+        if self._tell:
+            self._tell(done, total)
 
     @property
     def diagnostics(self) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""Operators that match heads and FFN units of neighbouring layers before they mix them; see `entasis.grow.alignment`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from entasis.grow import positions, resize
+from entasis.grow.growth import OPERATORS, GrownLayer, Operator, insert
+from entasis.grow.positions import Positions
+from entasis.grow.resize import Plan, Read
+from entasis.grow.transitions import Init
+from entasis.shape.shapes import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+
+@OPERATORS.register("aligned_average")
+class AlignedAverage(Operator):
+    """Between layers i and i+1 the mean of layer i and of layer i+1 with its heads and FFN units matched to it (optimal
+    assignment; OpT-DeUS uses optimal transport, 2508.08011)."""
+
+    after: Positions
+
+    def layers(self, shape: ModelShape) -> list[GrownLayer]:
+        places = positions.resolve(self.after, shape.n_layers, between=True, where="grow: aligned_average")
+        return insert(shape, {i: GrownLayer(((i, 0.5), (i + 1, 0.5)), is_new=True) for i in places})
+
+    def weights(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+        from entasis.grow import alignment, symmetry
+
+        old, kept, matched = shape_before(plan), dict(plan.parameters), []
+        new = [i for i, layer in enumerate(plan.layers) if layer.is_new]
+        for done, index in enumerate(new):
+            below, above = plan.layers[index].sources
+            found = alignment.align(read, old, source=above, target=below, seed=init.seed)
+            near = symmetry.rewriting(read, old, {above: found.symmetry})
+            matched.append(found.told())
+            entries = {
+                name: kept.pop(name) for name in plan.parameters if name.startswith(f"blocks.{index}.")
+            }
+            yield from resize.apply(dataclasses.replace(plan, parameters=entries), near)
+            self.told(done + 1, len(new))
+        self.diagnostics["alignment"] = matched
+        yield from resize.apply(dataclasses.replace(plan, parameters=kept), read)
+
+
+def shape_before(plan: Plan) -> ModelShape:
+    """The shape of the model that layers were inserted into."""
+    old = [shape for shape, layer in zip(plan.shape.layers, plan.layers, strict=True) if not layer.is_new]
+    return dataclasses.replace(plan.shape, layers=tuple(old))

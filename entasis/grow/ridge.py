@@ -1,0 +1,172 @@
+"""A matrix from the same matrix of the layers below and above, by ridge regression in closed form.
+
+    predictor = ridge.fit(read, n_layers, split, scratch=folder)
+    between = predictor(read(4), read(5))
+
+As LESA's network, it learns rows of V_i from [V_{i-1}; V_{i+1}] (`entasis.grow.shared_basis`), but by a matrix B [2N, N]
+that minimises Σ ‖V_i − [V_{i-1} V_{i+1}] B‖² + λ‖B‖². As (U S) [V_i V_{i+1}] B = [W_i W_{i+1}] B, the basis is only the
+metric of the errors, and any rotation of it gives the same B. λ is chosen by the error on held-out triples: where nothing
+can be predicted it is large, and the new layer next to nothing.
+
+For a matrix of N columns the normal equations are four blocks [N, N], made of V_jᵀ V_j, V_jᵀ V_{j+1} and V_jᵀ V_{j+2}: each
+is computed once and added wherever a triple has it. At N = 14,336 the blocks are 0.8 GB each in fp32; five and one more
+at work are held at once, and the factorisation is blocked. Each strength begins from the blocks in `scratch`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from entasis.grow import shared_basis
+from entasis.grow.triples import Split
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""λ, in units of the mean square length of a feature."""
+COLUMNS = 256
+"""Most outputs that a strength is chosen by. Each output is a regression of its own, with the same features."""
+
+
+@dataclass(frozen=True)
+class RidgePredictor:
+    """below [M, N], above [M, N] → between [M, N]."""
+
+    b_NN: torch.Tensor
+    """[2N, N], of the layer below and then of that above."""
+    strength: float
+    dropped: int
+
+    def __call__(self, below_MN: torch.Tensor, above_MN: torch.Tensor) -> torch.Tensor:
+        N = below_MN.shape[1]
+        return (below_MN.float() @ self.b_NN[:N]).addmm_(above_MN.float(), self.b_NN[N:])
+
+    def told(self) -> dict[str, float]:
+        """What a report says of the fit."""
+        return {"strength": self.strength}
+
+
+@dataclass
+class _Normal:
+    """The normal equations: features below (b) and above (a), target (t); all [N, N], fp32."""
+
+    bb: torch.Tensor
+    aa: torch.Tensor
+    ab: torch.Tensor
+    """aᵀ b, the lower left block."""
+    bt: torch.Tensor
+    at: torch.Tensor
+
+
+def fit(
+    read: Callable[[int], torch.Tensor],
+    n_layers: int,
+    split: Split,
+    *,
+    seed: int = 0,
+    scratch: Path | None = None,
+    progress: Callable[[float], None] = lambda part: None,
+) -> RidgePredictor:
+    """The predictor of one matrix, `read` giving it of any layer; nothing is drawn. `progress` gets the part done."""
+    gram_MM = shared_basis.add_up(read(i) for i in range(n_layers))
+    components, dropped = shared_basis.whiten(gram_MM)
+    del gram_MM
+    normal = _accumulate(lambda i: components(read(i)).float(), n_layers, split, progress)
+    outputs = torch.linspace(0, len(normal.bb) - 1, min(COLUMNS, len(normal.bb))).long()
+    target_NQ = torch.cat([normal.bt[:, outputs], normal.at[:, outputs]])
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".ridge-") as folder:
+        blocks = _Blocks(Path(folder), len(normal.bb))
+        unit = float(normal.bb.diagonal().mean() + normal.aa.diagonal().mean()) / 2
+        for name in ("bb", "aa", "ab"):
+            blocks.put(name, getattr(normal, name))
+            delattr(normal, name)
+        tried = []
+        for strength in STRENGTHS:
+            tried.append(_Factor(blocks, strength * unit).solve(target_NQ))
+            progress(0.7 + 0.2 * len(tried) / len(STRENGTHS))
+        errors = torch.zeros(len(tried)).double()
+        for i in split.held_out:
+            below, target, above = (components(read(i + d)).float() for d in (-1, 0, 1))
+            for n, b_NQ in enumerate(tried):
+                below_NQ, above_NQ = b_NQ.tensor_split(2)
+                made_MQ = below @ below_NQ + above @ above_NQ
+                errors[n] += (target[:, outputs] - made_MQ).double().square().sum()
+        best = STRENGTHS[int(errors.argmin())]
+        factor = _Factor(blocks, best * unit)
+    b_NN = torch.empty(2 * normal.bt.shape[0], normal.bt.shape[1])
+    for columns in torch.arange(b_NN.shape[1]).split(2048):
+        b_NN[:, columns] = factor.solve(torch.cat([normal.bt[:, columns], normal.at[:, columns]]))
+    progress(1.0)
+    return RidgePredictor(b_NN, best, dropped)
+
+
+def _accumulate(
+    read: Callable[[int], torch.Tensor], n_layers: int, split: Split, progress: Callable[[float], None]
+) -> _Normal:
+    trained = set(split.train)
+    near: list[torch.Tensor] = []  # the components of this layer, the one before, and the one before that
+    normal: _Normal | None = None
+    for j in range(n_layers):
+        near = [read(j), *near[:2]]
+        N = near[0].shape[1]
+        if normal is None:
+            normal = _Normal(*(torch.zeros(N, N) for _ in range(5)))
+            product_NN = torch.empty(N, N)
+        # Layer j lies below the target j + 1, above the target j − 1, and is a target itself.
+        if {j + 1, j - 1} & trained:
+            torch.mm(near[0].T, near[0], out=product_NN)
+            if j + 1 in trained:
+                normal.bb += product_NN
+            if j - 1 in trained:
+                normal.aa += product_NN
+        if j and {j, j - 1} & trained:
+            torch.mm(near[1].T, near[0], out=product_NN)
+            if j in trained:
+                normal.bt += product_NN
+            if j - 1 in trained:
+                normal.at += product_NN.T
+        if j - 1 in trained:
+            normal.ab.addmm_(near[0].T, near[2])
+        progress(0.7 * (j + 1) / n_layers)
+    assert normal is not None
+    return normal
+
+
+class _Blocks:
+    """Square fp32 matrices kept in files, because every strength begins from them and memory has room for one copy."""
+
+    def __init__(self, folder: Path, width: int) -> None:
+        self.folder, self.width = folder, width
+
+    def put(self, name: str, block_NN: torch.Tensor) -> None:
+        block_NN.numpy().tofile(self.folder / name)
+
+    def get(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(np.fromfile(self.folder / name, np.float32)).view(self.width, self.width)
+
+
+class _Factor:
+    """Cholesky factors of the normal equations plus `ridge` on the diagonal, block by block."""
+
+    def __init__(self, blocks: _Blocks, ridge: float) -> None:
+        self.bb = _root(blocks.get("bb"), ridge)
+        self.ab = torch.linalg.solve_triangular(self.bb.T, blocks.get("ab"), upper=True, left=False)
+        self.aa = _root(blocks.get("aa").addmm_(self.ab, self.ab.T, alpha=-1), ridge)
+
+    def solve(self, target_NQ: torch.Tensor) -> torch.Tensor:
+        """[2N, Q] → [2N, Q]."""
+        b_NQ, a_NQ = target_NQ.tensor_split(2)
+        b_NQ = torch.linalg.solve_triangular(self.bb, b_NQ, upper=False)
+        a_NQ = torch.linalg.solve_triangular(self.aa, a_NQ - self.ab @ b_NQ, upper=False)
+        a_NQ = torch.linalg.solve_triangular(self.aa.T, a_NQ, upper=True)
+        b_NQ = torch.linalg.solve_triangular(self.bb.T, b_NQ - self.ab.T @ a_NQ, upper=True)
+        return torch.cat([b_NQ, a_NQ])
+
+
+def _root(block_NN: torch.Tensor, ridge: float) -> torch.Tensor:
+    block_NN.diagonal().add_(ridge)
+    return torch.linalg.cholesky(block_NN)

@@ -1,0 +1,77 @@
+"""One basis for the same matrix of all layers, without ever holding more than one of them.
+
+LESA (2502.13794) writes W_1 | … | W_L = U S Vᵀ, an SVD of [M, L·N], so that W_i = (U S) V_i exactly. U and S are the
+eigenvectors and the roots of the eigenvalues of Σ W_i W_iᵀ [M, M], which is added up layer by layer in fp64, and
+V_i = S⁻¹ Uᵀ W_i. Squaring halves the digits: singular values below 1e-6 of the first are dropped, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import scipy.linalg
+import torch
+
+from entasis.errors import UserError
+
+SMALLEST = 1e-6
+"""Singular values below this part of the first are dropped."""
+
+
+@dataclass(frozen=True)
+class SharedBasis:
+    """W_i = factor @ V_i and V_i = inverse @ W_i, for the matrices [M, N] of all layers."""
+
+    factor_MC: torch.Tensor
+    """U S, of C kept components; fp64."""
+    inverse_CM: torch.Tensor
+    """S⁻¹ Uᵀ."""
+    dropped: int
+    """Components left out."""
+
+    @property
+    def components(self) -> int:
+        return self.factor_MC.shape[1]
+
+
+def add_up(matrices: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Σ W Wᵀ [M, M], fp64. Raises `UserError` for numbers that are not finite."""
+    total_MM: torch.Tensor | None = None
+    for w_MN in matrices:
+        w_MN = w_MN.double()
+        if total_MM is None:
+            total_MM = w_MN.new_zeros(len(w_MN), len(w_MN))
+        total_MM.addmm_(w_MN, w_MN.T)
+    assert total_MM is not None
+    if not total_MM.isfinite().all():
+        raise UserError("lesa: the model's weights hold numbers that are not finite (NaN or infinity)")
+    return total_MM
+
+
+def decompose(gram_MM: torch.Tensor) -> SharedBasis:
+    """The basis from `add_up`'s sum, which is overwritten. The largest number of each column of U is positive."""
+    # Transposed it is in LAPACK's order, so that nothing is copied.
+    squares_M, u_MM = (
+        torch.from_numpy(x)
+        for x in scipy.linalg.eigh(gram_MM.numpy().T, overwrite_a=True, check_finite=False, driver="evr")
+    )
+    s_C, u_MC = squares_M.flip(0).clamp_min(0).sqrt(), u_MM.flip(1)
+    kept = int((s_C > SMALLEST * s_C[0]).sum())
+    s_C, u_MC = s_C[:kept], u_MC[:, :kept]
+    u_MC = u_MC * u_MC.gather(0, u_MC.abs().argmax(0, keepdim=True)).sign()
+    return SharedBasis(u_MC * s_C, (u_MC / s_C).T.contiguous(), len(squares_M) - kept)
+
+
+def whiten(gram_MM: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    """What makes components [C, N] of a matrix, those of `decompose` up to a rotation, and how many were dropped.
+
+    By Cholesky, which is ten times as fast, for what sees no rotation. Where a pivot says that components are to be
+    dropped it is `decompose`, which overwrites the sum.
+    """
+    lower_MM, failed = torch.linalg.cholesky_ex(gram_MM)
+    pivots_M = lower_MM.diagonal()
+    if failed or pivots_M.min() < SMALLEST * pivots_M.max():
+        basis = decompose(gram_MM)
+        return lambda w_MN: basis.inverse_CM @ w_MN.double(), basis.dropped
+    return lambda w_MN: torch.linalg.solve_triangular(lower_MM, w_MN.double(), upper=False), 0
