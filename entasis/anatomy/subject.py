@@ -52,7 +52,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.tokens.weight.device
+        return self.model.norm.weight.device
 
     @property
     def chosen(self) -> list[int]:
@@ -83,7 +83,7 @@ class Subject:
         with torch.device(self.device):
             model = Transformer(self.shape)
         # A seed that nobody trains with: the control must not share the model's own initial values.
-        init_weights(model, self.seed + 0x1234567)
+        init_weights(model, self.seed + 0x1234567, tables_of=self.model)
         return replace(self, model=model.eval(), most_batches=1, progress=lambda done, total: None)
 
     def remember(self, name: str, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -6,6 +6,7 @@ examples:
   entasis shape profile=isotropic,layers=8,d_model=256 profile=crown,layers=8,d_model=256,budget=20M
   entasis shape profile=crown,layers=12,d_model=768,head_multipliers.mid=2.0 --json
   entasis shape crown-paper/crown-18 --isotropic parameters --svg columns.svg
+  entasis shape constructive/9-layer-binary --trainable blocks[6:] --trainable final_norm --trainable head
 
 A shape is a preset, a list key=value,key=value (keys as under `shape:` in a recipe), or a file: a recipe, a
 shape.json, or a folder that holds one.
@@ -14,6 +15,7 @@ shape.json, or a folder that holds one.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -23,7 +25,9 @@ from entasis.cli.numbers import whole
 from entasis.configuration import load_yaml
 from entasis.errors import UserError
 from entasis.files import write_text
-from entasis.shape import cost, presets, profiles, rounding, specification
+from entasis.shape import cost, interfaces, presets, profiles, rounding, selectors, specification
+from entasis.shape.interfaces import LEARNED
+from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import MEASURES, Solution, isotropic_of_equal_cost
 
 
@@ -68,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="full",
         help="attended length: the whole sequence, as flop_counter counts (default), or half of it",
     )
+    parser.add_argument(
+        "--trainable",
+        action="append",
+        metavar="SELECTOR",
+        help="count what a stage trains: blocks[6:], head, final_norm, 'not embedding'; may be given again",
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="what an interface that draws the tokens draws")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--svg", metavar="FILE", help="write the columns as a figure")
 
@@ -100,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
         _write_new(Path(args.svg), figure(shapes))
     if args.json:
-        answers = [_answer(solution, args.sequence, args.attended) for _, solution in named]
+        answers = [_answer(solution, args) for _, solution in named]
         print(json.dumps(answers[0] if len(answers) == 1 else answers))
         return 0
     _print(named, args)
@@ -122,17 +133,73 @@ def _print(named: list[tuple[str, Solution]], args: argparse.Namespace) -> None:
         if solution.budget is not None:
             budget = f"{solution.budget.kind} {solution.budget.value:,}"
             console.print(f"{name}: budget {budget}, achieved {solution.achieved:,} ({solution.miss:+.3%})")
-        for note in solution.notes:
+        for note in (*solution.notes, *_say_interface(solution.shape, args)):
             console.print(f"{name}: {note}")
     if args.svg:
         console.print(f"figure: {args.svg}")
 
 
-def _answer(solution: Solution, sequence: int, attended: cost.Attended) -> dict[str, Any]:
-    shape = solution.shape
-    memory = cost.training_memory(shape)
+def _say_interface(shape: ModelShape, args: argparse.Namespace) -> list[str]:
+    """What there is to say of an interface that is not simply learned, and of a stage's share of the parameters."""
+    notes, learning = [], _learning(shape, args)
+    if shape.interface != LEARNED or learning is not None:
+        told = cost.count_uses(shape, learning)
+        notes.append(
+            f"parameters: {told.active:,} active, {told.frozen:,} frozen, {told.stored:,} stored together"
+        )
+    if learning is not None:
+        flops = cost.stage_flops_per_token(shape, learning, args.sequence, attended=args.attended) / 1e6
+        memory = cost.training_memory(shape, learning)
+        total = (memory.weights + memory.gradients + memory.optimizer) / 2**20
+        notes.append(f"the stage: {flops:,.2f} M train FLOPs/token, weights+grads+AdamW {total:,.1f} MiB")
+    if shape.interface != LEARNED:
+        kind, seen = interfaces.name_of(shape.interface), _insight(shape, args)
+        if seen is None:
+            notes.append(
+                f"interface {kind}: rank and collisions depend on the tokenizer; give --tokenizer FILE"
+            )
+        else:
+            after = (
+                f"{seen.distinct_after_norm:,} after the first norm" if shape.norm_placement == "pre" else ""
+            )
+            notes.append(
+                f"interface {kind}: rank {seen.rank:,}; {seen.distinct:,} of {shape.vocabulary:,} tokens distinct, "
+                + (after or "and no norm in front of the first layer")
+                + (f" ({seen.vanishing:,} vanish there)" if seen.vanishing else "")
+            )
+    return notes
+
+
+def _learning(shape: ModelShape, args: argparse.Namespace) -> list[str] | None:
+    return selectors.select(shape, args.trainable, where="--trainable") if args.trainable else None
+
+
+def _insight(shape: ModelShape, args: argparse.Namespace) -> interfaces.Insight | None:
+    """Rank and injectivity of the interface; a drawn one's where the tokenizer is given."""
+    if isinstance(shape.interface, interfaces.Glyph) and args.tokenizer:
+        from entasis.data import glyphs
+
+        return glyphs.insight(shape.interface, shape, Path(args.tokenizer))
+    return shape.interface.insight(shape)
+
+
+def _answer(solution: Solution, args: argparse.Namespace) -> dict[str, Any]:
+    shape, sequence, attended = solution.shape, args.sequence, args.attended
+    learning = _learning(shape, args)
+    memory = cost.training_memory(shape, learning)
+    seen = _insight(shape, args)
+    stage = {}
+    if learning is not None:
+        flops = cost.stage_flops_per_token(shape, learning, sequence, attended=attended)
+        stage = {"stage_flops_per_token": flops}
     return {
         "parameters": cost.parameters(shape),
+        "parameters_by_use": dataclasses.asdict(cost.count_uses(shape, learning)),
+        **stage,
+        "interface": {
+            "kind": interfaces.name_of(shape.interface),
+            **(dataclasses.asdict(seen) if seen else {}),
+        },
         "parameters_without_input_embedding": cost.parameters_without_input_embedding(shape),
         "flops_per_token": cost.flops_per_token(shape, sequence, attended=attended),
         "forward_flops_per_token": cost.flops_per_token(shape, sequence, training=False, attended=attended),

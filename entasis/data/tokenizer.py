@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,7 +108,7 @@ def load(source: str | Path) -> Tokenizer:
 def from_bytes() -> Tokenizer:
     """Every byte of the UTF-8 text is a token (ids 0 … 255), and 256 ends a document."""
     # `tokenizers` writes bytes as printable characters; sorted by byte value they are the ids.
-    return _byte_level({symbol: i for i, symbol in enumerate(_byte_symbols())}, [])
+    return _byte_level(dict(byte_symbols()), [])
 
 
 def from_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
@@ -151,11 +152,12 @@ def _byte_level(ids: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer
     return Tokenizer(library)
 
 
-def _byte_symbols() -> list[str]:
+@functools.cache
+def byte_symbols() -> dict[str, int]:
     """GPT-2's printable character for each byte: itself where it is printable, else from U+0100 upwards."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    symbols, spare = [], 256
+    symbols, spare = {}, 256
     for byte in range(256):
-        symbols.append(chr(byte if byte in plain else spare))
+        symbols[chr(byte if byte in plain else spare)] = byte
         spare += byte not in plain
     return symbols

@@ -61,7 +61,7 @@ def generate(
         raise UserError(
             f"prompt and continuation are {longest} tokens; the model has positions for {model.shape.context}"
         )
-    weight = model.embedding.tokens.weight
+    weight = model.norm.weight
     device, dtype = weight.device, weight.dtype
     needed = len(prompts) * longest * kv_bytes_per_token(model.shape, dtype.itemsize)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -82,7 +82,7 @@ def _continue(
     sampling: Sampling,
     stop: Collection[int],
 ) -> Iterator[list[int | None]]:
-    weight = model.embedding.tokens.weight
+    weight = model.norm.weight
     device = weight.device
     cache = KVCache(model.shape, len(prompts), longest, dtype=weight.dtype, device=device)
     generator = torch.Generator(device).manual_seed(sampling.seed)

@@ -89,7 +89,7 @@ class Harness(TemplateLM):
         numbers = [number for group in wanted for number, _ in group]
         continuations = [ids for group in wanted for _, ids in group]
         longest = max(map(len, continuations))
-        dtype = model.embedding.tokens.weight.dtype
+        dtype = model.norm.weight.dtype
         cache = KVCache(model.shape, len(contexts), len(contexts[0]) + longest, dtype=dtype, device=device)
         x_BTD = model.hidden(torch.tensor(contexts, device=device), cache=cache)
         first_RV = model.head_logits(x_BTD[:, -1]).float().log_softmax(-1)[owner]

@@ -34,7 +34,7 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embedding.tokens.weight.device
+        return self.model.norm.weight.device
 
     @property
     def stop(self) -> set[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from entasis.files import new_folder
 from entasis.interop import model_card
 from entasis.interop.transforms import ShapedWeights, fold_scales
 from entasis.model import weights
+from entasis.model.transformer import Transformer
 from entasis.registry import Registry
 from entasis.shape import cost, fields
+from entasis.shape.interfaces import CODES, FULL, LEARNED
 
 Writer = Callable[["ExportRequest", Path], dict[str, Any]]
 FORMATS: Registry[Writer] = Registry("--to")
@@ -39,6 +41,18 @@ class ExportRequest:
     @property
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer.json"
+
+
+@torch.no_grad()
+def _with_table(model: Transformer) -> ShapedWeights:
+    """The weights with a frozen interface's vectors as an ordinary table, which every format has."""
+    tensors = {n: p.detach() for n, p in model.named_parameters()}
+    if model.shape.interface == LEARNED:
+        return ShapedWeights(model.shape, tensors)
+    tensors.pop(CODES, None)
+    # Without positions, which the formats hold apart.
+    tensors[FULL] = model.embedding.tokens(torch.arange(model.shape.vocabulary)).to(torch.float32)
+    return ShapedWeights(replace(model.shape, interface=LEARNED), tensors)
 
 
 def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32") -> dict[str, Any]:
@@ -60,7 +74,7 @@ def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32
         raise UserError(f"{output} exists; name another folder")
     fields.require(weights.read_shape(source).layers, f"export --to {to}")
     model = weights.load(source, dtype=torch.float32)
-    unfolded = ShapedWeights(model.shape, {n: p.detach() for n, p in model.named_parameters()})
+    unfolded = _with_table(model)
     request = ExportRequest(source, fold_scales(unfolded), dtype)
     own = cost.parameters(model.shape)
     need = None if to == "padded" else own * DTYPES.get(dtype, torch.int8).itemsize

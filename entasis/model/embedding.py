@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from entasis.model import interfaces
 from entasis.shape.shapes import ModelShape
 
 
@@ -13,7 +14,7 @@ class Embedding(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(shape.vocabulary, shape.d_model)
+        self.tokens = interfaces.build(shape)
         learned = shape.positions == "learned"
         self.positions = nn.Embedding(shape.context, shape.d_model) if learned else None
 

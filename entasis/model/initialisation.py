@@ -8,6 +8,8 @@
 | the same two, with `norm_scaling` or a      | N(0, 0.02²)              | N(0, 0.02² / m)                |
 | `residual_scale` other than 1               |                          |                                |
 | untied head                                 | N(0, 0.02²)              | N(0, 0.02²)                    |
+| table of the interface `random`             | N(0, std²) of its own    | the same                       |
+| other frozen tables                         | what they are            | the same                       |
 | norm weights                                | 1                        | 1                              |
 | biases                                      | 0                        | 0                              |
 
@@ -23,12 +25,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 
 from entasis.model import parametrisation as rules
 from entasis.model.transformer import Transformer
 from entasis.shape import layout
+from entasis.shape.interfaces import FULL, Random
 from entasis.shape.shapes import ModelShape
 
 STD = 0.02
@@ -36,14 +40,27 @@ STD = 0.02
 
 @torch.no_grad()
 def init_weights(
-    model: Transformer, seed: int, *, parametrisation: str = "standard", base_width: int | None = None
+    model: Transformer,
+    seed: int,
+    *,
+    parametrisation: str = "standard",
+    base_width: int | None = None,
+    tokenizer: Path | None = None,
+    tables_of: Transformer | None = None,
 ) -> None:
-    """Fills every parameter of `model` in place; drawn on the CPU in fp32, so the device does not matter."""
-    parameters = dict(model.named_parameters())
-    for name, value in draw(
-        model.shape, parameters, seed, parametrisation=parametrisation, base_width=base_width
-    ):
+    """Fills every parameter of `model` in place; drawn on the CPU in fp32, so the device does not matter.
+
+    Frozen tables that are not drawn from the seed are those of `tables_of`, a model of the same shape, or made anew; an
+    interface that draws the tokens' text reads the file `tokenizer`. Raises `UserError` without it.
+    """
+    shape, parameters = model.shape, dict(model.named_parameters())
+    drawn = [*layout.learnable(shape), *([FULL] if isinstance(shape.interface, Random) else [])]
+    for name, value in draw(shape, drawn, seed, parametrisation=parametrisation, base_width=base_width):
         parameters[name].copy_(value)
+    for name in parameters.keys() - drawn if tables_of is not None else ():
+        parameters[name].copy_(tables_of.get_parameter(name))
+    if tables_of is None and parameters.keys() - drawn:
+        model.embedding.tokens.fill(tokenizer)  # type: ignore[operator]
 
 
 def draw(
@@ -60,6 +77,10 @@ def draw(
     branch_scaled = shape.norm_scaling or shape.residual_scale != 1.0
     depth = 1.0 if branch_scaled else 1 / math.sqrt(2 * shape.n_layers)
     for name in names:
+        if name == FULL and isinstance(table := shape.interface, Random):
+            own = seed if table.seed is None else table.seed
+            yield name, draw_normal(sizes[name], own, name) * table.std
+            continue
         rule = described[name]
         if rule.kind == "vector":
             yield name, torch.full(sizes[name], 0.0 if name.endswith("bias") else 1.0)

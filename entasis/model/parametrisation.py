@@ -76,7 +76,7 @@ def describe(
 def _kind(parameter: layout.Parameter) -> Kind:
     if not parameter.is_matrix:
         return "vector"
-    if parameter.role in ("embedding", "position"):
+    if parameter.role in ("embedding", "code", "position"):
         return "embedding"
     return "head" if parameter.role == "head" else "hidden"
 

@@ -86,7 +86,8 @@ class Transformer(nn.Module):
         """x [B, T, D] in front of the first block."""
         if self.shape.positions == "learned" and start + tokens_BT.shape[1] > self.shape.context:
             raise UserError(f"the model has learned positions for {self.shape.context} tokens and no more")
-        return self.embedding(tokens_BT, start)
+        # A computed interface has no dtype of its own.
+        return self.embedding(tokens_BT, start).to(self.norm.weight.dtype)
 
     def rotation(self, start: int, length: int, device: torch.device) -> Rotation | None:
         """What each block needs to turn queries and keys; None with learned positions."""
@@ -97,7 +98,9 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> torch.Tensor:
         """The output matrix [V, D], shared with the embedding where the shape ties them."""
-        return self.embedding.tokens.weight if self.head.weight is None else self.head.weight
+        table = self.embedding.tokens.weight if self.head.weight is None else self.head.weight
+        assert isinstance(table, torch.Tensor)
+        return table
 
     def head_logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of hidden states [..., D]."""

@@ -34,7 +34,28 @@ def parameters(shape: ModelShape) -> int:
 
 def parameters_without_input_embedding(shape: ModelShape) -> int:
     """Parameters less the token table at the input; a tied table stays counted as the head."""
-    return parameters(shape) - (0 if shape.tied_embeddings else shape.vocabulary * shape.d_model)
+    tables = (p for p in layout.outer_parameters(shape) if p.role in ("embedding", "code"))
+    return parameters(shape) - (0 if shape.tied_embeddings else sum(p.count for p in tables))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by what becomes of them: `active` learn, `frozen` do not, `stored` are both together."""
+
+    active: int
+    frozen: int
+    stored: int
+
+
+def count_uses(shape: ModelShape, learning: Collection[str] | None = None) -> Counts:
+    """The parameters where those named in `learning` learn; None is every one that can.
+
+    A table that is computed from the id is none of them.
+    """
+    learns = set(layout.learnable(shape) if learning is None else learning)
+    active = sum(p.count for p in layout.parameters(shape) if p.name in learns and p.shares is None)
+    stored = parameters(shape)
+    return Counts(active, stored - active, stored)
 
 
 def layer_flops_per_token(
@@ -141,17 +162,17 @@ def kv_bytes_per_token(shape: ModelShape, bytes_per_element: int = 2) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes held through training: fp32 weights, their gradients, AdamW's two moments."""
+    """Bytes held through training: fp32 weights, and of what learns gradients and AdamW's two moments."""
 
     weights: int
     gradients: int
     optimizer: int
 
 
-def training_memory(shape: ModelShape) -> Memory:
-    """Memory of weights, gradients and optimizer; activations are not in it."""
-    n = parameters(shape)
-    return Memory(weights=4 * n, gradients=4 * n, optimizer=8 * n)
+def training_memory(shape: ModelShape, learning: Collection[str] | None = None) -> Memory:
+    """Memory of weights, gradients and optimizer; activations are not in it. `learning` as in `count_uses`."""
+    counts = count_uses(shape, learning)
+    return Memory(weights=4 * counts.stored, gradients=4 * counts.active, optimizer=8 * counts.active)
 
 
 def mean_layer(shape: ModelShape) -> LayerShape:

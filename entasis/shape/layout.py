@@ -6,6 +6,7 @@ imports torch.
 | role                                            | axes                                | part          |
 |-------------------------------------------------|-------------------------------------|---------------|
 | `embedding`, `position`                         | vocabulary or position, residual    | `embedding`   |
+| `code` (of a frozen interface)                  | vocabulary, code                    | `embedding`   |
 | `attention_norm`, `feedforward_norm`            | residual                            | `norms`       |
 | `query`                                         | query, residual                     | `attention`   |
 | `key`, `value`                                  | kv, residual                        | `attention`   |
@@ -43,6 +44,8 @@ class Parameter:
     is_bias: bool = False
     shares: str | None = None
     """The parameter whose storage this one is."""
+    frozen: bool = False
+    """Part of an interface that is never trained."""
 
     @property
     def count(self) -> int:
@@ -72,6 +75,11 @@ def parameters(shape: ModelShape) -> tuple[Parameter, ...]:
     return (*before, *layers, *outside[len(before) :])
 
 
+def learnable(shape: ModelShape) -> tuple[str, ...]:
+    """Names of all that may be trained, in the model's order."""
+    return tuple(p.name for p in parameters(shape) if p.shares is None and not p.frozen)
+
+
 def sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Name → size of every parameter that is stored, in the model's order."""
     return {p.name: p.size for p in parameters(shape) if p.shares is None}
@@ -80,9 +88,12 @@ def sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 def outer_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
     """Those of no layer: embedding, final norm and head."""
     lengths = {"residual": shape.d_model, "vocabulary": shape.vocabulary, "position": shape.context}
-    table = _Entry("embedding.tokens.weight", "embedding", "embedding", ("vocabulary", "residual"))
     head = _Entry("head.weight", "head", "head", ("vocabulary", "residual"))
-    entries = [table]
+    entries, table = list[_Entry](), None
+    if (stored := shape.interface.table(shape)) is not None:
+        name, axes, length = stored
+        table = _Entry(name, "embedding", "code" if "code" in axes else "embedding", axes)
+        entries, lengths["code"] = [table], length
     if shape.positions == "learned":
         entries.append(
             _Entry("embedding.positions.weight", "embedding", "position", ("position", "residual"))
@@ -103,7 +114,8 @@ def outer_parameters(shape: ModelShape) -> tuple[Parameter, ...]:
             e.axes,
             tuple(lengths[axis] for axis in e.axes),
             e.is_bias,
-            table.name if e is head and shape.tied_embeddings else None,
+            table.name if e is head and shape.tied_embeddings and table else None,
+            e is table and not shape.interface.learns,
         )
         for e in entries
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from entasis.registry import Registry
+from entasis.shape import interfaces
 from entasis.shape.shapes import LayerShape, ModelShape
 
 PRESETS: Registry[Callable[[], ModelShape]] = Registry("shape: preset")
@@ -102,3 +103,37 @@ PRESETS["gpt2/small"] = lambda: ModelShape(
     positions="learned",
     context=1024,
 )
+
+# Growing on a frozen interface (2507.07129). The papers publish no code; all their parameter counts follow from this.
+_CONSTRUCTIVE: dict[str, tuple[int, dict[str, Any]]] = {
+    "9-layer-frozen-table": (9, {"kind": "glyph"}),  # published: 180.506 M, without the table
+    "9-layer-trainable": (9, {"kind": "learned"}),  # 247.614 M
+    "9-layer-binary": (
+        9,
+        {"kind": "binary", "order": "interleaved", "values": "bits", "stored": True},
+    ),  # 181.554 M
+    "16-layer-binary": (
+        16,
+        {"kind": "binary", "order": "interleaved", "values": "bits", "stored": True},
+    ),  # 269.699 M
+}
+
+
+def _constructive(n: int, interface: dict[str, Any]) -> Callable[[], ModelShape]:
+    return lambda: ModelShape(
+        d_model=1024,
+        head_dim=32,
+        vocabulary=65_536,
+        layers=(LayerShape(32, 32, 4096),) * n,
+        norm="layernorm",
+        norm_bias=True,
+        ffn="gelu",
+        ffn_bias=True,
+        head_bias=True,
+        context=1024,
+        interface=interfaces.read(interface),
+    )
+
+
+for _name, (_layers, _interface) in _CONSTRUCTIVE.items():
+    PRESETS[f"constructive/{_name}"] = _constructive(_layers, _interface)

@@ -16,12 +16,12 @@ from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 
 from entasis.errors import UserError
-from entasis.shape import layout
+from entasis.shape import interfaces, layout
 from entasis.shape.layout import Parameter
 from entasis.shape.shapes import ModelShape
 
 WORDS: dict[str, tuple[str, Callable[[Parameter], bool]]] = {
-    "all": ("every parameter", lambda p: True),
+    "all": ("every parameter that can learn", lambda p: True),
     "attention": (
         "query, key, value and output matrices with their biases and QK-norms",
         lambda p: p.part == "attention",
@@ -49,7 +49,7 @@ def select(
     """Names of the parameters that `selector` means, in the model's order.
 
     `newest` are the positions of the layers that the last transition added. Raises `UserError`, which begins with
-    `where`, for a term that means nothing.
+    `where`, for a term that means nothing, and for one that means only a frozen table.
     """
     terms = [selector] if isinstance(selector, str) else list(selector)
     if not terms:
@@ -57,9 +57,10 @@ def select(
     meant: set[str] = set()
     away: set[str] = set()
     for term in terms:
-        (away if term.startswith("not ") else meant).update(
-            _term(shape, term.removeprefix("not ").strip(), newest, where)
-        )
+        if term.startswith("not "):
+            away.update(_term(shape, term.removeprefix("not ").strip(), newest, where, away=True))
+        else:
+            meant.update(_term(shape, term.strip(), newest, where))
     if all(term.startswith("not ") for term in terms):
         meant = _term(shape, "all", newest, where)
     chosen = meant - away
@@ -68,7 +69,10 @@ def select(
     return [p.name for p in layout.parameters(shape) if p.shares is None and p.name in chosen]
 
 
-def _term(shape: ModelShape, term: str, newest: Collection[int], where: str) -> set[str]:
+def _term(
+    shape: ModelShape, term: str, newest: Collection[int], where: str, *, away: bool = False
+) -> set[str]:
+    """Names meant by one term. A frozen table is meant by none; `not` takes it away without complaint."""
     parameters = layout.parameters(shape)
     tests = [_word(shape, word, newest, where) for word in term.split(".")]
     if all(tests):
@@ -77,6 +81,14 @@ def _term(shape: ModelShape, term: str, newest: Collection[int], where: str) -> 
         chosen = [p for p in parameters if fnmatchcase(p.name, term)]
     if not chosen and "newest" in term.split("."):
         raise UserError(f"{where}: {term!r} means nothing; no layer was added before this stage")
+    if not shape.interface.learns and (term == "embedding" or any(p.frozen for p in chosen)):
+        chosen = [p for p in chosen if not p.frozen]
+        if not chosen and not away:
+            kind = interfaces.name_of(shape.interface)
+            raise UserError(
+                f"{where}: {term!r} means the frozen table of interface {kind}, which never learns"
+            )
+        return {p.name for p in chosen}
     if not chosen:
         known = [*WORDS, "blocks[0:]", *dict.fromkeys(p.role for p in parameters)]
         near = difflib.get_close_matches(term, [*known, *(p.name for p in parameters)], n=1, cutoff=0.0)[0]

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from entasis.errors import UserError
-from entasis.shape import ffn_kinds
+from entasis.shape import ffn_kinds, interfaces
+from entasis.shape.interfaces import LEARNED, Interface
 
 NormKind = Literal["rmsnorm", "layernorm"]
 NormPlacement = Literal["pre", "reordered"]
@@ -96,9 +97,12 @@ class ModelShape:
     """Factor on q·k; None is 1/sqrt(head_dim). muP uses sqrt(base head_dim) / head_dim."""
     logit_scale: float = 1.0
     """Factor on the logits; muP uses base_d_model / d_model."""
+    interface: Interface = LEARNED
+    """How tokens enter; in files `{kind: NAME, option: value, …}`, see `entasis.shape.interfaces`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "interface", interfaces.read(self.interface))
         for name in ("d_model", "head_dim", "vocabulary", "context"):
             _positive(name, getattr(self, name))
         for name in ("norm_eps", "rope_theta", "residual_scale", "logit_scale", "attention_scale"):
@@ -130,6 +134,12 @@ class ModelShape:
             raise UserError(f"shape: there are {self.n_layers:,} layers; the most are {MOST_LAYERS:,}")
         for i, layer in enumerate(self.layers):
             _check_layer(i, layer)
+        if self.tied_embeddings and not self.interface.learns:
+            name = interfaces.name_of(self.interface)
+            raise UserError(
+                f"shape: interface {name} is frozen and tied_embeddings would freeze the head; set it to false"
+            )
+        self.interface.check(self)
 
     @property
     def n_layers(self) -> int:
@@ -150,6 +160,9 @@ class ModelShape:
         result = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         result["layers"] = [layer.to_dict() for layer in self.layers]
         result["rope_scaling"] = dict(self.rope_scaling) if self.rope_scaling else None
+        del result["interface"]
+        if self.interface != LEARNED:
+            result["interface"] = interfaces.to_dict(self.interface)
         return result
 
     @classmethod

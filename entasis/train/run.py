@@ -168,7 +168,7 @@ class Run:
             plan = transition.settle(plan, tensors.__getitem__, shape)
             tensors = dict(transition.weights(plan, tensors.__getitem__, init))
             found = moments.resized(found, plan)
-        runner = StageRunner(span, self.device, tensors=tensors)
+        runner = StageRunner(span, self.device, tensors=tensors, loads=resumes is not None)
         if resumes is not None:
             checkpoint.load(resumes, runner.model, runner.optimizers)
         elif found:

@@ -19,11 +19,13 @@ import torch
 from filelock import FileLock, Timeout
 
 from entasis import files
+from entasis.data import glyphs
 from entasis.data.corpus import Corpus
 from entasis.data.doctor import examine
 from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import Damaged, UserError
 from entasis.model import weights
+from entasis.shape.interfaces import Glyph
 from entasis.shape.shapes import ModelShape
 from entasis.train import auto_settings, checkpoint, parallel
 from entasis.train import device as devices
@@ -93,7 +95,9 @@ def _look(recipe: Recipe, folder: Path, device: torch.device, held: ExitStack) -
         notes += lock(folder, held)
         # Another process may have begun it, or finished it, meanwhile.
         wanted = recognise(resolved, folder)
-    return _Found(wanted or resolved, shape, notes, corpus, is_new=wanted is None)
+    settled = wanted or draw_tokens(resolved, shape, corpus)
+    shape = ModelShape.from_dict(settled.shape or {})
+    return _Found(settled, shape, notes, corpus, is_new=wanted is None)
 
 
 def _settle(
@@ -154,6 +158,14 @@ def recognise(resolved: Recipe, folder: Path) -> Recipe | None:
     if differs := difference(stored.replaced(**free), resolved):
         raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
     return resolved
+
+
+def draw_tokens(recipe: Recipe, shape: ModelShape, corpus: Corpus) -> Recipe:
+    """The resolved recipe with the hash of the drawings of a glyph interface, which resuming keeps. Raises `UserError`."""
+    if not isinstance(shape.interface, Glyph) or recipe.start is not None:
+        return recipe
+    interface = glyphs.settle(shape.interface, shape.vocabulary, corpus.tokenizer_path)
+    return recipe.replaced(shape=dataclasses.replace(shape, interface=interface).to_dict())
 
 
 def lock(folder: Path, held: ExitStack) -> list[str]:
@@ -259,6 +271,10 @@ def adopt(recipe: Recipe, stored: Recipe) -> Recipe:
     batch = recipe.batch
     if batch.micro == "auto":
         batch = batch.replaced(micro=stored.batch.micro)
+    ours, theirs = ((r.shape or {}).get("interface", {}) for r in (recipe, stored))
+    if ours.get("kind") == "glyph" and ours["bitmaps"] is None and "bitmaps" in theirs:
+        ours = {**ours, "bitmaps": theirs["bitmaps"]}
+        recipe = recipe.replaced(shape={**(recipe.shape or {}), "interface": ours})
     return recipe.replaced(batch=batch, **{name: getattr(stored, name) for name in left})
 
 
@@ -337,6 +353,8 @@ def _begin(
         "distinct_layers": shape.distinct_layers,
         "data": _fingerprints(corpus, recipe),
     }
+    if isinstance(shape.interface, Glyph) and recipe.start is None:
+        environment["interface"] = glyphs.describe(shape.interface, shape, corpus.tokenizer_path)
     if recipe.start is not None:
         environment["start"] = {
             "from": recipe.start.folder,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
-from entasis.data.corpus import Corpus
+from entasis.data.corpus import TOKENIZER, Corpus
 from entasis.evaluate.bits_per_byte import Score, evaluate
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
@@ -60,15 +61,23 @@ class StageRunner:
     """Trains and evaluates one model, the way one stage says."""
 
     def __init__(
-        self, span: StageSpan, device: torch.device, *, tensors: Mapping[str, torch.Tensor] | None = None
+        self,
+        span: StageSpan,
+        device: torch.device,
+        *,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        loads: bool = False,
     ) -> None:
-        """`tensors` are the weights to begin with; without them they are drawn from the recipe's seed."""
+        """`tensors` are the weights to begin with; without them they are drawn from the recipe's seed.
+
+        With `loads` they are left as memory is, for a checkpoint to be loaded into.
+        """
         recipe = span.recipe
         self.span, self.device, self.recipe = span, device, recipe
         self.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
         self.micro = micro_sequences(recipe)
         self.checkpointed = checkpointed_layers(recipe, span.shape)
-        self.model = self._build(tensors)
+        self.model = self._build(tensors, loads)
         for i in self.checkpointed:
             self.model.blocks[i].activation_checkpointing = True  # type: ignore[assignment]
         if recipe.parallel.kind != "ddp" and parallel.world() > 1:
@@ -84,15 +93,18 @@ class StageRunner:
             compiled(self.model) if recipe.compile is True else self.model.loss
         )
 
-    def _build(self, tensors: Mapping[str, torch.Tensor] | None) -> Transformer:
+    def _build(self, tensors: Mapping[str, torch.Tensor] | None, loads: bool) -> Transformer:
         recipe, shape, scheme = self.recipe, self.span.shape, self.recipe.optimizer
         if tensors is None:
             model = Transformer(shape, attention=recipe.attention)  # type: ignore[arg-type]
+            if loads:
+                return model
             init_weights(
                 model,
                 recipe.seed,
                 parametrisation=scheme.parametrisation,
                 base_width=scheme.base_width,
+                tokenizer=Path(recipe.data.train) / TOKENIZER,
             )
             return model
         with torch.device("meta"):

@@ -1,0 +1,105 @@
+"""Runs on a frozen interface: the table stays, comes along in the weights, and goes out as an ordinary one."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entasis.cli import main
+from entasis.data import glyphs
+from entasis.data.tokenizer import from_bytes
+from entasis.data.tokenizer import train as train_tokenizer
+from entasis.errors import UserError
+from entasis.evaluate.loading import load
+from entasis.shape.interfaces import Glyph
+from entasis.train import loop
+
+GLYPH = {"kind": "glyph", "font": "pillow", "pixels": 12}
+CODED = {"kind": "binary", "stored": True}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def with_interface(recipe, interface, **changes):
+    return recipe(shape={**recipe().shape, "interface": interface}, **changes)
+
+
+@pytest.mark.parametrize("interface", [GLYPH, CODED, {"kind": "affine_binary"}, {"kind": "random"}], ids=str)
+def test_a_run_leaves_the_table_and_every_format_can_hold_it(recipe, tmp_path, interface, capsys):
+    first = loop.train(with_interface(recipe, interface, tokens=512), tmp_path / "short")
+    result = loop.train(with_interface(recipe, interface), tmp_path / "run")
+    assert result["loss"] < first["loss"]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("short", "run"))
+    learned = {name for name in before if not torch.equal(before[name], after[name])}
+    assert learned == {name for name in before if not name.startswith("embedding.")}
+    moments = load_file(tmp_path / "run" / "optimizer.safetensors")
+    assert not [key for key in moments if "embedding" in key]
+
+    loaded = load(tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
+    exported = load(tmp_path / "hf")
+    assert exported.shape.interface.learns
+    ids = list(range(0, 250, 5))
+    torch.testing.assert_close(exported.logits(ids), loaded.logits(ids), rtol=1e-5, atol=1e-5)
+    assert loaded.generate([1, 2, 3], tokens=3, temperature=0)
+
+
+def test_a_glyph_run_says_what_it_drew_and_goes_on_without_the_font(recipe, tmp_path, monkeypatch):
+    whole = loop.train(with_interface(recipe, GLYPH, checkpoint={"every": 4}), tmp_path / "whole")
+    told = json.loads((tmp_path / "whole" / "environment.json").read_text())["interface"]
+    shape = json.loads((tmp_path / "whole" / "shape.json").read_text())
+    assert told["bitmaps"] == shape["interface"]["bitmaps"] and told["tokens"] == 257
+    assert told["distinct"] < 257  # NUL is drawn as the text \\x00 is, and so are others
+
+    def stop(event):
+        if event["event"] == "checkpoint" and event["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(
+            with_interface(recipe, GLYPH, checkpoint={"every": 4}), tmp_path / "stopped", reporter=stop
+        )
+
+    def no_font(interface):
+        raise AssertionError("nothing may be drawn any more")
+
+    monkeypatch.setattr(glyphs, "_font", no_font)
+    resumed = loop.train(with_interface(recipe, GLYPH, checkpoint={"every": 4}), tmp_path / "stopped")
+    assert resumed["loss"] == whole["loss"]
+
+
+def test_drawings_that_differ_are_refused(recipe, tmp_path):
+    other = {**GLYPH, "bitmaps": "0" * 32}
+    with pytest.raises(UserError, match="draws this tokenizer's tokens otherwise here"):
+        loop.train(with_interface(recipe, other), tmp_path / "run")
+    with pytest.raises(UserError, match=r"font nowhere\.ttf cannot be read"):
+        loop.train(with_interface(recipe, {**GLYPH, "font": "nowhere.ttf"}), tmp_path / "run")
+
+
+def test_every_kind_of_token_is_written_so_that_one_sees_it():
+    plain = from_bytes()
+    assert [glyphs.text_of(plain, i) for i in (10, 32, 65, 0xE2, 256, 999)] == [
+        "\\n", " ", "A", "\\xe2", "<|endoftext|>", "",
+    ]  # fmt: skip
+    merged = train_tokenizer(["über über über"] * 9, 260)
+    texts = {glyphs.text_of(merged, i) for i in range(257, 260)}
+    assert any("ü" in text for text in texts)
+
+
+def test_collisions_are_counted(tmp_path, recipe):
+    """Pillow's Latin font has one box for every character that it lacks."""
+    from_bytes().save(tmp_path / "tokenizer.json")
+    drawn = glyphs.bitmaps(Glyph(font="pillow", pixels=16), 257, tmp_path / "tokenizer.json")
+    shape = with_interface(recipe, {"kind": "glyph", "font": "pillow", "pixels": 16}).shape
+    from entasis.shape import ModelShape
+
+    model = ModelShape.from_dict({**shape, "norm": "layernorm"})
+    seen = glyphs.insight(model.interface, model, tmp_path / "tokenizer.json")
+    assert seen.distinct == len({row.tobytes() for row in drawn})
+    assert seen.rank == 32 and seen.distinct_after_norm <= seen.distinct
+    table = glyphs.table(model.interface, model, tmp_path / "tokenizer.json")
+    assert abs((table**2).sum(1) - 1).max() < 1e-5
