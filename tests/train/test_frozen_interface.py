@@ -13,7 +13,7 @@ from entasis.data.tokenizer import train as train_tokenizer
 from entasis.errors import UserError
 from entasis.evaluate.loading import load
 from entasis.shape.interfaces import Glyph
-from entasis.train import loop
+from entasis.train import run as loop
 
 GLYPH = {"kind": "glyph", "font": "pillow", "pixels": 12}
 CODED = {"kind": "binary", "stored": True}
