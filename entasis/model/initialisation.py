@@ -57,9 +57,10 @@ def init_weights(
     drawn = [*layout.learnable(shape), *([FULL] if isinstance(shape.interface, Random) else [])]
     for name, value in draw(shape, drawn, seed, parametrisation=parametrisation, base_width=base_width):
         parameters[name].copy_(value)
-    for name in parameters.keys() - drawn if tables_of is not None else ():
-        parameters[name].copy_(tables_of.get_parameter(name))
-    if tables_of is None and parameters.keys() - drawn:
+    if tables_of is not None:
+        for name in parameters.keys() - drawn:
+            parameters[name].copy_(tables_of.get_parameter(name))
+    elif parameters.keys() - drawn:
         model.embedding.tokens.fill(tokenizer)  # type: ignore[operator]
 
 
