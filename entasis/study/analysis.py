@@ -13,7 +13,7 @@ import numpy as np
 from entasis.report.tables import Column, Table
 from entasis.study import results, statistics, throughput, verdict_text
 from entasis.study.config import Protocol, Study
-from entasis.study.plan import Plan
+from entasis.study.plan import Plan, PlannedRun, before_run
 from entasis.study.results import Outcome
 
 Verdict = dict[str, Any]
@@ -126,7 +126,7 @@ def _under(
             arm: _arm(
                 study,
                 plan,
-                arm,
+                runs[arm][0],
                 [done[r.folder] for r in runs[arm] if r.folder in done],
                 differences.get(arm),
                 arm in twins,
@@ -139,9 +139,14 @@ def _under(
 
 
 def _arm(
-    study: Study, plan: Plan, name: str, done: list[Outcome], d: statistics.Difference | None, is_twin: bool
+    study: Study,
+    plan: Plan,
+    run: PlannedRun,
+    done: list[Outcome],
+    d: statistics.Difference | None,
+    is_twin: bool,
 ) -> dict[str, Any]:
-    arm = plan.arms[name]
+    name, arm = run.arm, plan.arms[run.arm]
     if name == study.baseline:
         judgement = says = "baseline"
     elif is_twin:
@@ -151,17 +156,19 @@ def _arm(
     else:
         judgement, says = "missing", "no finished pair"
     scores = [o.bits_per_byte for o in done]
+    before = before_run(plan.arms, arm)
 
     def middle(key: str) -> float | None:
         return float(np.median([o.result[key] for o in done])) if done else None
 
     return {
         "parameters": arm.parameters,
-        "flops_per_token": arm.flops_per_token,
-        "layers": arm.shape.n_layers,
-        "distinct_layers": arm.shape.distinct_layers,
+        "flops_per_token": run.flops // run.tokens,
+        "layers": arm.final_shape.n_layers,
+        "distinct_layers": arm.final_shape.distinct_layers,
         "tokens": done[0].result["tokens"] if done else None,
-        "training_flops": done[0].result["tokens"] * arm.flops_per_token if done else None,
+        "trunk": {"name": run.needs.arm, "tokens": before[0], "flops": before[1]} if run.needs else None,
+        "training_flops": run.flops if done else None,
         "tokens_per_second": middle("tokens_per_second"),
         "seconds": middle("seconds"),
         "peak_memory_bytes": middle("peak_memory_bytes"),

@@ -33,6 +33,7 @@ from pydantic import Field
 from entasis.configuration import Settings, load_yaml, parse
 from entasis.errors import UserError
 from entasis.shape import specification
+from entasis.study import trunks
 
 Protocol = Literal["params", "flops", "time"]
 
@@ -102,6 +103,20 @@ class Study:
     """CPU threads of one run; as many runs go at once as there are such shares of the cores. Null is all."""
     corpora: dict[str, CorpusSource] = field(default_factory=dict)
     downstream: Downstream | None = None
+    trunks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Named changes to the base, as arms, whose runs arms start from; see `entasis.study.trunks`."""
+
+    def base_of(self, name: str) -> dict[str, Any]:
+        """What an arm or trunk changes."""
+        return trunks.without_trunk(self.base) if name in self.trunks else self.base
+
+    def changes_of(self, name: str) -> dict[str, Any]:
+        """The changes that an arm or trunk is."""
+        return self.trunks[name] if name in self.trunks else self.arms[name]
+
+    def trunk_of(self, name: str) -> str | None:
+        """The trunk that an arm or trunk starts from."""
+        return trunks.named_in(changed(self.base_of(name), self.changes_of(name)))
 
     def to_yaml(self) -> str:
         """What `study.yaml` in the study's folder holds; `read` reads it back."""
@@ -144,6 +159,7 @@ class _Written(Settings):
     hours: Any = None
     noise: Any = None
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    trunks: dict[Any, dict[str, Any] | None] | None = None
     corpora: dict[Any, Any] | None = None
     downstream: dict[str, Any] | None = None
     sizes: dict[Any, dict[str, Any] | None] | None = None
@@ -229,9 +245,12 @@ def from_dict(
         raise UserError(
             f"{where}: baseline is {plain['baseline']!r}, not an arm{_nearest(str(plain['baseline']), arms)}"
         )
-    for arm in arms:
-        if not arm or set(arm) & set("/\\@ ") or arm.startswith("."):
-            raise UserError(f"{where}: arm {arm!r} names a folder; use letters, digits, - and _")
+    plain["trunks"] = {str(k): dict(v or {}) for k, v in (plain.get("trunks") or {}).items()}
+    for name in [*arms, *plain["trunks"]]:
+        if not name or set(name) & set("/\\@ ") or name.startswith("."):
+            raise UserError(f"{where}: arm {name!r} names a folder; use letters, digits, - and _")
+    if both := plain["trunks"].keys() & arms.keys():
+        raise UserError(f"{where}: {sorted(both)[0]} is an arm and a trunk; give them different names")
     plain["seeds"] = _seeds(plain.get("seeds", 3), f"{where}: seeds")
     plain["protocols"] = _protocols(plain.get("protocols", ["params"]), where)
     plain["sweep"] = _sweep(plain.get("sweep"), plain["seeds"], where)
@@ -245,7 +264,13 @@ def from_dict(
         raise UserError(
             f"{where}: learning_rate is {plain['learning_rate']!r}; use shared or mup, or give sweep:"
         )
-    return Study(**{k: v for k, v in plain.items() if v is not None or k in ("sweep",)})
+    study = Study(**{k: v for k, v in plain.items() if v is not None or k in ("sweep",)})
+    try:
+        starts = {name: study.trunk_of(name) for name in [*study.trunks, *arms]}
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    trunks.check(list(study.trunks), starts, where)
+    return study
 
 
 def changed(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

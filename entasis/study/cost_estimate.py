@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from entasis import quantities
 from entasis.report.tables import Column, Table
-from entasis.study import held_out, machine, results, runner, statistics, throughput
+from entasis.study import held_out, machine, results, runner, statistics, throughput, trunks
 from entasis.study.config import Study
 from entasis.study.executors import local
 from entasis.study.live_table import duration
@@ -51,21 +52,22 @@ def estimate(
     def seconds(run: PlannedRun) -> float:
         return seconds_per_flop[run.arm] * (run.flops + _validation_flops(run, arms[run.arm], folder))
 
-    rows = [
-        {
+    def row(name: str, protocol: str, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+        return {
             "arm": name,
             "protocol": protocol,
             "parameters": arms[name].parameters,
-            "flops_per_token": arms[name].flops_per_token,
+            "flops_per_token": runs[0].flops // runs[0].tokens,
             "tokens": runs[0].tokens,
             "runs": len(runs),
             "flops": runs[0].flops,
             "seconds": seconds(runs[0]),
         }
-        for protocol, by_arm in plan.grid.items()
-        for name, runs in by_arm.items()
-    ]
-    total = sum(r.flops for r in plan.runs) + sum(r.flops for r in prepared)
+
+    first = trunks.needed([*prepared, *plan.runs])
+    rows = [row(name, "trunk", [r for r in first if r.arm == name]) for name in study.trunks]
+    rows += [row(name, p, runs) for p, by_arm in plan.grid.items() for name, runs in by_arm.items()]
+    total = sum(r.flops for r in [*first, *prepared, *plan.runs])
     comparisons = len(set(plan.comparisons(study.baseline).values()))
     factor = statistics.detectable_effect(1.0, len(study.seeds), max(1, comparisons))
     sd, sd_source = _noise(study, folder, noise)
@@ -73,10 +75,11 @@ def estimate(
         "study": study.name,
         "rows": rows,
         "notes": [f"{name}: {note}" for name, arm in arms.items() for note in arm.notes],
+        "trunk_runs": len(first),
         "preparatory_runs": len(prepared),
         "runs": len(plan.runs),
         "total_flops": total,
-        "hours": sum(map(seconds, [*plan.runs, *prepared])) / at_once / 3600,
+        "hours": sum(map(seconds, [*first, *prepared, *plan.runs])) / at_once / 3600,
         "at_once": at_once,
         "speed_source": source,
         "seeds": len(study.seeds),
@@ -105,6 +108,7 @@ def show(estimate: dict[str, Any], console: Console) -> None:
     )
     console.print(table.rich())
     extra = f" and {estimate['preparatory_runs']} preparatory" if estimate["preparatory_runs"] else ""
+    extra += f", {estimate['trunk_runs']} of trunks before them" if estimate["trunk_runs"] else ""
     lines = [
         *estimate["notes"],
         f"{estimate['runs']} runs{extra}, {estimate['total_flops']:.2e} training FLOPs, about "
@@ -140,7 +144,7 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
         return speeds, len(where), f"measured in {len(done)} finished runs"
     applied = solve(machine.applied(study, folder), next(iter(arms.values())).shape.vocabulary)
     jobs = [] if quick else machine.jobs_of(applied)
-    recipes = [applied[names[0]].recipe for names in jobs]
+    recipes = [applied[names[0]].timed for names in jobs]
     device = str(study.base.get("device", "auto"))
     answers = local.on_each(where, machine.measure, recipes, [len(study.seeds)] * len(jobs), device, _LIMIT)
     ceiling = 1 / median(a["flops_per_second"] for a in answers)

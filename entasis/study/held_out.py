@@ -23,7 +23,8 @@ def agree(study: Study, folder: Path, arms: Mapping[str, Arm]) -> dict[str, Arm]
     Raises `UserError` for an arm that has no held-out corpus, or would be judged on other documents than the baseline.
     Corpora that are not prepared yet are looked at when they are.
     """
-    arms = dict(arms)
+    every = dict(arms)  # a trunk is judged on nothing
+    arms = {name: every[name] for name in study.arms}
     for name, arm in arms.items():
         if not arm.recipe["data"].get("validation"):
             raise UserError(f"study {study.name}: arm {name} has no data.validation to be judged on")
@@ -33,9 +34,9 @@ def agree(study: Study, folder: Path, arms: Mapping[str, Arm]) -> dict[str, Arm]
                 choose_documents(Corpus(folder / path), part="selection")  # refused where there are too few
     base = arms[study.baseline]
     if all(_wanted(arm) == _wanted(base) for arm in arms.values()):
-        return arms
+        return every
     if not all((folder / _path(arm) / "corpus.json").is_file() for arm in arms.values()):
-        return arms
+        return every
     corpora = {path: Corpus(folder / path) for path in {_path(arm) for arm in arms.values()}}
     if limit := _evaluation(base).get("tokens"):
         corpus = corpora[_path(base)]
@@ -53,7 +54,7 @@ def agree(study: Study, folder: Path, arms: Mapping[str, Arm]) -> dict[str, Arm]
                 f"bytes), {base.name} on {len(theirs)} ({theirs['bytes'].sum():,}), {len(np.intersect1d(own, theirs))} of "
                 "them the same; prepare both corpora from the same sources, and give both the same evaluation"
             )
-    return arms
+    return every | arms
 
 
 def _evaluation(arm: Arm) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def settle(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool | Non
     runs = len(study.seeds) * len(study.protocols)
     jobs = jobs_of(arms)
     wanted = str(study.base.get("device", "auto"))
-    arguments = ([arms[names[0]].recipe for names in jobs], [runs * len(names) for names in jobs], wanted)
+    arguments = ([arms[names[0]].timed for names in jobs], [runs * len(names) for names in jobs], wanted)
     if pool:
         # Where the runs will run: the machine that submits them may be another kind.
         answers = [launchers.call(pool, "choices", measure, *arguments)]
@@ -56,11 +56,17 @@ def applied(study: Study, folder: Path) -> Study:
     # A folder of an earlier version has one choice for all arms.
     given = {k: chosen[k] for k in ("device", *KEYS) if k in chosen and study.base.get(k, "auto") == "auto"}
     base = changed(study.base, given)
-    arms = {}
-    for name, changes in study.arms.items():
+
+    def settled(name: str, changes: dict[str, Any]) -> dict[str, Any]:
         own = {k: v for k, v in chosen.get("arms", {}).get(name, {}).items() if _open(base, changes, k)}
-        arms[name] = {**changes, **own}
-    return dataclasses.replace(study, base=base, arms=arms)
+        return {**changes, **own}
+
+    return dataclasses.replace(
+        study,
+        base=base,
+        arms={name: settled(name, changes) for name, changes in study.arms.items()},
+        trunks={name: settled(name, changes) for name, changes in study.trunks.items()},
+    )
 
 
 def jobs_of(arms: Mapping[str, Arm]) -> list[tuple[str, ...]]:
@@ -68,7 +74,7 @@ def jobs_of(arms: Mapping[str, Arm]) -> list[tuple[str, ...]]:
     groups: dict[str, list[str]] = {}
     for name, arm in arms.items():
         parts = {
-            k: arm.recipe.get(k) for k in (*KEYS, "shape", "batch", "data", "activation_memory", "stages")
+            k: arm.timed.get(k) for k in (*KEYS, "shape", "batch", "data", "activation_memory", "stages")
         }
         optimizer = (arm.recipe.get("optimizer") or {}).get("name")
         groups.setdefault(json.dumps([parts, optimizer], sort_keys=True, default=str), []).append(name)

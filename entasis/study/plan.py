@@ -7,7 +7,7 @@ sets their learning rates and lengths.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,31 +15,70 @@ from entasis import quantities
 from entasis.errors import UserError
 from entasis.shape import cost, specification
 from entasis.shape.shapes import ModelShape
+from entasis.study import trunks
 from entasis.study.config import Protocol, Study, changed
 from entasis.train import recipe as recipes
 from entasis.train.resolve import resolve, shape_of, with_mup_scales
-from entasis.train.stages import flops_per_token
+from entasis.train.stages import StageSpan, flops_per_token
 from entasis.train.stages import lay_out as lay_out_stages
+
+Kind = Literal["main", "sweep", "trunk"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One arm with its shape solved."""
+    """One arm, or trunk, with its shapes solved."""
 
     name: str
     recipe: dict[str, Any]
     shape: ModelShape
-    parameters: int
-    flops_per_token: int
-    """Training: three times forward, attention over the full sequence."""
+    """What its first stage begins with."""
+    stages: list[StageSpan] = field(repr=False)
     notes: list[str]
+    trunk: str | None = None
+    """Whose run with the same seed its runs start from."""
+
+    @property
+    def final_shape(self) -> ModelShape:
+        """Of the model that is judged."""
+        return self.stages[-1].shape
+
+    @property
+    def parameters(self) -> int:
+        """Of the model that is judged."""
+        return cost.parameters(self.final_shape)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training, as the recipe is written: three times forward, attention over the full sequence."""
+        return flops_per_token(self.stages)
+
+    @property
+    def stage_tokens(self) -> list[int]:
+        """Tokens of each stage, in whole batches, as the recipe is written."""
+        return [stage.steps * stage.recipe.batch.tokens for stage in self.stages]
+
+    def flops(self, tokens: Sequence[int]) -> int:
+        """Training FLOPs of a run with so many tokens in each stage."""
+        return sum(n * stage.flops_per_token for n, stage in zip(tokens, self.stages, strict=True))
+
+    @property
+    def timed(self) -> dict[str, Any]:
+        """A recipe of the same work: of an arm of a trunk, which is not there yet, one that draws its first model."""
+        if self.trunk is None:
+            return self.recipe
+        plain, first = changed(self.recipe, {"shape": self.stages[0].shape.to_dict()}), self.stages[0]
+        del plain["start"]
+        if plain.get("stages"):
+            plain["stages"][0] |= {"transition": None, "trainable": list(first.trainable)}
+        return plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRun:
     """One run: its folder (relative to the study's), its recipe, and what it costs."""
 
-    kind: Literal["main", "sweep"]
+    kind: Kind
     arm: str
     seed: int
     folder: str
@@ -47,6 +86,8 @@ class PlannedRun:
     tokens: int
     flops: int
     multiplier: float = 1.0
+    needs: PlannedRun | None = field(default=None, repr=False)
+    """The trunk's run that it starts from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,25 +127,25 @@ class Plan:
 
 
 def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
-    """Each arm's shape and price. `vocabulary` serves shapes that name none.
+    """Each trunk's and arm's shape and price. `vocabulary` serves shapes that name none.
 
-    Raises `UserError` for arms that cannot exist, for arms with a length of their own, and under the protocol
-    `params` for arms whose parameters are further from the baseline's than the tolerance.
+    Raises `UserError` for arms that cannot exist, for arms whose length cannot be what a protocol asks for, and under
+    the protocol `params` for arms whose parameters are further from the baseline's than the tolerance.
     """
     arms: dict[str, Arm] = {}
-    # The baseline first: under muP its widths are where the others' learning rates are scaled from.
-    for name in sorted(study.arms, key=lambda name: name != study.baseline):
-        base_shape = arms[study.baseline].shape if arms else None
+    for name in _order(study):
         try:
-            arms[name] = _arm(study, name, study.arms[name], vocabulary, base_shape)
+            arms[name] = _arm(study, name, study.changes_of(name), vocabulary, arms)
         except UserError as error:
-            raise UserError(f"study {study.name}: arm {name}: {error}") from error
-    arms = {name: _told_apart(arms[name], arms[study.baseline]) for name in study.arms}
+            what = "trunk" if name in study.trunks else "arm"
+            raise UserError(f"study {study.name}: {what} {name}: {error}") from error
+    arms = {name: arms[name] for name in [*study.trunks, *study.arms]}
     base = arms[study.baseline]
-    for arm in arms.values():
-        _check_length(study, arm, base)
+    for name in study.arms:
+        arms[name] = _told_apart(arms[name], base)
+        _check_length(study, arms, arms[name])
     if "params" in study.protocols:
-        for arm in arms.values():
+        for arm in (arms[name] for name in study.arms):
             off = arm.parameters / base.parameters - 1
             if abs(off) > study.tolerance:
                 raise UserError(
@@ -115,27 +156,27 @@ def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
     return arms
 
 
+def _order(study: Study) -> list[str]:
+    """The baseline with its trunks first: under muP their width is where the others' learning rates are scaled from."""
+    first = [study.baseline]
+    while (trunk := study.trunk_of(first[0])) is not None:
+        first.insert(0, trunk)
+    return list(dict.fromkeys([*first, *study.trunks, *study.arms]))
+
+
 def preparatory(study: Study, arms: Mapping[str, Arm]) -> list[PlannedRun]:
     """The runs that must be finished before the main grid can be laid out."""
     runs = []
     if study.sweep:
         for seed in study.sweep.seeds:
-            for name in arms:
+            for name in study.arms:
                 changes = {**study.arms[name], **study.sweep.changes}
-                arm = _arm(study, name, changes, arms[name].shape.vocabulary, arms[study.baseline].shape)
+                arm = _arm(study, name, changes, arms[name].shape.vocabulary, arms)
                 recipe = changed(arm.recipe, {"evaluation.part": "selection"})
                 for multiplier in study.sweep.multipliers:
                     plain = _with_rate(recipe, multiplier)
-                    runs.append(
-                        _run(
-                            arm,
-                            plain,
-                            seed,
-                            f"sweep/{name}/lr-{multiplier:g}/seed-{seed}",
-                            "sweep",
-                            multiplier,
-                        )
-                    )
+                    folder = f"sweep/{name}/lr-{multiplier:g}/seed-{seed}"
+                    runs.append(_run(arms, arm, plain, seed, folder, "sweep", arm.stage_tokens, multiplier))
     return runs
 
 
@@ -145,59 +186,90 @@ def lay_out(study: Study, arms: Mapping[str, Arm], findings: Findings) -> Plan:
     seen: dict[tuple[str, int], str] = {}
     for protocol in study.protocols:
         grid[protocol] = {}
-        for arm in arms.values():
-            tokens = tokens_of(study, arms, arm, protocol, findings)
+        for arm in (arms[name] for name in study.arms):
+            lengths = stage_tokens_of(study, arms, arm, protocol, findings)
             # An arm that two protocols train equally long is trained once.
             folder = seen.setdefault(
-                (arm.name, tokens), arm.name if protocol == study.protocols[0] else f"{arm.name}@{protocol}"
+                (arm.name, sum(lengths)),
+                arm.name if protocol == study.protocols[0] else f"{arm.name}@{protocol}",
             )
             multiplier = findings.multiplier.get(arm.name, 1.0)
-            plain = _with_rate({**arm.recipe, "tokens": tokens}, multiplier)
+            plain = _with_rate(_with_lengths(arm.recipe, lengths), multiplier)
             grid[protocol][arm.name] = [
-                _run(arm, plain, seed, f"runs/{folder}/seed-{seed}", "main", multiplier)
+                _run(arms, arm, plain, seed, f"runs/{folder}/seed-{seed}", "main", lengths, multiplier)
                 for seed in study.seeds
             ]
     return Plan(arms=dict(arms), grid=grid)
 
 
 def tokens_of(study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protocol, findings: Findings) -> int:
-    """How long an arm is trained under a protocol, in whole batches."""
+    """How long an arm is trained under a protocol, in whole batches; without its trunk."""
+    return sum(stage_tokens_of(study, arms, arm, protocol, findings))
+
+
+def stage_tokens_of(
+    study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protocol, findings: Findings
+) -> list[int]:
+    """Tokens of each stage under a protocol, in whole batches: the last one is as long as makes the costs equal.
+
+    What the arm's trunk costs is spent already. Raises `UserError` where nothing would be left for the last stage.
+    """
     base = arms[study.baseline]
-    batch = batch_tokens(arm.recipe)
-    wanted = float(quantities.count(arm.recipe.get("tokens"), "tokens"))
-    if protocol == "flops":
-        wanted = (
-            quantities.count(base.recipe.get("tokens"), "tokens") * base.flops_per_token / arm.flops_per_token
-        )
+    *before, last = arm.stage_tokens
+    batch, wanted = arm.stages[-1].recipe.batch.tokens, float(last)
+    if protocol == "flops" and arm.name != base.name:
+        spent = before_run(arms, arm)[1] + arm.flops([*before, 0])
+        limit = before_run(arms, base)[1] + base.flops(base.stage_tokens)
+        wanted = (limit - spent) / arm.stages[-1].flops_per_token
+        if wanted < batch and spent > 0:
+            raise UserError(
+                f"study {study.name}: arm {arm.name} cannot be matched by flops: what comes before its last stage takes "
+                f"{spent:.3e} of the {limit:.3e} FLOPs that {base.name} has, which leaves less than one batch"
+            )
     if protocol == "time":
         speed = findings.tokens_per_second
-        if study.hours is not None:
-            wanted = speed[arm.name] * 3600 * study.hours
-        else:
-            wanted = (
-                quantities.count(base.recipe.get("tokens"), "tokens") * speed[arm.name] / speed[base.name]
-            )
-    return max(1, round(wanted / batch)) * batch
+        seconds = sum(base.stage_tokens) / speed[base.name] if study.hours is None else study.hours * 3600
+        wanted = seconds * speed[arm.name]
+    return [*before, max(1, round(wanted / batch)) * batch]
+
+
+def before_run(arms: Mapping[str, Arm], arm: Arm) -> tuple[int, int]:
+    """(tokens, FLOPs) of the trunks that a run of this arm starts from, all of them."""
+    if arm.trunk is None:
+        return 0, 0
+    trunk = arms[arm.trunk]
+    tokens, flops = before_run(arms, trunk)
+    return tokens + sum(trunk.stage_tokens), flops + trunk.flops(trunk.stage_tokens)
 
 
 def _arm(
-    study: Study, name: str, changes: Mapping[str, Any], vocabulary: int | None, base_shape: ModelShape | None
+    study: Study, name: str, changes: Mapping[str, Any], vocabulary: int | None, solved: Mapping[str, Arm]
 ) -> Arm:
-    plain = changed(study.base, changes)
+    plain = changed(study.base_of(name), changes)
     if study.learning_rate == "mup":
         plain = changed(plain, {"optimizer.parametrisation": "mup"})
+    trunk = solved[found] if (found := trunks.named_in(plain)) else None
+    if trunk:
+        plain["start"] = {**plain["start"], "from": trunks.folder_of(trunk.name)}
+    own = {str(key).split(".")[0] for key in changes}
+    if plain.get("start") and (trunk or "start" in own) and "shape" not in own:
+        plain["shape"] = None  # that of the weights, not the base's
+    if "stages" in own and "tokens" not in own:
+        _share_tokens(plain)
     # Misspelt keys and wrong types are named before anything is solved.
     written = recipes.from_dict(plain)
     optimizer = written.optimizer
     wanted = dict(plain.get("shape") or {})
-    if written.start and written.shape is None:
-        wanted = shape_of(written.start).to_dict()
+    weights = trunk.final_shape if trunk else shape_of(written.start) if written.start else None
+    if weights and written.shape is None:
+        wanted = weights.to_dict()
     if vocabulary is not None and "preset" not in wanted:
         wanted.setdefault("vocabulary", vocabulary)
     solution = specification.resolve(wanted)
     shape = solution.shape
     if optimizer.parametrisation == "mup":
-        base_shape = base_shape or shape
+        base = solved.get(study.baseline) or next(iter(solved.values()), None)
+        base_shape = base.shape if base else shape
         optimizer.base_width = optimizer.base_width or base_shape.d_model
         optimizer.base_head_dim = optimizer.base_head_dim or base_shape.head_dim
         plain["optimizer"] |= {"base_width": optimizer.base_width, "base_head_dim": optimizer.base_head_dim}
@@ -209,40 +281,67 @@ def _arm(
         # The rates are chosen on the other documents.
         plain = changed(plain, {"evaluation.part": "test"})
     # Whatever a later stage gets wrong is said before anything is trained.
-    resolved, _, _ = resolve(recipes.from_dict(plain), shape.vocabulary)
-    spans = lay_out_stages(resolved, shape)
+    resolved, _, _ = resolve(recipes.from_dict(plain), shape.vocabulary, weights)
     plain["tokens"] = resolved.tokens
+    notes = list(solution.notes)
+    if trunk:
+        notes.append(f"starts from the run of the trunk {trunk.name} with the same seed")
+    elif written.start:
+        notes.append(f"starts from {written.start.folder}, whose cost is not counted")
     return Arm(
         name=name,
         recipe=plain,
         shape=shape,
-        parameters=cost.parameters(spans[-1].shape),
-        flops_per_token=flops_per_token(spans),
-        notes=list(solution.notes),
+        stages=lay_out_stages(resolved, shape),
+        notes=notes,
+        trunk=trunk.name if trunk else None,
     )
 
 
-def _check_length(study: Study, arm: Arm, base: Arm) -> None:
-    """Under `params` all arms see the same tokens; under the others the protocol says how many. Raises `UserError`."""
-    where = f"study {study.name}: arm {arm.name}"
+def _check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
+    """Refuses arms whose length cannot be what a protocol asks for. Raises `UserError`."""
+    where, base = f"study {study.name}: arm {arm.name}", arms[study.baseline]
     for protocol in study.protocols:
         if protocol == "params":
-            own, others = (tokens_of(study, {base.name: base}, a, protocol, Findings()) for a in (arm, base))
+            own, others = (before_run(arms, a)[0] + sum(a.stage_tokens) for a in (arm, base))
             if own != others:
+                trunk = ", its trunk's with them," if arm.trunk or base.trunk else ""
                 raise UserError(
-                    f"{where} trains on {own:,} tokens in batches of {batch_tokens(arm.recipe):,}, {base.name} on {others:,} "
-                    f"in batches of {batch_tokens(base.recipe):,}; params compares at equal parameters and tokens: give "
-                    "both the same"
+                    f"{where} trains on {own:,} tokens{trunk} in batches of {batch_tokens(arm.recipe):,}, {base.name} on "
+                    f"{others:,} in batches of {batch_tokens(base.recipe):,}; params compares at equal parameters and "
+                    "tokens: give both the same"
                 )
             continue
         if arm.name != base.name and "tokens" in study.arms[arm.name]:
             raise UserError(
                 f"{where} sets tokens, but under {protocol} its length follows from {base.name}'s; leave it out"
             )
-        if any(stage.get("tokens") for stage in arm.recipe.get("stages") or []):
+        if protocol == "flops":
+            stage_tokens_of(study, arms, arm, protocol, Findings())
+        elif len(arm.stages) > 1 or any(stage.get("tokens") for stage in arm.recipe.get("stages") or []):
             raise UserError(
                 f"{where} sets the tokens of its stages, but under {protocol} the length follows from "
-                f"{base.name}'s; use params"
+                f"{base.name}'s; use params or flops"
+            )
+        elif arm.trunk != base.trunk:
+            raise UserError(
+                f"{where} and {base.name} do not start from the same trunk, whose time under {protocol} is not known; "
+                "use params or flops"
+            )
+
+
+def _share_tokens(plain: dict[str, Any]) -> None:
+    """An arm's own stages take the place of the base's tokens, or the last one takes what the others leave of them."""
+    *before, last = plain.get("stages") or [{}]
+    given = [stage.get("tokens") for stage in before]
+    if last.get("tokens") is not None:
+        plain["tokens"] = None
+    elif before and None not in given and plain.get("tokens") is not None:
+        counts = [quantities.count(n, f"stages[{i}].tokens") for i, n in enumerate(given)]
+        last["tokens"] = quantities.count(plain["tokens"], "tokens") - sum(counts)
+        if last["tokens"] <= 0:
+            raise UserError(
+                f"the stages before the last take {sum(counts):,} tokens, no fewer than there are"
             )
 
 
@@ -254,31 +353,53 @@ def _told_apart(arm: Arm, baseline: Arm) -> Arm:
 
 
 def _run(
+    arms: Mapping[str, Arm],
     arm: Arm,
     plain: dict[str, Any],
     seed: int,
     folder: str,
-    kind: Literal["main", "sweep"],
+    kind: Kind,
+    lengths: Sequence[int],
     multiplier: float = 1.0,
 ) -> PlannedRun:
-    tokens = quantities.count(plain["tokens"], "tokens")
+    needs = None
+    if arm.trunk is not None:
+        trunk = arms[arm.trunk]
+        where = trunks.folder_of(trunk.name, seed)
+        needs = _run(arms, trunk, trunk.recipe, seed, where, "trunk", trunk.stage_tokens)
+        plain = changed(plain, {"start.from": where})
     return PlannedRun(
         kind=kind,
         arm=arm.name,
         seed=seed,
         folder=folder,
         recipe={**plain, "seed": seed},
-        tokens=tokens,
-        flops=tokens * arm.flops_per_token,
+        tokens=sum(lengths),
+        flops=arm.flops(lengths),
         multiplier=multiplier,
+        needs=needs,
     )
 
 
+def _with_lengths(plain: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
+    """A recipe with the tokens of its stages, and of all of them, set."""
+    result = changed(plain, {"tokens": sum(lengths)})
+    for stage, tokens in zip(result.get("stages") or [], lengths, strict=False):
+        stage["tokens"] = tokens
+    return result
+
+
 def _with_rate(plain: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
+    """A recipe with every learning rate in it, the stages' own too, so many times as high."""
     if multiplier == 1.0:
         return changed(plain, {})
     rate = (plain.get("optimizer") or {}).get("lr", recipes.Optimizer().lr)
-    return changed(plain, {"optimizer.lr": float(rate) * multiplier})
+    result = changed(plain, {"optimizer.lr": float(rate) * multiplier})
+    for stage in result.get("stages") or []:
+        for part in (stage, stage.get("optimizer") or {}):
+            if part.get("lr") is not None:
+                part["lr"] = float(part["lr"]) * multiplier
+    return result
 
 
 def batch_tokens(plain: Mapping[str, Any]) -> int:

@@ -71,7 +71,7 @@ def _subtitle(study: Study, verdict: Verdict) -> str:
 
 
 def _columns(page: Page, study: Study, plan: Plan, folder: Path) -> list[str]:
-    shapes = [(name, arm.shape) for name, arm in plan.arms.items()]
+    shapes = [(name, arm.final_shape) for name, arm in plan.arms.items()]
     scale = silhouettes.widest([shape for _, shape in shapes])
     drawn = [
         (
@@ -199,7 +199,7 @@ def _curve(plan: Plan, o: Outcome) -> list[dict[str, Any]]:
     loss = np.array([m["loss"] for m in metrics])
     seconds = np.cumsum([m["seconds"] for m in metrics])
     stretches = np.array_split(np.arange(len(metrics)), min(_POINTS, len(metrics)))
-    price = plan.arms[o.run.arm].flops_per_token
+    price = o.run.flops / o.run.tokens
     return [
         {
             "arm": _label(o),

@@ -12,20 +12,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from entasis import signals
 from entasis.errors import Damaged, Failure, UserError
 from entasis.files import write_text
-from entasis.study import analysis, downstream, held_out, live_table, machine, results, throughput
+from entasis.shape.shapes import ModelShape
+from entasis.study import analysis, downstream, held_out, live_table, machine, results, throughput, trunks
 from entasis.study.analysis import Verdict
 from entasis.study.config import Study, read
 from entasis.study.executors import launchers, local
 from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Arm, Plan, PlannedRun, lay_out, preparatory, solve
+
+_PATH = re.compile(r"(stages\.)?data\.(train|validation)(\.[^.]+\.path)?|start\.from")
+"""Keys of a recipe that name a folder."""
 
 
 def run(
@@ -71,9 +77,9 @@ def _run(
         study = _settled(study, folder, console, pool)
         arms = held_out.agree(study, folder, solve(study, vocabulary(study, folder)))
         prepared = preparatory(study, arms)
-        _recognise(folder, prepared)
+        _recognise(folder, [*trunks.needed(prepared), *prepared])
         _train(study, folder, prepared, console, "preparing: learning rates", pool)
-        if "time" in study.protocols and not arms.keys() <= throughput.rounds(folder).keys():
+        if "time" in study.protocols and not study.arms.keys() <= throughput.rounds(folder).keys():
             console.print("measuring the throughput of all arms in turn", markup=False, highlight=False)
             throughput.measure(study, folder, arms, pool)
         plan = _lay_out(study, folder, arms, prepared)
@@ -143,12 +149,18 @@ def summary(verdict: Verdict, console: Console) -> None:
 
 def _at_home(study: Study) -> Study:
     """Paths outside the study's folder made absolute, as the folder and the caller's place may differ."""
-    base = dict(study.base)
-    data = dict(base.get("data") or {})
     own = tuple(f"corpora/{name}/" for name in study.corpora)
-    for key in ("train", "validation"):
-        if isinstance(data.get(key), str) and not (own and data[key].startswith(own)):
-            data[key] = str(Path(data[key]).absolute())
+
+    def at_home(value: Any, key: str = "") -> Any:
+        """`value`, which stands at the dot-key `key` of a recipe, with its paths made absolute."""
+        if isinstance(value, dict):
+            return {k: at_home(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+        if isinstance(value, list):
+            return [at_home(v, key) for v in value]
+        if isinstance(value, str) and _PATH.fullmatch(key) and not (own and value.startswith(own)):
+            return str(Path(value).absolute())
+        return value
+
     corpora = {
         name: dataclasses.replace(
             corpus,
@@ -159,7 +171,14 @@ def _at_home(study: Study) -> Study:
     tasks = study.downstream
     if tasks and tasks.include_path:
         tasks = dataclasses.replace(tasks, include_path=str(Path(tasks.include_path).absolute()))
-    return dataclasses.replace(study, base={**base, "data": data}, corpora=corpora, downstream=tasks)
+    return dataclasses.replace(
+        study,
+        base=at_home(study.base),
+        arms={name: at_home(changes) for name, changes in study.arms.items()},
+        trunks={name: at_home(changes) for name, changes in study.trunks.items()},
+        corpora=corpora,
+        downstream=tasks,
+    )
 
 
 def _prepare(study: Study, folder: Path, console: Console) -> None:
@@ -191,6 +210,7 @@ def _train(
     left = [r for r in runs if not local.finished(folder, r)]
     if not left:
         return
+    _train(study, folder, trunks.needed(left), console, "what arms start from", pool)
     with live_table.watching(console, title) as watch:
         if pool:
             states = launchers.execute(folder, runs, pool, watch)
@@ -207,13 +227,13 @@ def _train(
 
 def _lay_out(study: Study, folder: Path, arms: dict[str, Arm], prepared: Sequence[PlannedRun]) -> Plan:
     found = results.findings(study, folder, prepared, throughput.speeds(folder))
-    for arm in arms:
+    for arm in study.arms:
         if study.sweep and arm not in found.multiplier:
             raise Failure(f"study {study.name}: no run of the learning-rate sweep of {arm} was finished")
         if "time" in study.protocols and arm not in found.tokens_per_second:
             raise Failure(f"study {study.name}: the throughput of {arm} could not be measured")
     plan = lay_out(study, arms, found)
-    _recognise(folder, plan.runs)
+    _recognise(folder, [*trunks.needed(plan.runs), *plan.runs])
     return plan
 
 
@@ -225,7 +245,9 @@ def _recognise(folder: Path, runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         if not (folder / run.folder / "recipe.yaml").is_file():
             continue
-        wanted, _, _ = resolve(recipe.from_dict(run.recipe), run.recipe["shape"]["vocabulary"])
+        # A trunk's weights may be gone, and would not be found from here.
+        weights = ModelShape.from_dict(run.recipe["shape"]) if run.needs else None
+        wanted, _, _ = resolve(recipe.from_dict(run.recipe), run.recipe["shape"]["vocabulary"], weights)
         try:
             run_folder.recognise(wanted, folder / run.folder)
         except Damaged:

@@ -34,12 +34,12 @@ STEPS = 3
 
 def measure(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool | None = None) -> None:
     """Writes `throughput.json`: tokens per second of each arm, in every round of every worker."""
-    jobs = machine.jobs_of(arms)
-    arguments = ([arms[names[0]].recipe for names in jobs], str(study.base.get("device", "auto")))
+    jobs = machine.jobs_of({name: arms[name] for name in study.arms})
+    arguments = ([arms[names[0]].timed for names in jobs], str(study.base.get("device", "auto")))
     if pool:
         workers = [launchers.call(pool, "throughput", in_turn, *arguments)]
     else:
-        where = local.places(study.threads, len(arms) * len(study.seeds))
+        where = local.places(study.threads, len(study.arms) * len(study.seeds))
         workers = local.on_each(where, in_turn, *arguments)
     # Arms that are the same work have the same speed, not two measurements of it.
     told = {name: [worker[i] for worker in workers] for i, names in enumerate(jobs) for name in names}

@@ -18,12 +18,15 @@ from entasis.train.recipe import Optimizer, Recipe, Stage, Start
 from entasis.train.stages import lay_out
 
 
-def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[str]]:
+def resolve(
+    recipe: Recipe, vocabulary: int, weights: ModelShape | None = None
+) -> tuple[Recipe, ModelShape, list[str]]:
     """The recipe with nothing left open but what depends on the machine, its shape, and the solver's notes.
 
-    `vocabulary` is the corpus's; a shape that names none gets it. Raises `UserError`.
+    `vocabulary` is the corpus's; a shape that names none gets it. `weights` is the shape of the weights to start from,
+    where they are not in their folder yet. Raises `UserError`.
     """
-    solution = _solve(recipe, vocabulary)
+    solution = _solve(recipe, vocabulary, weights)
     if recipe.evaluation.tokens is not None and recipe.evaluation.bytes is not None:
         raise UserError("recipe: evaluation has tokens and bytes; give one limit")
     if recipe.parallel.shard is not None and recipe.parallel.kind != "hsdp":
@@ -49,10 +52,10 @@ def resolve(recipe: Recipe, vocabulary: int) -> tuple[Recipe, ModelShape, list[s
     )
 
 
-def _solve(recipe: Recipe, vocabulary: int) -> Solution:
+def _solve(recipe: Recipe, vocabulary: int, weights: ModelShape | None) -> Solution:
     """The first stage's shape: drawn, or that of the weights to start from. Raises `UserError`."""
     wanted = dict(recipe.shape or {})
-    there = Solution(shape_of(recipe.start)) if recipe.start else None
+    there = Solution(weights or shape_of(recipe.start)) if recipe.start else None
     if there and recipe.shape is None:
         return there
     if "preset" not in wanted:

@@ -94,7 +94,7 @@ def test_a_sweep_tries_every_arm_and_its_best_rate_is_used() -> None:
     s = study(sweep={"multipliers": [0.5, 1, 2], "changes": {"tokens": 20_000}})
     arms = plan.solve(s)
     runs = plan.preparatory(s, arms)
-    assert len(runs) == 9 and {r.tokens for r in runs} == {20_000}
+    assert len(runs) == 9 and {r.tokens for r in runs} == {20 * 1024}
     assert {r.recipe["optimizer"]["lr"] for r in runs} == {5e-4, 1e-3, 2e-3}
     layout = plan.lay_out(s, arms, Findings(multiplier={"plain": 1.0, "crown": 2.0, "deep": 0.5}))
     assert layout.grid["params"]["crown"][0].recipe["optimizer"]["lr"] == 2e-3
