@@ -260,9 +260,9 @@ def _arm(
     written = recipes.from_dict(plain)
     optimizer = written.optimizer
     wanted = dict(plain.get("shape") or {})
-    weights = trunk.final_shape if trunk else shape_of(written.start) if written.start else None
-    if weights and written.shape is None:
-        wanted = weights.to_dict()
+    before = trunk.stages[-1] if trunk else None
+    if written.start and written.shape is None:
+        wanted = (before.shape if before else shape_of(written.start)).to_dict()
     if vocabulary is not None and "preset" not in wanted:
         wanted.setdefault("vocabulary", vocabulary)
     solution = specification.resolve(wanted)
@@ -281,7 +281,7 @@ def _arm(
         # The rates are chosen on the other documents.
         plain = changed(plain, {"evaluation.part": "test"})
     # Whatever a later stage gets wrong is said before anything is trained.
-    resolved, _, _ = resolve(recipes.from_dict(plain), shape.vocabulary, weights)
+    resolved, _, _ = resolve(recipes.from_dict(plain), shape.vocabulary, before)
     plain["tokens"] = resolved.tokens
     notes = list(solution.notes)
     if trunk:
@@ -292,7 +292,7 @@ def _arm(
         name=name,
         recipe=plain,
         shape=shape,
-        stages=lay_out_stages(resolved, shape),
+        stages=lay_out_stages(resolved, shape, before.lineage if before else None),
         notes=notes,
         trunk=trunk.name if trunk else None,
     )

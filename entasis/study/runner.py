@@ -22,7 +22,6 @@ from rich.console import Console
 from entasis import signals
 from entasis.errors import Damaged, Failure, UserError
 from entasis.files import write_text
-from entasis.shape.shapes import ModelShape
 from entasis.study import analysis, downstream, held_out, live_table, machine, results, throughput, trunks
 from entasis.study.analysis import Verdict
 from entasis.study.config import Study, read
@@ -77,7 +76,7 @@ def _run(
         study = _settled(study, folder, console, pool)
         arms = held_out.agree(study, folder, solve(study, vocabulary(study, folder)))
         prepared = preparatory(study, arms)
-        _recognise(folder, [*trunks.needed(prepared), *prepared])
+        _recognise(folder, arms, [*trunks.needed(prepared), *prepared])
         _train(study, folder, prepared, console, "preparing: learning rates", pool)
         if "time" in study.protocols and not study.arms.keys() <= throughput.rounds(folder).keys():
             console.print("measuring the throughput of all arms in turn", markup=False, highlight=False)
@@ -100,7 +99,7 @@ def report(folder: Path, console: Console) -> Verdict:
     study = machine.applied(stored(folder), folder)
     arms = held_out.agree(study, folder, solve(study, vocabulary(study, folder)))
     prepared = preparatory(study, arms)
-    _recognise(folder, prepared)
+    _recognise(folder, arms, [*trunks.needed(prepared), *prepared])
     plan = _lay_out(study, folder, arms, prepared)
     return _report(study, plan, folder, analysis.judge(study, plan, folder), prepared, console)
 
@@ -233,11 +232,11 @@ def _lay_out(study: Study, folder: Path, arms: dict[str, Arm], prepared: Sequenc
         if "time" in study.protocols and arm not in found.tokens_per_second:
             raise Failure(f"study {study.name}: the throughput of {arm} could not be measured")
     plan = lay_out(study, arms, found)
-    _recognise(folder, [*trunks.needed(plan.runs), *plan.runs])
+    _recognise(folder, arms, [*trunks.needed(plan.runs), *plan.runs])
     return plan
 
 
-def _recognise(folder: Path, runs: Sequence[PlannedRun]) -> None:
+def _recognise(folder: Path, arms: Mapping[str, Arm], runs: Sequence[PlannedRun]) -> None:
     """Sees to it that the runs there are those that the study plans. Raises `UserError`."""
     from entasis.train import recipe, run_folder
     from entasis.train.resolve import resolve
@@ -245,9 +244,9 @@ def _recognise(folder: Path, runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         if not (folder / run.folder / "recipe.yaml").is_file():
             continue
-        # A trunk's weights may be gone, and would not be found from here.
-        weights = ModelShape.from_dict(run.recipe["shape"]) if run.needs else None
-        wanted, _, _ = resolve(recipe.from_dict(run.recipe), run.recipe["shape"]["vocabulary"], weights)
+        # A trunk's run may be gone, and would not be found from here.
+        before = arms[run.needs.arm].stages[-1] if run.needs else None
+        wanted, _, _ = resolve(recipe.from_dict(run.recipe), run.recipe["shape"]["vocabulary"], before)
         try:
             run_folder.recognise(wanted, folder / run.folder)
         except Damaged:

@@ -15,18 +15,18 @@ from entasis.shape import specification
 from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
 from entasis.train.recipe import Optimizer, Recipe, Stage, Start
-from entasis.train.stages import lay_out
+from entasis.train.stages import StageSpan, lay_out
 
 
 def resolve(
-    recipe: Recipe, vocabulary: int, weights: ModelShape | None = None
+    recipe: Recipe, vocabulary: int, before: StageSpan | None = None
 ) -> tuple[Recipe, ModelShape, list[str]]:
     """The recipe with nothing left open but what depends on the machine, its shape, and the solver's notes.
 
-    `vocabulary` is the corpus's; a shape that names none gets it. `weights` is the shape of the weights to start from,
-    where they are not in their folder yet. Raises `UserError`.
+    `vocabulary` is the corpus's; a shape that names none gets it. `before` is the last stage of the run to start
+    from, where that is not trained yet. Raises `UserError`.
     """
-    solution = _solve(recipe, vocabulary, weights)
+    solution = _solve(recipe, vocabulary, before.shape if before else None)
     if recipe.evaluation.tokens is not None and recipe.evaluation.bytes is not None:
         raise UserError("recipe: evaluation has tokens and bytes; give one limit")
     if recipe.parallel.shard is not None and recipe.parallel.kind != "hsdp":
@@ -36,7 +36,7 @@ def resolve(
         )
     stages, tokens = _resolve_stages(recipe)
     result = recipe.replaced(shape=solution.shape.to_dict(), stages=stages, tokens=tokens)
-    lay_out(result, solution.shape)
+    lay_out(result, solution.shape, before.lineage if before else None)
     total = result.total_steps
     return (
         result.replaced(

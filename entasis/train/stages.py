@@ -56,15 +56,18 @@ class StageSpan:
         return self.tokens_before + (step - self.start) * self.recipe.batch.tokens
 
 
-def lay_out(recipe: Recipe, shape: ModelShape) -> list[StageSpan]:
-    """The stages of a recipe that says the tokens of each, one after another; `shape` is the first one's.
+def lay_out(recipe: Recipe, shape: ModelShape, lineage: Lineage | None = None) -> list[StageSpan]:
+    """The stages of a recipe that says the tokens of each, one after another; `shape` is that of the model before them.
+
+    `lineage` is of that model too, where it is not in its folder yet.
 
     Raises `UserError` for whatever any of them gets wrong.
     """
     result: list[StageSpan] = []
     start = tokens = 0
     n = shape.n_layers
-    lineage = provenance.read(recipe.start.folder, n) if recipe.start else provenance.begin(n)
+    if lineage is None:
+        lineage = provenance.read(recipe.start.folder, n) if recipe.start else provenance.begin(n)
     for index, stage in enumerate(recipe.stages):
         where = f"recipe: stages[{index}]"
         own = _recipe_of(recipe, stage, where)

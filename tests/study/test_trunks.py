@@ -16,7 +16,7 @@ from entasis.study import config, plan, trunks
 from entasis.study.plan import Findings
 
 LAYERS = [{"n_heads": 4, "n_kv_heads": 4, "d_ff": 64}] * 4
-TWICE = {"resize": {"layers": LAYERS * 2, "sources": [0, 0, 1, 1, 2, 2, 3, 3]}}
+TWICE = {"grow": {"operator": "stack", "times": 2}}
 SMALL = {"start": {"from": {"trunk": "small"}}}
 
 
@@ -115,8 +115,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").mkdir()
     for name in ("argparse", "ast", "difflib", "inspect", "tarfile", "typing"):
         shutil.copy(Path(os.__file__).with_name(f"{name}.py"), folder / "text")
-    plain = source(corpora={"code": {"sources": ["text"], "train_tokenizer": 512, "validation": 0.3}}, threads=1)
-    plain["base"] |= {"precision": "fp32", "attention": "sdpa", "compile": False, "logging": {"tensorboard": False}, "checkpoint": {"every": None}}
+    plain = source(
+        corpora={"code": {"sources": ["text"], "train_tokenizer": 512, "validation": 0.3}}, threads=1
+    )
+    plain["base"] |= {
+        "precision": "fp32",
+        "attention": "sdpa",
+        "compile": False,
+        "logging": {"tensorboard": False},
+        "checkpoint": {"every": None},
+    }
     (folder / "s.yaml").write_text(yaml.safe_dump(plain))
     with pytest.MonkeyPatch.context() as at:
         at.chdir(folder)
@@ -149,11 +157,16 @@ def test_an_interrupted_study_goes_on_and_trunks_are_trained_only_where_they_are
     for gone in ("runs/grown/seed-1", "trunks/small/seed-0", "trunks/small/seed-1"):
         shutil.rmtree(moved / gone)
     assert cli.main(["study", "resume", str(moved)]) == 0
-    assert (moved / "trunks/small/seed-1/result.json").is_file() and not (moved / "trunks/small/seed-0").exists()
+    assert (moved / "trunks/small/seed-1/result.json").is_file() and not (
+        moved / "trunks/small/seed-0"
+    ).exists()
     again = load_file(moved / "runs/grown/seed-1/model.safetensors")
     assert all((again[name] == before[name]).all() for name in before)
     capsys.readouterr()
-    assert cli.main(["study", "plan", str(moved / "study.yaml"), "--output", str(moved), "--quick", "--json"]) == 0
+    assert (
+        cli.main(["study", "plan", str(moved / "study.yaml"), "--output", str(moved), "--quick", "--json"])
+        == 0
+    )
     rows = json.loads(capsys.readouterr().out)
     assert (rows["trunk_runs"], rows["runs"]) == (2, 6)
     assert [r["arm"] for r in rows["rows"] if r["protocol"] == "trunk"] == ["small"]
