@@ -250,7 +250,7 @@ def _arm(
         plain = changed(plain, {"optimizer.parametrisation": "mup"})
     trunk = solved[found] if (found := trunks.named_in(plain)) else None
     if trunk:
-        plain["start"] = {**plain["start"], "from": trunks.folder_of(trunk.name)}
+        plain["start"] = {"data_position": "keep", **plain["start"], "from": trunks.folder_of(trunk.name)}
     own = {str(key).split(".")[0] for key in changes}
     if plain.get("start") and (trunk or "start" in own) and "shape" not in own:
         plain["shape"] = None  # that of the weights, not the base's

@@ -105,7 +105,9 @@ class Start(Settings):
     folder: str = Field(alias="from")
     """A finished run, one of its checkpoints that were kept (`checkpoint.keep_every`), or an imported model."""
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """`keep` goes on with the run's moments and its place in the data."""
+    """`keep` goes on with the run's moments."""
+    data_position: Literal["reset", "keep"] | None = None
+    """`keep` goes on reading where the run stopped; null does as `optimizer_state`."""
 
 
 class StageData(Settings):

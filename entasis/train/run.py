@@ -159,8 +159,11 @@ class Run:
         elif start is not None and resumes is None:
             folder = Path(start.folder)
             tensors = dict(weights.load(folder, dtype=torch.float32).named_parameters())
-            if start.optimizer_state == "keep":
-                found, self.positions = moments.load(folder)
+            keeps = {start.optimizer_state, start.data_position or start.optimizer_state}
+            if "keep" in keeps:
+                there, positions = moments.load(folder)
+                found = there if start.optimizer_state == "keep" else {}
+                self.positions = positions if start.data_position != "reset" else {}
         if span.transition is not None and tensors is not None:
             transition, plan, shape = span.transition
             optimizer = span.recipe.optimizer

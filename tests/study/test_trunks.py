@@ -69,6 +69,7 @@ def test_each_run_starts_from_the_trunk_of_its_own_seed() -> None:
     starts = {r.folder: r.recipe.get("start") and r.recipe["start"]["from"] for r in runs}
     assert starts["runs/plain/seed-1"] == starts["runs/grown/seed-1"] == "trunks/small/seed-1"
     assert starts["runs/scratch/seed-1"] is None
+    assert {r.recipe["start"]["data_position"] for r in runs if r.needs} == {"keep"}
     assert [r.folder for r in trunks.needed(runs)] == ["trunks/small/seed-0", "trunks/small/seed-1"]
     assert [r.folder for r in trunks.needed(plan.preparatory(s, arms))] == ["trunks/small/seed-1000"]
     assert trunks.needed(runs)[1].recipe["seed"] == 1 and "start" not in trunks.needed(runs)[1].recipe

@@ -52,6 +52,15 @@ def test_moments_and_position_make_two_runs_one(recipe, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_position_may_be_kept_without_the_moments(recipe, tmp_path):
+    train(recipe(tokens=512 * 4, schedule=CONSTANT), tmp_path / "long")
+    train(recipe(tokens=512 * 2, schedule=CONSTANT), tmp_path / "first")
+    start = {"from": str(tmp_path / "first"), "data_position": "keep"}
+    train(recipe(tokens=512 * 2, schedule=CONSTANT, start=start), tmp_path / "second")
+    again, long = losses(tmp_path / "second"), losses(tmp_path / "long")
+    assert again[0] == long[2] and again[1] != long[3]
+
+
 def test_a_kept_checkpoint_is_a_start_too(recipe, tmp_path):
     kept = {"every": 2, "keep_every": 6}
     train(recipe(tokens=512 * 10, schedule=CONSTANT, checkpoint=kept), tmp_path / "long")
