@@ -7,23 +7,28 @@ costs is in `flops_per_token`, so that it can be paid from the run's budget.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from entasis.model.transformer import Transformer
 from entasis.registry import Registry
 from entasis.shape import cost, layout
 from entasis.shape.shapes import ModelShape
 
-Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
+if TYPE_CHECKING:
+    import torch
+
+    from entasis.model.transformer import Transformer
+
+Batches = Sequence[tuple["torch.Tensor", "torch.Tensor"]]
 """(tokens [B, T], targets [B, T]) of each."""
-Measure = Callable[[Transformer, Batches], list[float]]
+Measure = Callable[["Transformer", Batches], list[float]]
 MEASURES: Registry[Measure] = Registry("importance measure")
 
 
 @MEASURES.register("gradient")
 def measure_gradients(model: Transformer, batches: Batches) -> list[float]:
     """Norm of the gradient of the mean loss by each layer's parameters, all of which are asked, frozen or not."""
+    import torch
+
     layers = [list(block.parameters()) for block in model.blocks]
     asked = [p for parameters in layers for p in parameters]
     learning = [p.requires_grad for p in asked]
@@ -44,18 +49,20 @@ def measure_gradients(model: Transformer, batches: Batches) -> list[float]:
 
 
 @MEASURES.register("skip")
-@torch.no_grad()
 def measure_skips(model: Transformer, batches: Batches) -> list[float]:
     """By how many nats per token the loss rises when the layer is left out."""
+    import torch
+
     losses = [0.0] * (len(model.blocks) + 1)
-    for tokens_BT, targets_BT in batches:
-        rotation = model.rotation(0, tokens_BT.shape[1], tokens_BT.device)
-        x_BTD = model.embed(tokens_BT)
-        for i in range(len(model.blocks)):
-            rest_BTD = model.run_layers(x_BTD, rotation, i + 1)
-            losses[i] += float(model.head_loss(model.norm(rest_BTD), targets_BT))
-            x_BTD = model.run_layers(x_BTD, rotation, i, i + 1)
-        losses[-1] += float(model.head_loss(model.norm(x_BTD), targets_BT))
+    with torch.no_grad():
+        for tokens_BT, targets_BT in batches:
+            rotation = model.rotation(0, tokens_BT.shape[1], tokens_BT.device)
+            x_BTD = model.embed(tokens_BT)
+            for i in range(len(model.blocks)):
+                rest_BTD = model.run_layers(x_BTD, rotation, i + 1)
+                losses[i] += float(model.head_loss(model.norm(rest_BTD), targets_BT))
+                x_BTD = model.run_layers(x_BTD, rotation, i, i + 1)
+            losses[-1] += float(model.head_loss(model.norm(x_BTD), targets_BT))
     tokens = sum(int((targets_BT >= 0).sum()) for _, targets_BT in batches)
     return [(loss - losses[-1]) / tokens for loss in losses[:-1]]
 

@@ -1,16 +1,19 @@
 """Which layers a plan trains, and for how long."""
 
+import itertools
 import json
 from collections import Counter
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from entasis.errors import UserError
-from entasis.train import training_plans
-from entasis.train.training_plans import allot, read, to_stages
+from entasis.grow import layer_importance
+from entasis.shape import cost, selectors
+from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.train.training_plans import plan as training_plans
+from entasis.train.training_plans.plan import lay_out, read
 
 NUMBERS = [0.1, 3.0, 0.2, 0.4, 2.0, 0.3]
 PLANS = {
@@ -20,12 +23,22 @@ PLANS = {
     },
     "lisa": {"importance": NUMBERS, "layers": 2, "every": "10%"},
     "freezeout": {},
+    "autofreeze": {"looks": 3, "tokens": 64},
 }  # fmt: skip
+MEASURED = [NUMBERS, [0.1, 1.0, 0.2, 0.4, 1.0, 0.2], [0.1, 1.0, 0.2, 0.4, 3.0, 0.3]]
+"""As many measurements as any of the plans makes."""
 
 
-def stages(name, *, steps=100, seed=0, n_layers=6, **options):
-    plan = read({name: {**PLANS[name], **options}})
-    return to_stages(plan, n_layers, steps, 512, seed)
+def shape_of(n_layers):
+    return ModelShape(d_model=32, head_dim=8, vocabulary=64, layers=(LayerShape(4, 2, 64),) * n_layers)
+
+
+def stages(name, *, steps=100, seed=0, n_layers=6, measured=MEASURED, **options):
+    plan = read({name: {**PLANS.get(name, {}), **options}})
+    measured = measured[: plan.measurements]
+    return lay_out(
+        plan, shape_of(n_layers), steps=steps, batch_tokens=512, sequence=64, seed=seed, measured=measured
+    )
 
 
 def lengths(found):
@@ -48,12 +61,78 @@ def test_a_plan_spends_every_step_and_keeps_the_moments(name, steps):
     assert [s["optimizer_state"] for s in found] == ["reset"] + ["keep"] * (len(found) - 1)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 500))
-def test_steps_are_allotted_within_one_of_their_share(parts, steps):
-    found = allot([p / sum(parts) for p in parts], steps)
-    assert sum(found) == steps
-    for part, got in zip(parts, found, strict=True):
-        assert abs(got - Fraction(part, sum(parts)) * steps) <= 1
+def flops(found, n_layers=6):
+    shape = shape_of(n_layers)
+    return sum(
+        stage["tokens"] * cost.stage_flops_per_token(shape, selectors.select(shape, stage["trainable"]), 64)
+        for stage in found
+    )
+
+
+@pytest.mark.parametrize("name", PLANS)
+@given(steps=st.integers(20, 400))
+def test_at_equal_flops_a_plan_spends_what_training_everything_would(name, steps):
+    plan = read({name: {**PLANS[name], "spend": "flops"}})
+    found = stages(name, steps=steps, spend="flops")
+    each = 512 * cost.flops_per_token(shape_of(6), 64)
+    measured = plan.measurements * training_plans.measurement_flops(plan, shape_of(6), 64)
+    assert flops(found) + measured == pytest.approx(steps * each, abs=0.51 * each)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("spend", ["tokens", "flops"])
+def test_the_parts_of_the_schedule_join(name, spend):
+    parts = [stage["schedule_part"] for stage in stages(name, spend=spend)]
+    assert parts[0][0] == 0 and parts[-1][1] == pytest.approx(1, abs=0.01)
+    assert all(a[1] == b[0] and a[0] < a[1] for a, b in itertools.pairwise(parts))
+
+
+def test_backward_stops_below_the_lowest_layer_that_learns():
+    """Without the embedding a plan of the top layers gets more tokens for the same FLOPs."""
+    top = {"importance": [0, 0, 0, 0, 1, 1], "groups": 3, "final": 0, "spread": 0.9, "spend": "flops"}
+    with_embedding = stages("importance_groups", **top)
+    without = stages("importance_groups", **top, always=["final_norm", "head"])
+    assert sum(lengths(without)) > 1.1 * sum(lengths(with_embedding)) > 1.1 * 100
+
+
+def test_a_plan_that_measures_is_known_up_to_its_next_measurement():
+    online = {"importance": {"measure": "skip", "after": 0.2}, "final": 0.4}
+    first = stages("importance_groups", measured=[], **online)
+    assert [s["trainable"] for s in first] == ["all"] and lengths(first) == [20]
+    then = stages("importance_groups", **online)
+    assert then[0] == first[0] and sum(lengths(then)) == 100
+    assert [layers(s) for s in then[1:-1]] == [[1, 4], [3, 5], [0, 2]]
+
+
+def test_mistakes_in_what_comes_after_a_measurement_are_named_before_it():
+    with pytest.raises(UserError, match="groups is 9"):
+        stages("importance_groups", importance={"after": 0.2}, groups=9, measured=[])
+
+
+def test_autofreeze_freezes_from_the_bottom_what_has_settled():
+    found = stages("autofreeze", steps=400, percentile=50)
+    # Changes between the first two looks: 0, 2/3, 0, 0, 1/2, 1/3; the median is 1/6, so only layer 0 is frozen.
+    # Between the second and the third, layers 1 to 5: 0, 0, 0, 2, 1/2; the median is 0, and nothing lies below it.
+    assert [s["trainable"] if s["trainable"] == "all" else layers(s) for s in found] == [
+        "all",
+        "all",
+        [1, 2, 3, 4, 5],
+        [1, 2, 3, 4, 5],
+    ]
+    settled = [[1.0] * 6, [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], [1.0, 1.1, 1.2, 1.3, 2.4, 2.5]]
+    found = stages("autofreeze", measured=settled, percentile=99)
+    assert [layers(s) for s in found[2:]] == [[5], [5]]
+
+
+def test_measurements_that_eat_the_budget_are_refused():
+    with pytest.raises(UserError, match="more than half of the run's FLOPs"):
+        stages("autofreeze", spend="flops", steps=2, tokens=10_000)
+
+
+def test_every_measure_that_a_plan_may_name_is_there():
+    assert set(training_plans.Measurement.model_fields["measure"].annotation.__args__) == set(
+        layer_importance.MEASURES
+    )
 
 
 def test_groups_follow_importance():
@@ -63,7 +142,8 @@ def test_groups_follow_importance():
     # Means of 1 - 0.5 … 1 + 0.5 over the groups, by hand.
     counts = [0.5 + (v - 0.1) / 2.9 for v in NUMBERS]
     means = [sum(counts[i] for i in g) / 2 for g in ([1, 4], [3, 5], [0, 2])]
-    assert lengths(found)[:-1] == allot([0.6 * m / sum(means) for m in means] + [0.4], 100)[:-1]
+    for length, mean in zip(lengths(found)[:-1], means, strict=True):
+        assert length == pytest.approx(60 * mean / sum(means), abs=1)
 
 
 def test_a_shuffled_control_has_the_same_lengths_in_other_places():
@@ -72,19 +152,25 @@ def test_a_shuffled_control_has_the_same_lengths_in_other_places():
     assert [s["trainable"] for s in plain] != [s["trainable"] for s in control]
 
 
+def paper(**options):
+    plan = read({"growth_transformer": options})
+    return lay_out(plan, shape_of(12), steps=120, batch_tokens=512, sequence=64, seed=0)
+
+
 def test_the_six_phases_of_growth_transformer_training():
-    found = to_stages(read({"growth_transformer": {}}), 12, 120, 512, 0)
+    found = paper()
     assert lengths(found) == [30, 20, 20, 20, 15, 15]
     assert [layers(s) for s in found[:-1]] == [[4, 5], [1, 2], [8, 9], [7, 8, 9, 10], [0, 3, 6, 11]]
     assert found[4]["transition"] == {"scale": {"layers": [0, 3, 6, 11], "factor": 0.9}}
     assert found[-1]["trainable"] == "all"
-    left_out = to_stages(read({"growth_transformer": {"left_out": [6]}}), 12, 120, 512, 0)
+    left_out = paper(left_out=[6])
     assert layers(left_out[4]) == [0, 3, 11]
 
 
 def test_lisa_draws_important_layers_more_often_and_each_once_a_period():
     found = stages("lisa", steps=4000, every=1, spread=0.9)
     drawn = Counter()
+    assert len(found) == 4000
     for stage in found:
         assert len(set(layers(stage))) == 2
         drawn.update(dict.fromkeys(layers(stage), stage["tokens"] // 512))
