@@ -26,6 +26,7 @@ VERBS = {
     "generate": "continue a text",
     "evaluate": "score a model on text and on lm-eval tasks",
     "anatomy": "dissect a trained model layer by layer",
+    "grow": "make a larger model of a trained one",
     "export": "hand a model to transformers or llama.cpp",
     "import": "make a model of a Hugging Face folder or a GGUF file",
 }

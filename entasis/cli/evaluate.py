@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entasis.cli.numbers import amount, whole
 from entasis.errors import UserError
 
 if TYPE_CHECKING:
-    from entasis.data.corpus import Corpus
     from entasis.evaluate.loading import Loaded
 
 
@@ -88,60 +85,39 @@ def _interval(score: dict[str, Any]) -> str:
 
 
 def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
-    from entasis.data.corpus import INDEX, Corpus
-    from entasis.data.prepare import prepare
-
-    if loaded.tokenizer is None:
-        raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
-    if (Path(args.text) / INDEX).is_file():
-        corpus = Corpus(args.text)
-        corpus.verify()
-        if corpus.tokenizer_hash != loaded.tokenizer.hash:
-            raise UserError(
-                f"{args.text}: made with another tokenizer than the model's; give the text itself"
-            )
-        return _score(loaded, corpus, args)
-    with tempfile.TemporaryDirectory() as folder:
-        named = Path(folder) / "tokenizer.json"
-        loaded.tokenizer.save(named)
-        prepare([args.text], Path(folder) / "corpus", tokenizer=named, validation=0)
-        return _score(loaded, Corpus(Path(folder) / "corpus" / "train"), args)
-
-
-def _score(loaded: Loaded, corpus: Corpus, args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from entasis.evaluate.bits_per_byte import evaluate, interval
+    from entasis.evaluate.bits_per_byte import interval
+    from entasis.evaluate.scoring import corpus_of, score
 
-    sequence = args.sequence or min(1024, loaded.shape.context)
-    if loaded.shape.positions == "learned" and sequence > loaded.shape.context:
-        raise UserError(f"--sequence is {sequence}; the model has positions for {loaded.shape.context}")
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+    if loaded.tokenizer is None:
+        raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
+    with (
+        corpus_of(args.text, loaded.tokenizer) as corpus,
+        Progress(console=Console(file=sys.stderr), transient=True) as bar,
+    ):
         task = bar.add_task("tokens", total=None)
-        score = evaluate(
-            loaded.model,
+        found = score(
+            loaded,
             corpus,
-            sequence=sequence,
-            batch=4,
-            device=loaded.device,
-            max_tokens=args.tokens,
-            tokenizer=loaded.tokenizer,
+            sequence=args.sequence,
+            tokens=args.tokens,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    sampled, over = score, "documents"
-    if score.blocks:
+    sampled, over = found, "documents"
+    if found.blocks:
         # What holds for the rest of this text; another document may differ by more.
-        sampled, size = score.blocks, int(score.blocks.document_tokens[0])
+        sampled, size = found.blocks, int(found.blocks.document_tokens[0])
         over = f"{len(sampled.document_nll)} blocks of {size:,} tokens of one document"
-    found = interval(sampled)
+    limits = interval(sampled)
     return {
-        "bits_per_byte": score.bits_per_byte,
-        "interval": found,
-        "interval_over": over if found else None,
-        "perplexity": score.perplexity,
-        "nll": score.nll_sum,
-        "tokens": score.tokens,
-        "bytes": score.bytes,
-        "documents": len(score.document_nll),
+        "bits_per_byte": found.bits_per_byte,
+        "interval": limits,
+        "interval_over": over if limits else None,
+        "perplexity": found.perplexity,
+        "nll": found.nll_sum,
+        "tokens": found.tokens,
+        "bytes": found.bytes,
+        "documents": len(found.document_nll),
     }

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         return _list(args.json)
     if args.sequence < 1:
         raise UserError(f"--sequence is {args.sequence}; it must be at least 1")
-    named = [(_label(name), _read(name)) for name in args.shapes]
+    named = [(_label(name), read_shape(name)) for name in args.shapes]
     if own := _own(args):
         named.append((str(own.get("profile", "own")), specification.resolve(own)))
     if not named:
@@ -266,10 +266,10 @@ def _own(args: argparse.Namespace) -> dict[str, Any]:
         pairs.append(f"budget.{args.budget}" if equals and kind else f"budget={args.budget}")
     if not pairs and not args.set:
         return {}
-    return _pairs([*pairs, *(["tied_embeddings=true"] if args.tied else []), *args.set])
+    return read_pairs([*pairs, *(["tied_embeddings=true"] if args.tied else []), *args.set])
 
 
-def _read(name: str) -> Solution:
+def read_shape(name: str) -> Solution:
     """A shape by preset, by key=value pairs, or from a file."""
     path = Path(name)
     if path.is_dir() and (path / "shape.json").is_file():
@@ -283,16 +283,16 @@ def _read(name: str) -> Solution:
             source = source["shape"]
         return specification.resolve(source)
     if "=" in name:
-        return specification.resolve(_pairs(_split(name)))
+        return specification.resolve(read_pairs(split_pairs(name)))
     return Solution(presets.preset(name))
 
 
 def _label(name: str) -> str:
     """A file's or preset's own name; the profile of a list of pairs, which would be too long."""
-    return str(_pairs(_split(name)).get("profile", name)) if "=" in name else name
+    return str(read_pairs(split_pairs(name)).get("profile", name)) if "=" in name else name
 
 
-def _split(text: str) -> list[str]:
+def split_pairs(text: str) -> list[str]:
     """Pairs between commas; a comma inside brackets belongs to the value."""
     pairs, depth, start = [], 0, 0
     for i, letter in enumerate(text):
@@ -303,7 +303,7 @@ def _split(text: str) -> list[str]:
     return [*pairs, text[start:]]
 
 
-def _pairs(pairs: list[str]) -> dict[str, Any]:
+def read_pairs(pairs: list[str]) -> dict[str, Any]:
     """`a=1`, `b.c=2` as a nested mapping; values are YAML."""
     result: dict[str, Any] = {}
     for pair in pairs:

@@ -72,6 +72,11 @@ class ParameterMap:
         """The first of the sources."""
         return self.sources[0][0] if self.sources else None
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether it is one old parameter, along other places at most: nothing is added up."""
+        return len(self.sources) == 1 and self.sources[0][1] == 1.0
+
     def make(self, old: torch.Tensor | None, like: torch.Tensor, *, factors: bool = True) -> torch.Tensor:
         """One old parameter along the new axes, in `like`'s dtype and device; moments are taken without the `factors`.
 
@@ -96,7 +101,7 @@ class ParameterMap:
         """The new parameter: the sum of its sources' shares, computed in fp32 at least, in `like`'s dtype."""
         import torch
 
-        if not self.sources or (len(self.sources) == 1 and self.sources[0][1] == 1.0):
+        if not self.sources or self.is_moved:
             return self.make(read(self.sources[0][0]) if self.sources else None, like)
         wide = torch.promote_types(like.dtype, torch.float32)
         parts = (self.make(read(name), like).to(wide) * share for name, share in self.sources)

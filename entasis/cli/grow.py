@@ -1,0 +1,261 @@
+"""Grow a trained model: more layers, or wider ones, from the weights it has.
+
+examples:
+  entasis grow runs/tiny grown/tiny --operator llama_pro --after uniform:2
+  entasis grow imported/smollm2 grown/smollm2 --operator average --after 15..18 --text book.txt
+  entasis grow imported/smollm2 grown/smollm2 --operator interpolate --after top:4 t=0.3 method=slerp
+  entasis grow runs/tiny grown/crown --operator duplicate --after middle:2 --profile crown --dry-run
+  entasis grow --list
+
+Where: `--after 15..28`, a list `3,7,11`, `uniform:8`, `top:8`, `middle:8`; "after i" lies between layers i and i + 1. An
+operator's other options are written key=value. The new folder is a model like any other, and says of every layer where
+it came from (provenance.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from entasis.cli import overrides
+from entasis.cli.numbers import amount, seed, whole
+from entasis.errors import UserError
+
+if TYPE_CHECKING:
+    from entasis.grow.folder import Growth
+    from entasis.grow.growth import Operator
+    from entasis.shape.shapes import ModelShape
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a finished run or an imported model")
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", help="the folder to make; must not exist, or be empty"
+    )
+    parser.add_argument("--list", action="store_true", help="name all operators, with their rules")
+    parser.add_argument("--operator", metavar="NAME", help="how new layers or units are made")
+    parser.add_argument("--after", metavar="PLACES", help="where layers are inserted")
+    parser.add_argument(
+        "--to-shape",
+        metavar="SPEC",
+        help="then every layer's widths: a preset, a file or key=value,…, as in entasis shape",
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="then the widths of this profile, at the new depth and with as many parameters",
+    )
+    parser.add_argument("--text", metavar="PATH", help="measure the loss before and after on this text")
+    parser.add_argument("--tokens", type=amount(1), help="of the text, such as 20k (default: all)")
+    parser.add_argument("--sequence", type=whole(1), help="tokens read at once (the context, at most 1024)")
+    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn (0)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    overrides.accept(parser, dashes=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list:
+        return _list(args.json)
+    if args.model is None or (args.folder is None and not args.dry_run):
+        raise UserError("name the model and the folder to make (entasis grow --help says more)")
+    from entasis.grow.folder import grow_folder, plan_growth
+
+    operators = _operators(args)
+    planned = plan_growth(args.model, operators)
+    if args.dry_run:
+        return _tell(planned, args, None)
+    with _bar("growing", "numbers") as advance:
+        done = grow_folder(args.model, args.folder, operators, seed=args.seed, progress=advance)
+    losses = _losses(args) if args.text else None
+    return _tell(done, args, losses)
+
+
+def _operators(args: argparse.Namespace) -> list[Operator]:
+    """What is to be done, one after another. Raises `UserError`."""
+    from entasis.cli.shape import read_pairs
+    from entasis.grow.growth import read_operator
+    from entasis.model.weights import read_shape
+
+    shape = read_shape(args.model)
+    options = read_pairs(args.set)
+    if args.after is not None:
+        options["after"] = args.after
+    if args.operator is None and (options or not (args.to_shape or args.profile)):
+        raise UserError("name an --operator (entasis grow --list), a --to-shape or a --profile")
+    operators = [read_operator(args.operator, options, f"grow: {args.operator}")] if args.operator else []
+    for operator in operators:
+        shape = operator.plan(shape).shape
+    if args.to_shape and args.profile:
+        raise UserError("give --to-shape or --profile, not both")
+    if args.to_shape or args.profile:
+        target = [layer.to_dict() for layer in _target(args, shape).layers]
+        if len(target) != shape.n_layers:
+            raise UserError(
+                f"--to-shape has {len(target)} layers, and the model {shape.n_layers} by then; "
+                "name the --operator and the places that make the depths equal"
+            )
+        operators.append(read_operator("reshape", {"target": target}, "grow: reshape"))
+    return operators
+
+
+def _target(args: argparse.Namespace, shape: ModelShape) -> ModelShape:
+    """The shape whose layers are wanted; what is not said of it is as in the model. Raises `UserError`."""
+    from entasis.cli.shape import read_pairs, read_shape, split_pairs
+    from entasis.shape import cost, specification
+
+    if args.to_shape and "=" not in args.to_shape:
+        return read_shape(args.to_shape).shape
+    known: dict[str, Any] = {key: value for key, value in shape.to_dict().items() if key != "layers"}
+    ratios = {layer.n_heads // layer.n_kv_heads for layer in shape.layers if layer.n_heads}
+    if len(ratios) == 1:
+        known["q_per_kv"] = ratios.pop()
+    if args.to_shape:
+        wanted = read_pairs(split_pairs(args.to_shape))
+    else:
+        wanted = {"profile": args.profile, "budget": cost.parameters(shape)}
+    return specification.resolve({"layers": shape.n_layers, **known, **wanted}).shape
+
+
+def _losses(args: argparse.Namespace) -> dict[str, Any]:
+    """Bits per byte and nats per token before and after, on the same text."""
+    from entasis.evaluate.loading import load
+    from entasis.evaluate.scoring import corpus_of, score
+
+    result: dict[str, Any] = {}
+    for when, folder in (("before", args.model), ("after", args.folder)):
+        loaded = load(folder)
+        if loaded.tokenizer is None:
+            raise UserError(
+                f"{folder}: has no tokenizer.json, so no text can be scored; the model is written"
+            )
+        with corpus_of(args.text, loaded.tokenizer) as corpus, _bar(f"loss {when}", "tokens") as advance:
+            found = score(loaded, corpus, sequence=args.sequence, tokens=args.tokens, progress=advance)
+        result[when] = {
+            "bits_per_byte": found.bits_per_byte,
+            "nats_per_token": found.nll_sum / found.tokens,
+            "tokens": found.tokens,
+        }
+    return result
+
+
+def _tell(growth: Growth, args: argparse.Namespace, losses: dict[str, Any] | None) -> int:
+    from entasis.grow.growth import name_of
+    from entasis.shape import cost
+
+    old, new = growth.shapes[0], growth.shape
+    newest = sum(cost.layer_parameters(new, i) for i in growth.lineage.newest)
+    answer: dict[str, Any] = {
+        "model": args.model,
+        "folder": None if args.dry_run else args.folder,
+        "operators": [name_of(x) for x in growth.operators],
+        "keeps_function": growth.keeps_function,
+        "parameters": {"before": cost.parameters(old), "after": cost.parameters(new), "new_layers": newest},
+        "flops_per_token": {
+            when: cost.flops_per_token(shape, min(1024, shape.context), training=False)
+            for when, shape in (("before", old), ("after", new))
+        },
+        "bytes": growth.bytes,
+        "memory_bytes": {
+            "growing": growth.memory,
+            "training_all": 16 * cost.parameters(new),
+            "training_new": 4 * cost.parameters(new) + 12 * newest,
+        },
+        "layers": [
+            {**row, **layer.to_dict()}
+            for row, layer in zip(growth.lineage.to_list(), new.layers, strict=True)
+        ],
+        "diagnostics": growth.diagnostics,
+        "loss": losses,
+    }
+    print(json.dumps(answer)) if args.json else _print(answer)
+    return 0
+
+
+def _print(answer: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    table = Table("layer", "from", "operator", "heads", "KV heads", "FFN", box=None)
+    for i, row in enumerate(answer["layers"]):
+        source = ", ".join(map(str, row["sources"])) or "drawn"
+        new = " (new)" if row["new"] else ""
+        table.add_row(
+            str(i),
+            source,
+            f"{row['operator'] or ''}{new}",
+            *(str(row[k]) for k in ("n_heads", "n_kv_heads", "d_ff")),
+        )
+    console.print(table)
+    count, memory = answer["parameters"], answer["memory_bytes"]
+    flops = answer["flops_per_token"]
+    print(
+        f"{count['before']:,} → {count['after']:,} parameters, {count['new_layers']:,} of them in new layers; "
+        f"forward {flops['after'] / flops['before']:.3f} × per token"
+    )
+    print(
+        f"weights {_size(answer['bytes'])}; memory to grow about {_size(memory['growing'])} (beside torch), to train without "
+        f"activations {_size(memory['training_all'])}, only new layers {_size(memory['training_new'])}"
+    )
+    for name, found in answer["diagnostics"].items():
+        print(f"{name}: {json.dumps(found)}")
+    if losses := answer["loss"]:
+        before, after = losses["before"], losses["after"]
+        print(
+            f"loss on {before['tokens']:,} tokens: {before['nats_per_token']:.4f} → {after['nats_per_token']:.4f} nats per token, "
+            f"{before['bits_per_byte']:.4f} → {after['bits_per_byte']:.4f} bits per byte"
+        )
+    elif not answer["keeps_function"]:
+        print("the grown model computes something else; --text FILE measures its loss before and after")
+    if answer["folder"]:
+        print(f"written: {answer['folder']}")
+
+
+def _list(as_json: bool) -> int:
+    from entasis.grow import operators  # noqa: F401  (registers them)
+    from entasis.grow.growth import OPERATORS
+
+    known: dict[str, dict[str, Any]] = {
+        name: {
+            "rule": " ".join((kind.__doc__ or "").split()),
+            "keeps_function": kind.keeps_function,
+            "options": {
+                field: None if f.is_required() else f.get_default(call_default_factory=True)
+                for field, f in kind.model_fields.items()
+            },
+        }
+        for name, kind in sorted(OPERATORS.items())
+    }
+    if as_json:
+        print(json.dumps(known))
+        return 0
+    for name, about in known.items():
+        print(f"{name} ({', '.join(about['options'])}){', computes the same' * about['keeps_function']}")
+        print(f"    {about['rule']}")
+    return 0
+
+
+@contextlib.contextmanager
+def _bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; gives what moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"

@@ -1,0 +1,59 @@
+"""Bits per byte of a model on text as it lies there: a corpus, a text file or a folder of them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from entasis.data.corpus import INDEX, Corpus
+from entasis.data.prepare import prepare
+from entasis.data.tokenizer import Tokenizer
+from entasis.errors import UserError
+from entasis.evaluate.bits_per_byte import Score, evaluate
+from entasis.evaluate.loading import Loaded
+
+
+@contextlib.contextmanager
+def corpus_of(text: str | Path, tokenizer: Tokenizer) -> Iterator[Corpus]:
+    """The text as a corpus of this tokenizer, prepared in a temporary folder unless it is one. Raises `UserError`."""
+    if (Path(text) / INDEX).is_file():
+        corpus = Corpus(str(text))
+        corpus.verify()
+        if corpus.tokenizer_hash != tokenizer.hash:
+            raise UserError(f"{text}: made with another tokenizer than the model's; give the text itself")
+        yield corpus
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        named = Path(folder) / "tokenizer.json"
+        tokenizer.save(named)
+        prepare([text], Path(folder) / "corpus", tokenizer=named, validation=0)
+        yield Corpus(Path(folder) / "corpus" / "train")
+
+
+def score(
+    loaded: Loaded,
+    corpus: Corpus,
+    *,
+    sequence: int | None = None,
+    tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """The score of whole documents up to so many `tokens`, read `sequence` at once (the context, at most 1024).
+
+    Raises `UserError` for more than a table of positions has.
+    """
+    sequence = sequence or min(1024, loaded.shape.context)
+    if loaded.shape.positions == "learned" and sequence > loaded.shape.context:
+        raise UserError(f"--sequence is {sequence}; the model has positions for {loaded.shape.context}")
+    return evaluate(
+        loaded.model,
+        corpus,
+        sequence=sequence,
+        batch=4,
+        device=loaded.device,
+        max_tokens=tokens,
+        tokenizer=loaded.tokenizer,
+        progress=progress,
+    )

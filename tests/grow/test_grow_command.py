@@ -1,0 +1,318 @@
+"""`entasis grow`: real folders in, models out that compute the same or tell by how much they do not."""
+
+import json
+import resource
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from entasis.cli import main
+from entasis.data import tokenizer
+from entasis.interop.importing import import_model
+from entasis.model import weights
+from entasis.model.transformer import Transformer
+from entasis.shape.shapes import LayerShape, ModelShape
+from tests.grow.test_resize import random_model
+from tests.interop import tiny_checkpoints as tiny
+
+IDS = tiny.tokens()
+EQUAL = ModelShape(d_model=32, head_dim=8, vocabulary=300, layers=(LayerShape(4, 2, 64),) * 4, context=64)
+UNEQUAL = replace(EQUAL, layers=(LayerShape(4, 2, 64), LayerShape(2, 1, 32), LayerShape(4, 4, 64)))
+
+
+@torch.no_grad()
+def logits(folder, ids=IDS):
+    return weights.load(folder, dtype=torch.float32).eval()(ids)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a model and its tokenizer: `model(shape)`."""
+    trained = tokenizer.train(["some words and some more words, 12345\n" * 20], 270)
+
+    def make(shape=EQUAL, name="model"):
+        folder = tmp_path / name
+        folder.mkdir()
+        weights.save(random_model(shape).float(), folder)
+        trained.save(folder / "tokenizer.json")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"chat_template": "{{ messages[0].content }}"})
+        )
+        return folder
+
+    return make
+
+
+def grow(*words, code=0):
+    assert main(["grow", *map(str, words)]) == code
+
+
+def family(name, folder):
+    if name == "openelm":
+        source = tiny.save_folder(folder / "source", tiny.OPENELM, tiny.openelm_weights())
+    elif name == "decilm":
+        state = {k: v for k, v in tiny.DeciLM().state_dict().items() if not k.startswith("rotary")}
+        source = tiny.save_folder(folder / "source", tiny.DECI, state)
+    else:
+        source = folder / "source"
+        tiny.hugging_face(name).save_pretrained(source)
+    import_model(source, folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("name", [*tiny.CASES, "openelm", "decilm"])
+def test_every_family_computes_the_same_after_growing(name, tmp_path, capsys):
+    source = family(name, tmp_path)
+    shape = weights.read_shape(source)
+    commands = {"llama_pro": ["--after", "0,2"]}
+    if shape.uniform:
+        commands["zero_average"] = ["--after", "top:2"]
+        wide = shape.layers[0]
+        if shape.qk_norm != "full":
+            commands["widen"] = [
+                f"n_heads={2 * wide.n_heads}",
+                f"n_kv_heads={wide.n_kv_heads}",
+                f"d_ff={wide.d_ff + 9}",
+            ]
+        else:
+            commands["widen"] = [f"n_heads={2 * wide.n_heads}", f"n_kv_heads={2 * wide.n_kv_heads}"]
+    for operator, options in commands.items():
+        grow(source, tmp_path / operator, "--operator", operator, *options)
+        torch.testing.assert_close(logits(tmp_path / operator), logits(source), atol=1e-5, rtol=0)
+        assert "computes something else" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "scales", [{"norm_scaling": True}, {"residual_scale": 0.7}, {"tied_embeddings": True}]
+)
+def test_factors_of_a_place_go_along(model, tmp_path, scales):
+    source = model(replace(EQUAL, **scales))
+    for operator in ("llama_pro", "zero_average"):
+        grow(source, tmp_path / operator, "--operator", operator, "--after", "0,1")
+        torch.testing.assert_close(logits(tmp_path / operator), logits(source), atol=1e-4, rtol=1e-5)
+
+
+def test_the_folder_is_a_model_with_everything_it_needs(model, tmp_path, capsys):
+    source = model()
+    grow(source, tmp_path / "grown", "--operator", "average", "--after", "uniform:2", "--json")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["parameters"]["after"] == sum(
+        x.numel() for x in load_file(tmp_path / "grown/model.safetensors").values()
+    )
+    assert [row["sources"] for row in answer["layers"]] == [[0], [0, 1], [1], [2], [2, 3], [3]]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "grown" / name).read_bytes() == (source / name).read_bytes()
+    told = json.loads((tmp_path / "grown" / "provenance.json").read_text())
+    assert told["operators"] == [{"operator": "average", "after": "uniform:2"}]
+    assert told["from"]["weights"] == weights.fingerprint(source)
+    assert [(row["id"], row["new"]) for row in told["layers"]] == [
+        (0, False), (4, True), (1, False), (2, False), (5, True), (3, False),
+    ]  # fmt: skip
+    grow(tmp_path / "grown", tmp_path / "more", "--operator", "append_last", "count=1")
+    told = json.loads((tmp_path / "more" / "provenance.json").read_text())
+    assert [row["id"] for row in told["layers"]] == [0, 4, 1, 2, 5, 3, 6]
+    assert [row["new"] for row in told["layers"]] == [False] * 6 + [True]
+    assert told["from"]["provenance"]["operators"][0]["operator"] == "average"
+
+
+def test_bf16_stays_bf16(model, tmp_path):
+    source = model()
+    loaded = weights.load(source, dtype=torch.bfloat16)
+    weights.save(loaded, source)
+    grow(source, tmp_path / "grown", "--operator", "average", "--after", "0")
+    found = load_file(tmp_path / "grown" / "model.safetensors")
+    assert {x.dtype for x in found.values()} == {torch.bfloat16}
+    name = "feedforward.up.weight"
+    a, b = (loaded.blocks[i].get_parameter(name).float() for i in (0, 1))
+    torch.testing.assert_close(found[f"blocks.1.{name}"], ((a + b) / 2).bfloat16())
+
+
+def test_the_loss_is_measured_before_and_after(model, tmp_path, capsys):
+    source, text = model(), tmp_path / "text.txt"
+    text.write_text("some more words and some words\n" * 40)
+    grow(source, tmp_path / "a", "--operator", "half_step", "--after", "1", "--text", text, "--json")
+    losses = json.loads(capsys.readouterr().out)["loss"]
+    assert losses["before"]["tokens"] == losses["after"]["tokens"]
+    assert losses["before"]["nats_per_token"] != losses["after"]["nats_per_token"]
+    assert main(["evaluate", str(tmp_path / "a"), "--text", str(text), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["text"]
+    assert told["bits_per_byte"] == losses["after"]["bits_per_byte"]
+    grow(source, tmp_path / "b", "--operator", "llama_pro", "--after", "1", "--text", text)
+    said = capsys.readouterr().out
+    assert "loss on" in said and "computes something else" not in said
+
+
+def test_a_dry_run_writes_nothing(model, tmp_path, capsys):
+    source = model()
+    before = sorted(tmp_path.iterdir())
+    grow(source, "--operator", "stack", "times=3", "--dry-run", "--json")
+    answer = json.loads(capsys.readouterr().out)
+    assert (
+        len(answer["layers"]) == 12
+        and answer["folder"] is None
+        and answer["memory_bytes"]["training_new"] > 0
+    )
+    grow(source, tmp_path / "grown", "--operator", "stack", "--dry-run")
+    assert "8 kB" not in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_from_one_list_of_layers_to_another(model, tmp_path, capsys):
+    source, other = (
+        model(),
+        model(replace(UNEQUAL, layers=(*UNEQUAL.layers[:2], LayerShape(6, 3, 128)) * 2), "other"),
+    )
+    grow(
+        source,
+        tmp_path / "grown",
+        "--operator",
+        "llama_pro",
+        "--after",
+        "top:2",
+        "--to-shape",
+        other,
+        "--json",
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert weights.read_shape(tmp_path / "grown").layers == weights.read_shape(other).layers
+    assert [row["sources"] for row in told["layers"]] == [[0], [1], [1], [2], [2], [3]]
+    assert [row["new"] for row in told["layers"]] == [False, False, True, False, True, False]
+    assert told["layers"][2]["operator"] == "llama_pro + reshape"
+    assert logits(tmp_path / "grown").isfinite().all()
+    assert [p.name for p in (tmp_path / "grown").iterdir() if p.is_dir()] == []
+    grow(source, tmp_path / "x", "--to-shape", other, code=2)
+    assert "has 6 layers, and the model 4" in capsys.readouterr().err
+
+
+def test_a_profile_is_drawn_anew_at_the_new_depth(model, tmp_path, capsys):
+    source = model()
+    grow(
+        source,
+        tmp_path / "grown",
+        "--operator",
+        "duplicate",
+        "--after",
+        "uniform:2",
+        "--profile",
+        "crown",
+        "--json",
+    )
+    told = json.loads(capsys.readouterr().out)
+    widths = [row["d_ff"] for row in told["layers"]]
+    assert len(widths) == 6 and max(widths) > min(widths)
+    equal = (
+        6 / 4 * sum(x.numel() for n, x in load_file(source / "model.safetensors").items() if "blocks" in n)
+    )
+    outside = sum(x.numel() for n, x in load_file(source / "model.safetensors").items() if "blocks" not in n)
+    assert told["parameters"]["after"] == pytest.approx(equal + outside, rel=0.02)
+
+
+def test_narrowing_keeps_what_the_score_ranks_first(model, tmp_path):
+    source = model()
+    grow(
+        source,
+        tmp_path / "wide",
+        "--operator",
+        "widen",
+        "d_ff=80",
+        "n_heads=6",
+        "n_kv_heads=3",
+        "new_units=zeros",
+    )
+    for importance in ("norm", "first"):
+        grow(
+            tmp_path / "wide",
+            tmp_path / importance,
+            "--operator",
+            "narrow",
+            "d_ff=64",
+            "n_heads=4",
+            "n_kv_heads=2",
+            f"importance={importance}",
+        )
+        torch.testing.assert_close(logits(tmp_path / importance), logits(source), atol=1e-5, rtol=0)
+
+
+def test_copies_of_a_unit_learn_different_things(model, tmp_path):
+    source = model()
+    for noise in (0, 0.5):
+        folder = tmp_path / f"noise-{noise}"
+        grow(source, folder, "--operator", "widen", "d_ff=128", "n_heads=8", "n_kv_heads=4", f"noise={noise}")
+        torch.testing.assert_close(logits(folder), logits(source), atol=2e-5, rtol=0)
+        grown: Transformer = weights.load(folder)
+        optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (grown.loss(IDS[:, :-1], IDS[:, 1:]) / IDS.numel()).backward()
+            optimizer.step()
+        up = grown.blocks[1].feedforward.up.weight.detach()
+        value = grown.blocks[1].attention.value.weight.detach()
+        apart = [(x[: len(x) // 2] - x[len(x) // 2 :]).abs().max() for x in (up, value)]
+        assert all(x > 1e-4 for x in apart) if noise else all(x < 1e-5 for x in apart)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--operator", "average", "--after", "2..3"], "grow: average: after 3 is not a place in 4 layers"),
+        (
+            ["--operator", "average", "--after", "9"],
+            "after 9 is not a place in 4 layers; they go from 0 to 2",
+        ),
+        (["--operator", "avrage", "--after", "0"], "did you mean average?"),
+        (["--operator", "average"], "grow: average: after is missing"),
+        (["--operator", "average", "--after", "0", "t=1"], "unknown key t"),
+        (["--operator", "widen", "d_ff=1"], "layer 0: target is narrower than the layer; use narrow"),
+        (["--operator", "narrow", "d_ff=1000"], "target is wider than the layer; use widen"),
+        (["--operator", "widen"], "give target (a list of layers), or n_heads"),
+        (["--operator", "widen", "n_heads=5"], "layer 0: n_kv_heads is 2, which does not divide n_heads 5"),
+        (
+            ["--operator", "narrow", "d_ff=32", "importance=luck"],
+            "importance is 'luck'; choose one of norm, first",
+        ),
+        (["--after", "0"], "name an --operator"),
+        ([], "name an --operator"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(model, tmp_path, capsys, words, says):
+    source = model()
+    grow(source, tmp_path / "grown", *words, code=2)
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_damage_a_full_disk_and_numbers_that_are_not_finite_leave_nothing(model, tmp_path, capsys):
+    source = model(replace(EQUAL, d_model=128))
+    words = (source, tmp_path / "grown", "--operator", "average", "--after", "0")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        grow(*words, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert " needed, " in error and " free" in error and error.count("\n") == 1
+    tensors = load_file(source / "model.safetensors")
+    tensors["blocks.1.feedforward.up.weight"][0, 0] = torch.inf
+    save_file(tensors, source / "model.safetensors")
+    grow(*words, code=1)
+    assert (
+        "blocks.1.feedforward.up.weight came out with numbers that are not finite" in capsys.readouterr().err
+    )
+    (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-40])
+    grow(*words, code=2)
+    assert capsys.readouterr().err.startswith("entasis: damaged: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_that_were_changed_are_refused(model, tmp_path, capsys):
+    source = model()
+    content = bytearray((source / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (source / "model.safetensors").write_bytes(content)
+    grow(source, tmp_path / "grown", "--operator", "average", "--after", "0", code=2)
+    assert "does not hold the weights that were saved" in capsys.readouterr().err
+    assert not (tmp_path / "grown").exists()
