@@ -88,6 +88,15 @@ def _chosen(auto: dict[str, Any]) -> str:
     )
 
 
+def _told_of_stage(stage: dict[str, Any]) -> str:
+    most = stage["most_active_parameters"]
+    within = f" (at most {most:,})" if most is not None else ""
+    return (
+        f"stage {stage['stage'] + 1} of {stage['stages']}: {stage['active_parameters']:,} active parameters{within}, "
+        f"{stage['frozen_parameters']:,} frozen"
+    )
+
+
 class _Progress:
     """A bar with ETA on a terminal, now and then a line elsewhere; on stderr, so that --json stays clean."""
 
@@ -111,6 +120,8 @@ class _Progress:
             self._console.print(f"note: {event['text']}", soft_wrap=True, markup=False)
         elif kind == "start":
             self._start(event)
+        elif kind == "stage":
+            self._console.print(_told_of_stage(event), soft_wrap=True, highlight=False)
         elif kind == "step":
             figures = f"loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s"
             if self._bar:

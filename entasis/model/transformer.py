@@ -117,6 +117,28 @@ class Transformer(nn.Module):
         """Summed negative log-likelihood in nats, fp32; targets of -100 do not count."""
         return self.head_loss(self.hidden(tokens_BT, document_ids_BT=document_ids_BT), targets_BT)
 
+    def hidden_before(
+        self, tokens_BT: torch.Tensor, stop: int, *, document_ids_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [B, T, D] in front of layer `stop`."""
+        rotation = self.rotation(0, tokens_BT.shape[1], tokens_BT.device)
+        mask_BTS = attention_mask(0, tokens_BT.shape[1], document_ids_BT, tokens_BT.device, self.attention)
+        return self.run_layers(self.embed(tokens_BT), rotation, 0, stop, mask_BTS=mask_BTS)
+
+    def loss_from(
+        self,
+        x_BTD: torch.Tensor,
+        first: int,
+        targets_BT: torch.Tensor,
+        *,
+        document_ids_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`loss` from x [B, T, D] in front of layer `first`."""
+        rotation = self.rotation(0, x_BTD.shape[1], x_BTD.device)
+        mask_BTS = attention_mask(0, x_BTD.shape[1], document_ids_BT, x_BTD.device, self.attention)
+        x_BTD = self.run_layers(x_BTD, rotation, first, mask_BTS=mask_BTS)
+        return self.head_loss(self.norm(x_BTD), targets_BT)
+
     def head_loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
         """`loss` from what `hidden` gives."""
         scale, targets_N = self.shape.logit_scale, targets_BT.flatten()

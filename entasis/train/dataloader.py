@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from entasis.data.dataset import TokenDataset
@@ -24,6 +25,8 @@ class Batch:
     tokens_BT: torch.Tensor
     targets_BT: torch.Tensor
     ids_BT: torch.Tensor | None
+    windows: np.ndarray
+    """Numbers of the sequences in the dataset."""
     waited: float
 
 
@@ -39,7 +42,7 @@ def load_batches(
 ) -> Iterator[Batch]:
     """`steps` batches of this rank from global `position`, read by a thread ahead of their use."""
 
-    def read(step: int) -> list[torch.Tensor]:
+    def read(step: int) -> tuple[np.ndarray, list[torch.Tensor]]:
         start, count = parallel.slice_of(
             position + step * sequences, sequences, rank=parallel.rank(), world=parallel.world()
         )
@@ -47,18 +50,19 @@ def load_batches(
         rows = [torch.from_numpy(dataset.batch(chosen))]
         if document_masking:
             rows.append(torch.from_numpy(dataset.document_ids(chosen)))
-        return [x.pin_memory() for x in rows] if device.type == "cuda" else rows
+        return chosen, [x.pin_memory() for x in rows] if device.type == "cuda" else rows
 
     with ThreadPoolExecutor(1, thread_name_prefix="dataloader") as pool:
-        pending: deque[Future[list[torch.Tensor]]] = deque(
+        pending: deque[Future[tuple[np.ndarray, list[torch.Tensor]]]] = deque(
             pool.submit(read, i) for i in range(min(_AHEAD, steps))
         )
         for step in range(steps):
             begun = time.perf_counter()
-            rows = pending.popleft().result()
+            chosen, rows = pending.popleft().result()
             waited = time.perf_counter() - begun
             if step + _AHEAD < steps:
                 pending.append(pool.submit(read, step + _AHEAD))
             rows = [x.to(device, non_blocking=True) for x in rows]
             ids_BT = rows[1][:, : rows[0].shape[1] - 1] if document_masking else None
-            yield Batch(rows[0][:, :-1].contiguous(), rows[0][:, 1:].contiguous(), ids_BT, waited)
+            tokens_BT, targets_BT = rows[0][:, :-1].contiguous(), rows[0][:, 1:].contiguous()
+            yield Batch(tokens_BT, targets_BT, ids_BT, chosen, waited)

@@ -138,6 +138,10 @@ class Stage(Settings):
     """`keep` takes the moments over from the stage before."""
     transition: dict[str, Any] | None = None
     """What turns the model of the stage before into this one's; see `entasis.grow.transitions`."""
+    active_parameters: Count | None = None
+    """Most parameters that may learn ("105M"); a stage that trains more is refused."""
+    cache_frozen: bool = False
+    """Keeps on disk what the frozen layers below the first that learns make of each window, for when it is read again."""
 
 
 class Recipe(Settings):
@@ -221,8 +225,8 @@ def read_stored(path: Path) -> Recipe:
         if isinstance(inside := source.get(key), dict):
             _rename(inside, kind.renamed)
     for stage in source.get("stages") or []:
-        # Both were null in every recipe that could be run.
-        stage.pop("grow", None), stage.pop("lora", None)
+        # It was null in every recipe that could be run.
+        stage.pop("grow", None)
         _rename(stage, Stage.renamed)
     return from_dict(source)
 

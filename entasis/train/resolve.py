@@ -34,6 +34,12 @@ def resolve(
             f"recipe: parallel.shard is {recipe.parallel.shard} under parallel.kind {recipe.parallel.kind}; "
             "it is a number of processes, and only for hsdp"
         )
+    if any(stage.cache_frozen for stage in recipe.stages):
+        if recipe.compile is True:
+            raise UserError(
+                "recipe: compile is true and a stage has cache_frozen, which is eager; leave one out"
+            )
+        recipe = recipe.replaced(compile=False)
     stages, tokens = _resolve_stages(recipe)
     result = recipe.replaced(shape=solution.shape.to_dict(), stages=stages, tokens=tokens)
     lay_out(result, solution.shape, before.lineage if before else None)

@@ -11,8 +11,9 @@ whole checkpoint with the same losses, on the CPU to the bit.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from entasis.train import (
 from entasis.train.allocation import keep_freed_memory
 from entasis.train.dataloader import load_batches
 from entasis.train.device import choose_device
+from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.metrics import METRICS, MetricsWriter, records
 from entasis.train.moments import Moments
 from entasis.train.recipe import Recipe
@@ -142,6 +144,8 @@ class Run:
             runner = self.begin(runner, last if resumes else None)
             if resumes:
                 self.report_start(runner)
+            if len(self.spans) > 1 or span.own.active_parameters is not None:
+                self.report("stage", **self.describe_stage(span))
             self.train_stage(runner)
         assert runner is not None, "a recipe has a stage"
         return self.finish(runner)
@@ -194,6 +198,10 @@ class Run:
             device=self.device,
             document_masking=recipe.data.document_masking,
         )
+        if span.own.cache_frozen:
+            runner.frozen_outputs = FrozenOutputs(
+                self.folder, windows=len(dataset), sequence=recipe.data.sequence, width=span.shape.d_model
+            )
         begun = time.perf_counter()
         for batch in supply:
             lr = recipe.optimizer.lr * runner.lr_factor(self.step)
@@ -201,7 +209,8 @@ class Run:
             self.step += 1
             self.positions[place] += recipe.sequences
             record = self.record(loss, norm, lr, batch.waited, time.perf_counter() - begun)
-            if _due(recipe.evaluation.every, self.step) and self.step < self.steps:
+            due = _due(recipe.evaluation.every, self.step) or self.step == span.stop
+            if due and self.step < self.steps:
                 score = self.validate(runner)
                 if score is not None:
                     record["validation_bits_per_byte"] = score.bits_per_byte
@@ -217,6 +226,8 @@ class Run:
                     f"command with --output {self.folder} goes on from there"
                 )
             begun = time.perf_counter()
+        if runner.frozen_outputs is not None:
+            runner.frozen_outputs.close()
 
     def record(self, loss: float, norm: float, lr: float, waited: float, seconds: float) -> dict[str, Any]:
         span = self.span
@@ -314,6 +325,7 @@ class Run:
         return {
             "parameters": cost.parameters(self.span.shape),
             "flops_per_token": stages.flops_per_token(self.spans),
+            "stages": [self.stage_result(span, rows, score) for span in self.spans],
             "tokens": self.span.tokens(self.step),
             "steps": self.steps,
             "layers": provenance(self.span),
@@ -329,6 +341,27 @@ class Run:
                 k: self.environment[k]
                 for k in ("device", "precision", "compile", "attention", "versions", "data")
             },
+        }
+
+    def stage_result(
+        self, span: stages.StageSpan, rows: Sequence[dict[str, Any]], score: Score | None
+    ) -> dict[str, Any]:
+        """What a stage trained, in how many tokens, and how good the model was after it; `score` is the last one's."""
+        found = next((row.get("validation_bits_per_byte") for row in rows if row["step"] == span.stop), None)
+        return {
+            **self.describe_stage(span),
+            "tokens": span.tokens(span.stop) - span.tokens_before,
+            "bits_per_byte": score.bits_per_byte if score and span is self.spans[-1] else found,
+        }
+
+    def describe_stage(self, span: stages.StageSpan) -> dict[str, Any]:
+        """What a stage trains, and what it costs."""
+        return {
+            "stage": span.index,
+            "stages": len(self.spans),
+            **{f"{use}_parameters": count for use, count in dataclasses.asdict(span.counts).items()},
+            "most_active_parameters": span.own.active_parameters,
+            "flops_per_token": span.flops_per_token,
         }
 
     def report_start(self, runner: StageRunner) -> None:

@@ -9,9 +9,11 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from entasis.data.corpus import TOKENIZER, Corpus
+from entasis.errors import UserError
 from entasis.evaluate.bits_per_byte import Score, evaluate
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
@@ -20,6 +22,7 @@ from entasis.shape.shapes import ModelShape
 from entasis.train import failure_diagnosis, moments, optimizers, parallel, schedule, sharding
 from entasis.train.compilation import compiled
 from entasis.train.dataloader import Batch
+from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.moments import Moments
 from entasis.train.recipe import Recipe
 from entasis.train.stages import StageSpan
@@ -81,6 +84,8 @@ class StageRunner:
         for i in self.checkpointed:
             self.model.blocks[i].activation_checkpointing = True  # type: ignore[assignment]
         if recipe.parallel.kind != "ddp" and parallel.world() > 1:
+            if span.own.cache_frozen:
+                raise UserError("recipe: cache_frozen needs every process to hold the whole model (ddp)")
             sharding.shard(self.model, recipe.parallel, device, str(recipe.precision))
         else:
             self.model.to(device)
@@ -89,6 +94,8 @@ class StageRunner:
             self.model, recipe.optimizer, list(span.trainable), precision=str(recipe.precision)
         )
         self.gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else self.trainable)
+        self.frozen_outputs: FrozenOutputs | None = None
+        """Set by the run where the stage has `cache_frozen`."""
         self.loss: Callable[..., torch.Tensor] = (
             compiled(self.model) if recipe.compile is True else self.model.loss
         )
@@ -128,6 +135,7 @@ class StageRunner:
                 batch.tokens_BT[rows],
                 batch.targets_BT[rows],
                 ids_BT,
+                windows=batch.windows[rows],
                 tokens=tokens,
                 last=i + self.micro == len(batch.tokens_BT),
             )
@@ -146,19 +154,39 @@ class StageRunner:
         targets_BT: torch.Tensor,
         ids_BT: torch.Tensor | None,
         *,
+        windows: np.ndarray | None = None,
         tokens: int,
         last: bool,
     ) -> torch.Tensor:
         """Adds the gradients of a micro-batch's loss / `tokens`; returns the summed loss.
 
-        After the `last` of a step the gradients are sent to the other ranks.
+        `windows` are the numbers of its sequences, which `frozen_outputs` go by. After the `last` of a step the gradients are sent to the other ranks.
         """
         self.gradients.sending = last
         sharding.reduce_between_copies(self.model, last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast is not None):
-            loss = self.loss(tokens_BT, targets_BT, document_ids_BT=ids_BT)
+            if self.frozen_outputs is None or windows is None:
+                loss = self.loss(tokens_BT, targets_BT, document_ids_BT=ids_BT)
+            else:
+                loss = self._loss_above(self.frozen_outputs, windows, tokens_BT, targets_BT, ids_BT)
         (loss / tokens).backward()
         return loss.detach()
+
+    def _loss_above(
+        self,
+        kept: FrozenOutputs,
+        windows: np.ndarray,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        ids_BT: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The loss from what the frozen layers made of these windows before, or now make of them."""
+        first = self.span.first_trained
+        x_BTD = kept.get(windows, self.device)
+        if x_BTD is None:
+            x_BTD = self.model.hidden_before(tokens_BT, first, document_ids_BT=ids_BT)
+            kept.put(windows, x_BTD)
+        return self.model.loss_from(x_BTD, first, targets_BT, document_ids_BT=ids_BT)
 
     def gradient_norm(self) -> torch.Tensor:
         """Of all gradients together, when every rank's have arrived."""

@@ -12,7 +12,7 @@ from entasis.grow import provenance, transitions
 from entasis.grow.provenance import Lineage
 from entasis.grow.resize import Plan
 from entasis.grow.transitions import Transition
-from entasis.shape import cost, selectors
+from entasis.shape import cost, layout, selectors
 from entasis.shape.shapes import ModelShape
 from entasis.train.recipe import Optimizer, Recipe, Stage
 from entasis.train.schedule import Schedule
@@ -51,9 +51,32 @@ class StageSpan:
         """Forward of all, backward of what learns."""
         return cost.stage_flops_per_token(self.shape, self.trainable, self.recipe.data.sequence)
 
+    @property
+    def own(self) -> Stage:
+        """What the recipe says of this stage."""
+        return self.recipe.stages[self.index]
+
+    @property
+    def counts(self) -> cost.Counts:
+        """Parameters that learn, that do not, and both together."""
+        return cost.count_uses(self.shape, self.trainable)
+
+    @property
+    def first_trained(self) -> int:
+        """The layers below this one are frozen, and so is the embedding; 0: none are."""
+        learns = set(self.trainable)
+        found = [
+            p.layer or 0 for p in layout.parameters(self.shape) if p.name in learns and p.part not in _ABOVE
+        ]
+        return min(found, default=self.shape.n_layers)
+
     def tokens(self, step: int) -> int:
         """Tokens of the whole run after its first `step` steps."""
         return self.tokens_before + (step - self.start) * self.recipe.batch.tokens
+
+
+_ABOVE = ("final_norm", "head")
+"""Parts behind all layers."""
 
 
 def lay_out(recipe: Recipe, shape: ModelShape, lineage: Lineage | None = None) -> list[StageSpan]:
@@ -89,6 +112,7 @@ def lay_out(recipe: Recipe, shape: ModelShape, lineage: Lineage | None = None) -
                 stage.optimizer_state,
             )
         )  # fmt: skip
+        _check_frozen(result[-1], where)
         start, tokens = start + steps, tokens + steps * own.batch.tokens
     return result
 
@@ -132,6 +156,17 @@ def _check(recipe: Recipe, shape: ModelShape, where: str) -> None:
             f"{where}: data.sequence is {sequence}, longer than the shape's context {shape.context}; "
             "set shape.context"
         )
+
+
+def _check_frozen(span: StageSpan, where: str) -> None:
+    """Refuses a stage that trains more than it may, or caches the outputs of no layer. Raises `UserError`."""
+    active, most = span.counts.active, span.own.active_parameters
+    if most is not None and active > most:
+        raise UserError(
+            f"{where}: active_parameters is {most:,}, but trainable is {active:,}; train less of the model"
+        )
+    if span.own.cache_frozen and not span.first_trained:
+        raise UserError(f"{where}: cache_frozen is true, but no layer is frozen below the first that learns")
 
 
 def _check_schedule(schedule: Schedule, steps: int) -> None:
