@@ -33,15 +33,17 @@ class Part:
     name: str
     dataset: TokenDataset
     weight: float = 1.0
-    begin: int = 0
-    """Windows of it that were read before."""
 
 
 class Mixture:
-    """The windows of a stretch of training, from its first at position 0; one part is an ordinary corpus."""
+    """The windows of a stretch of training, from its first at position 0; one part is an ordinary corpus.
+
+    `begins` says how many windows of each part were read before that stretch, 0 where it is left out.
+    """
 
     def __init__(self, parts: Sequence[Part], seed: int) -> None:
         self.parts = tuple(parts)
+        self.begins = [0] * len(parts)
         self._samplers = [Sampler(len(part.dataset), seed) for part in parts]
         names = [part.name for part in parts]
         drawn = sorted(names, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode()).digest())
@@ -73,8 +75,8 @@ class Mixture:
         """Which windows of each part these are, in order: int64 [windows of the part]."""
         before, after = self.counts(position), self.counts(position + count)
         return [
-            sampler.indices(part.begin + a, b - a)
-            for part, sampler, a, b in zip(self.parts, self._samplers, before, after, strict=True)
+            sampler.indices(begin + a, b - a)
+            for begin, sampler, a, b in zip(self.begins, self._samplers, before, after, strict=True)
         ]
 
     def _gathered(

@@ -23,7 +23,7 @@ import numpy as np
 from entasis.data import dedup, split
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, TOKENIZER, Corpus
-from entasis.data.prepared_folder import PREPARED, WORK, claim
+from entasis.data.prepared_folder import PREPARED, SURVEY, WORK, claim
 from entasis.data.readers import Document, EncodingErrors, Losses
 from entasis.data.shards import hash_of_document, write_shard
 from entasis.data.sources import TextSources
@@ -130,7 +130,7 @@ def _survey(
     report: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The side of every document (skipped, train, validation) and its bytes."""
-    saved = work / "survey.npy"
+    saved = work.parent / SURVEY
     if saved.is_file():
         sides, sizes = np.load(saved, allow_pickle=False)
         return sides, sizes

@@ -12,7 +12,7 @@ from entasis.errors import UserError
 from entasis.files import read_json, write_json
 
 ARGUMENTS, SOURCES, PREPARED = "arguments.json", "sources.json", "prepared.json"
-WORK = ".work"
+WORK, SURVEY = ".work", ".work/survey.npy"
 _ADDED: dict[str, Any] = {"include": [], "exclude": [], "encoding_errors": "drop-file"}
 """Arguments that earlier versions did not have, and what they did."""
 
@@ -28,11 +28,12 @@ def claim(
     said = None
     for number in itertools.count(1):
         folder = output if number == 1 else output.with_name(f"{output.name}-{number}")
-        if not (folder / ARGUMENTS).is_file():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                if folder == output:
-                    raise UserError(f"{output}: not empty and not a corpus; name another folder")
-                continue
+        ours = (folder / ARGUMENTS).is_file()
+        if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if folder == output:
+                raise UserError(f"{output}: not empty and not a corpus; name another folder")
+            continue
+        if not ours or not any((folder / name).exists() for name in (PREPARED, SURVEY, *parts)):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / SOURCES, {"files": state})
             write_json(folder / ARGUMENTS, arguments)

@@ -115,6 +115,11 @@ def test_globs_choose_the_files_of_a_folder(tmp_path, capsys):
     code, result, _ = command(capsys, source, *globs, "--validation", "0", "--output", tmp_path / "o")
     assert code == 0 and texts(tmp_path / "o" / "train") == ["main.rs"]
     assert result["left_out"]["excluded"]["first"] == ["notes.txt", "vendor/other.rs"]
+    none = ["--include", "*.none", "--validation", "0", "--output", tmp_path / "p"]
+    code, _, said = command(capsys, source, *none)
+    assert code == 2 and "no text in" in said and "excluded: main.rs" in said
+    code, _, _ = command(capsys, source, *none[2:])  # nothing had begun there
+    assert code == 0
     with pytest.raises(UserError, match=r"prepared with include \['\*\.rs'\], not \[\]"):
         prepare([source], tmp_path / "o", tokenizer="bytes", validation=0, exclude=["vendor/*"])
 
