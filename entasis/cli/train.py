@@ -122,6 +122,9 @@ class _Progress:
             self._start(event)
         elif kind == "stage":
             self._console.print(_told_of_stage(event), soft_wrap=True, highlight=False)
+        elif kind == "merged":
+            told = f"adapters merged; logits moved by {event['moved']:.1e} of the largest"
+            self._console.print(told, soft_wrap=True, highlight=False)
         elif kind == "step":
             figures = f"loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s"
             if self._bar:

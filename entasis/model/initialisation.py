@@ -92,6 +92,10 @@ def draw(
 
 def draw_normal(size: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
     """Standard normal numbers in fp32 that depend on nothing but these three."""
+    return torch.randn(size, generator=generator(seed, name))
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers of a parameter's own."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(size, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from entasis.shape import layout
@@ -19,6 +20,7 @@ from entasis.shape.layout import Parameter
 from entasis.shape.shapes import LayerShape, ModelShape
 
 Attended = Literal["full", "causal"]
+NO_ADAPTERS: Mapping[str, int] = MappingProxyType({})
 
 
 def layer_parameters(shape: ModelShape, index: int) -> int:
@@ -47,14 +49,18 @@ class Counts:
     stored: int
 
 
-def count_uses(shape: ModelShape, learning: Collection[str] | None = None) -> Counts:
+def count_uses(
+    shape: ModelShape, learning: Collection[str] | None = None, *, ranks: Mapping[str, int] = NO_ADAPTERS
+) -> Counts:
     """The parameters where those named in `learning` learn; None is every one that can.
 
-    A table that is computed from the id is none of them.
+    A table that is computed from the id is none of them. `ranks` are those of LoRA adapters, by the matrix adapted.
     """
     learns = set(layout.learnable(shape) if learning is None else learning)
-    active = sum(p.count for p in layout.parameters(shape) if p.name in learns and p.shares is None)
-    stored = parameters(shape)
+    beside = layout.adapters(shape, ranks)
+    everything = [*(p for p in layout.parameters(shape) if p.shares is None), *beside]
+    active = sum(p.count for p in everything if p.name in learns)
+    stored = parameters(shape) + sum(p.count for p in beside)
     return Counts(active, stored - active, stored)
 
 
@@ -86,16 +92,23 @@ def flops_per_token(
 
 
 def stage_flops_per_token(
-    shape: ModelShape, learning: Collection[str], sequence: int = 1024, *, attended: Attended = "full"
+    shape: ModelShape,
+    learning: Collection[str],
+    sequence: int = 1024,
+    *,
+    attended: Attended = "full",
+    ranks: Mapping[str, int] = NO_ADAPTERS,
 ) -> int:
     """Training FLOPs per token where only the parameters named in `learning` learn.
 
     Forward all of it; backward what is needed: a product's gradient by its weight where that learns, by its input where
-    something in front of it learns. With everything learning that is `flops_per_token`. Layers that are computed twice
+    something in front of it learns. With everything learning that is `flops_per_token`. `ranks` are those of LoRA adapters, by the matrix
+    adapted. Layers that are computed twice
     to save memory are not counted twice.
     """
     length = sequence if attended == "full" else sequence // 2
     work = flops_per_token(shape, sequence, training=False, attended=attended)
+    work += sum(2 * p.count for p in layout.adapters(shape, ranks))
     learns = set(learning)
     flows = any(p.name in learns for p in layout.outer_parameters(shape) if p.part == "embedding")
     for i in range(shape.n_layers):
@@ -104,7 +117,7 @@ def stage_flops_per_token(
             roles.setdefault(p.role, []).append(p)
         for half in ("attention", "feedforward"):
             if f"{half}_norm" in roles:
-                more, flows = _backward_of_half(shape, i, half, roles, learns, flows, length)
+                more, flows = _backward_of_half(shape, i, half, roles, learns, flows, length, ranks)
                 work += more
     head = next(p for p in layout.outer_parameters(shape) if p.role == "head" and not p.is_bias)
     flows |= any(p.name in learns for p in layout.outer_parameters(shape) if p.part == "final_norm")
@@ -119,6 +132,7 @@ def _backward_of_half(
     learns: Collection[str],
     flows: bool,
     length: int,
+    ranks: Mapping[str, int],
 ) -> tuple[int, bool]:
     """(backward FLOPs per token of a layer's attention or FFN, whether gradients flow into the stream behind it).
 
@@ -129,10 +143,16 @@ def _backward_of_half(
     def through(role: str, reads: bool) -> bool:
         """Passes one projection; `reads` is whether its input has a gradient."""
         nonlocal work
+        adapted = False
         for p in roles[role]:
             if p.is_matrix:
                 work += 2 * p.count * (reads + (p.name in learns))
-        return reads or any(p.name in learns for p in roles[role])
+            if rank := ranks.get(p.name):
+                # A and B learn, so the gradient between them is needed; that of A's input where it flows on.
+                wide, narrow = rank * p.size[0], rank * p.size[1]
+                work += 2 * (2 * wide + narrow * (1 + reads))
+                adapted = True
+        return reads or adapted or any(p.name in learns for p in roles[role])
 
     def learn(role: str) -> bool:
         return any(p.name in learns for p in roles.get(role, ()))
@@ -169,9 +189,11 @@ class Memory:
     optimizer: int
 
 
-def training_memory(shape: ModelShape, learning: Collection[str] | None = None) -> Memory:
-    """Memory of weights, gradients and optimizer; activations are not in it. `learning` as in `count_uses`."""
-    counts = count_uses(shape, learning)
+def training_memory(
+    shape: ModelShape, learning: Collection[str] | None = None, *, ranks: Mapping[str, int] = NO_ADAPTERS
+) -> Memory:
+    """Memory of weights, gradients and optimizer; activations are not in it. `learning` and `ranks` as in `count_uses`."""
+    counts = count_uses(shape, learning, ranks=ranks)
     return Memory(weights=4 * counts.stored, gradients=4 * counts.active, optimizer=8 * counts.active)
 
 

@@ -17,13 +17,15 @@ imports torch.
 | `head`                                          | vocabulary, residual                | `head`        |
 
 The axis `query` is n_heads × head_dim long, `kv` n_kv_heads × head_dim. A bias has its matrix's role and first axis. A
-tied head is an entry that names the one whose storage it is.
+tied head is an entry that names the one whose storage it is. A stage with LoRA has two more for each adapted matrix, of role
+and part `adapter` (`adapters`): A with axes rank and what the matrix reads, B with what it writes and rank.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from entasis.shape import ffn_kinds
@@ -78,6 +80,20 @@ def parameters(shape: ModelShape) -> tuple[Parameter, ...]:
 def learnable(shape: ModelShape) -> tuple[str, ...]:
     """Names of all that may be trained, in the model's order."""
     return tuple(p.name for p in parameters(shape) if p.shares is None and not p.frozen)
+
+
+def adapters(shape: ModelShape, ranks: Mapping[str, int]) -> tuple[Parameter, ...]:
+    """The low-rank adapters beside the matrices named in `ranks`, by the names that peft gives them."""
+    result = []
+    for p in parameters(shape) if ranks else ():
+        if (rank := ranks.get(p.name)) is None:
+            continue
+        module = p.name.removesuffix(".weight")
+        result += [
+            Parameter(f"{module}.lora_A.default.weight", p.layer, "adapter", "adapter", ("rank", p.axes[1]), (rank, p.size[1])),
+            Parameter(f"{module}.lora_B.default.weight", p.layer, "adapter", "adapter", (p.axes[0], "rank"), (p.size[0], rank)),
+        ]  # fmt: skip
+    return tuple(result)
 
 
 def sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:

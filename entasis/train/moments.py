@@ -19,7 +19,7 @@ from entasis import files
 from entasis.errors import Damaged, UserError
 from entasis.grow.resize import Plan
 from entasis.model import weights
-from entasis.train import sharding
+from entasis.train import adapters, sharding
 
 OPTIMIZER = "optimizer.safetensors"
 Moments = dict[str, dict[str, torch.Tensor]]
@@ -27,12 +27,12 @@ Moments = dict[str, dict[str, torch.Tensor]]
 
 
 def gather(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Moments:
-    """The moments of every parameter that has been updated. All ranks call it."""
+    """The moments of every parameter of the model that has been updated; adapters end with their stage. All ranks call it."""
     states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
     return {
         name: {key: sharding.full(x.detach()).cpu() for key, x in states[p].items()}
         for name, p in model.named_parameters()
-        if p in states
+        if p in states and not adapters.is_adapter(name)
     }
 
 

@@ -6,6 +6,7 @@
 | untied output head               | AdamW | AdamW | yes          |
 | token and position embeddings    | AdamW | AdamW | no           |
 | vectors (norms, biases)          | AdamW | AdamW | no           |
+| adapters of a LoRA phase         | AdamW | AdamW | no           |
 
 A tied embedding counts as an embedding. Under muP each hidden matrix has its own learning rate and weight
 decay, by its own fan-in and under Muon its fan-out (`entasis.model.parametrisation`).
@@ -39,7 +40,8 @@ def build(
     )
     gathered: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
     for name in trainable:
-        rule, parameter = rules[name], parameters[name]
+        # LoRA's adapters are no parameters of the shape: AdamW at the recipe's rate, without decay.
+        rule, parameter = rules.get(name, parametrisation.Rule("vector")), parameters[name]
         hidden = rule.kind == "hidden"
         decays = hidden or rule.kind == "head"
         key = (

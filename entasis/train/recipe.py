@@ -118,6 +118,16 @@ class StageBatch(Settings):
     tokens: Count
 
 
+class Lora(Settings):
+    """Low-rank adapters beside frozen matrices (2106.09685), merged into them at the end of the stage."""
+
+    rank: Annotated[int, Field(ge=1, le=4096)]
+    alpha: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    """The adapters' product is multiplied by alpha / rank; null is the rank."""
+    on: str | list[str] = Field(default_factory=lambda: ["attention", "ffn"])
+    """Selectors of the matrices that get one."""
+
+
 class Stage(Settings):
     """A stretch of training. What is null is taken from the recipe."""
 
@@ -140,6 +150,8 @@ class Stage(Settings):
     """What turns the model of the stage before into this one's; see `entasis.grow.transitions`."""
     active_parameters: Count | None = None
     """Most parameters that may learn ("105M"); a stage that trains more is refused."""
+    lora: Lora | None = None
+    """Adapters learn too; `trainable` is then what learns beside them."""
     cache_frozen: bool = False
     """Keeps on disk what the frozen layers below the first that learns make of each window, for when it is read again."""
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -228,6 +229,10 @@ class Run:
             begun = time.perf_counter()
         if runner.frozen_outputs is not None:
             runner.frozen_outputs.close()
+        if span.own.lora is not None:
+            probe = dataset.batch(np.array([0]))[:, :-1]
+            moved = runner.check_merge(torch.from_numpy(probe).to(self.device))
+            self.report("merged", moved=moved)
 
     def record(self, loss: float, norm: float, lr: float, waited: float, seconds: float) -> dict[str, Any]:
         span = self.span

@@ -284,6 +284,8 @@ def check_settings(recipe: Recipe, device: torch.device) -> None:
         raise UserError(
             "recipe: logging.wandb is true, but wandb is not installed: pip install 'entasis[wandb]'"
         )
+    if any(stage.lora for stage in recipe.stages) and importlib.util.find_spec("peft") is None:
+        raise UserError("recipe: a stage has lora, but peft is not installed: pip install 'entasis[lora]'")
     if recipe.compile is True and not devices.has_compiler(device):
         raise UserError(
             "recipe: compile is true, but there is no C++ compiler (g++ or clang++); use compile=false"

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from entasis.errors import UserError
 from entasis.model.transformer import Transformer
-from entasis.train import parallel
+from entasis.train import adapters, parallel
 from entasis.train.recipe import Parallel
 
 
@@ -72,7 +72,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole(model: Transformer) -> Transformer:
-    """A model with all its parameters on every process: itself, or a gathered copy in fp32. All ranks call it."""
+    """A model with all its parameters on every process, LoRA's adapters merged: itself, or a copy. All ranks call it.
+
+    What was sharded is gathered in fp32.
+    """
+    if adapters.has_adapters(model):
+        return adapters.merged(model)
     if not is_sharded(model):
         return model
     with torch.device("meta"):

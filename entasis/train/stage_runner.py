@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from entasis.data.corpus import TOKENIZER, Corpus
-from entasis.errors import UserError
+from entasis.errors import Failure, UserError
 from entasis.evaluate.bits_per_byte import Score, evaluate
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import activations
 from entasis.shape.shapes import ModelShape
-from entasis.train import failure_diagnosis, moments, optimizers, parallel, schedule, sharding
+from entasis.train import adapters, failure_diagnosis, moments, optimizers, parallel, schedule, sharding
 from entasis.train.compilation import compiled
 from entasis.train.dataloader import Batch
 from entasis.train.frozen_outputs import FrozenOutputs
@@ -81,11 +81,14 @@ class StageRunner:
         self.micro = micro_sequences(recipe)
         self.checkpointed = checkpointed_layers(recipe, span.shape)
         self.model = self._build(tensors, loads)
+        if span.own.lora is not None:
+            adapters.attach(self.model, span.own.lora, list(span.adapted), recipe.seed)
         for i in self.checkpointed:
             self.model.blocks[i].activation_checkpointing = True  # type: ignore[assignment]
         if recipe.parallel.kind != "ddp" and parallel.world() > 1:
-            if span.own.cache_frozen:
-                raise UserError("recipe: cache_frozen needs every process to hold the whole model (ddp)")
+            if span.own.cache_frozen or span.own.lora is not None:
+                key = "lora" if span.own.lora else "cache_frozen"
+                raise UserError(f"recipe: {key} needs every process to hold the whole model (ddp)")
             sharding.shard(self.model, recipe.parallel, device, str(recipe.precision))
         else:
             self.model.to(device)
@@ -237,8 +240,18 @@ class StageRunner:
         nll = parallel.sum_over_ranks(torch.from_numpy(score.document_nll)).numpy()
         return Score(nll, score.document_bytes, score.document_tokens, score.document_hashes)
 
+    def check_merge(self, tokens_BT: torch.Tensor) -> float:
+        """How far merging LoRA's adapters moves fp32 logits, beside the largest. Raises `Failure` beyond 1e-5."""
+        moved = adapters.moved(self.model, tokens_BT[:1])
+        if not moved <= adapters.MOST_MOVED:
+            raise Failure(
+                f"merging the adapters of stage {self.span.index} moved logits by {moved:.1e} of the largest, more than "
+                f"{adapters.MOST_MOVED:g}: a learning rate that is far too high is the usual cause"
+            )
+        return moved
+
     def gathered(self) -> Transformer:
-        """The model with all its parameters on this process. All ranks call it."""
+        """The model with all its parameters on this process, adapters merged. All ranks call it."""
         return sharding.whole(self.model)
 
     def moments(self) -> Moments:

@@ -37,6 +37,14 @@ class StageSpan:
     transition: tuple[Transition, Plan, ModelShape] | None
     """What makes this stage's model, how, and the shape of the one before."""
     optimizer_state: str
+    adapted: tuple[str, ...] = ()
+    """Names of the matrices that have a LoRA adapter in this stage."""
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of the adapters, by the matrix adapted."""
+        lora = self.own.lora
+        return {} if lora is None else dict.fromkeys(self.adapted, lora.rank)
 
     @property
     def steps(self) -> int:
@@ -49,7 +57,9 @@ class StageSpan:
     @property
     def flops_per_token(self) -> int:
         """Forward of all, backward of what learns."""
-        return cost.stage_flops_per_token(self.shape, self.trainable, self.recipe.data.sequence)
+        return cost.stage_flops_per_token(
+            self.shape, self.trainable, self.recipe.data.sequence, ranks=self.ranks
+        )
 
     @property
     def own(self) -> Stage:
@@ -59,7 +69,7 @@ class StageSpan:
     @property
     def counts(self) -> cost.Counts:
         """Parameters that learn, that do not, and both together."""
-        return cost.count_uses(self.shape, self.trainable)
+        return cost.count_uses(self.shape, self.trainable, ranks=self.ranks)
 
     @property
     def first_trained(self) -> int:
@@ -106,10 +116,13 @@ def lay_out(recipe: Recipe, shape: ModelShape, lineage: Lineage | None = None) -
         steps = recipe.steps(stage)
         _check_schedule(own.schedule, steps)
         names = selectors.select(shape, stage.trainable, newest=lineage.newest, where=f"{where}.trainable")
+        adapted = _adapted(stage, shape, lineage, names, where)
+        beside = layout.adapters(shape, dict.fromkeys(adapted, stage.lora.rank if stage.lora else 0))
+        names += [p.name for p in beside]
         result.append(
             StageSpan(
                 index, own, start, start + steps, tokens, shape, lineage, tuple(names), changed,
-                stage.optimizer_state,
+                stage.optimizer_state, adapted,
             )
         )  # fmt: skip
         _check_frozen(result[-1], where)
@@ -156,6 +169,26 @@ def _check(recipe: Recipe, shape: ModelShape, where: str) -> None:
             f"{where}: data.sequence is {sequence}, longer than the shape's context {shape.context}; "
             "set shape.context"
         )
+
+
+def _adapted(
+    stage: Stage, shape: ModelShape, lineage: Lineage, learning: Sequence[str], where: str
+) -> tuple[str, ...]:
+    """The matrices of the layers that get a LoRA adapter. Raises `UserError`."""
+    if stage.lora is None:
+        return ()
+    meant = set(selectors.select(shape, stage.lora.on, newest=lineage.newest, where=f"{where}.lora.on"))
+    found = [
+        p.name for p in layout.parameters(shape) if p.name in meant and p.is_matrix and p.layer is not None
+    ]
+    if not found:
+        raise UserError(f"{where}.lora.on: there is no matrix of a layer among what it means")
+    if both := [name for name in found if name in set(learning)]:
+        raise UserError(
+            f"{where}: {both[0]} learns and has an adapter; adapters stand beside frozen matrices, as with "
+            "trainable: [final_norm, head]"
+        )
+    return tuple(found)
 
 
 def _check_frozen(span: StageSpan, where: str) -> None:
