@@ -45,12 +45,9 @@ class Alignment:
 
     def told(self) -> dict[str, Any]:
         """What a report says of it."""
-        return {
-            "layers": [self.target, self.source],
-            "cosine_before": self.cosine_before,
-            "cosine": self.cosine,
-            "control": self.control,
-        }
+        found = {"cosine_before": self.cosine_before, "cosine": self.cosine, "control": self.control}
+        known = {name: None if math.isnan(x) else x for name, x in found.items()}
+        return {"layers": [self.target, self.source], **known}
 
 
 def align(read: Read, shape: ModelShape, *, source: int, target: int, seed: int = 0) -> Alignment:

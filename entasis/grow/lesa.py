@@ -11,7 +11,6 @@ the same triples: the rule that a predictor has to beat.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -107,7 +106,7 @@ def describe(predictor: Predictor, read: Callable[[int], torch.Tensor], split: S
 
     Of each: `cosine` to the true matrix, `norm_ratio` to its length, `error` (squared, as a share of the true matrix's
     square; zeros have 1) as means over the triples, and `effective_rank` (exp of the entropy of the singular values as
-    shares, Roy & Vetterli 2007), which the true matrix has too, on the first of them.
+    shares, Roy & Vetterli 2007), which the true matrix has too, on the first of them. All are 0 for a true matrix of zeros.
     """
     found: dict[str, list[dict[str, float]]] = {"predicted": [], "average": []}
     for i in split.held_out:
@@ -172,15 +171,15 @@ def _compare(made: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
     inner = float((made.double() * true.double()).sum())
     return {
         "cosine": inner / (a * b) if a and b else 0.0,
-        "norm_ratio": a / b if b else math.nan,
-        "error": (a * a - 2 * inner + b * b) / (b * b) if b else math.nan,
+        "norm_ratio": a / b if b else 0.0,
+        "error": (a * a - 2 * inner + b * b) / (b * b) if b else 0.0,
     }
 
 
 def _ratio(made: torch.Tensor, *neighbours: torch.Tensor) -> float:
     near = _mean([float(w.double().norm()) for w in neighbours])
-    return float(made.double().norm()) / near if near else math.nan
+    return float(made.double().norm()) / near if near else 0.0
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    return sum(values) / len(values)

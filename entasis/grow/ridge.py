@@ -9,8 +9,8 @@ metric of the errors, and any rotation of it gives the same B. λ is chosen by t
 can be predicted it is large, and the new layer next to nothing.
 
 For a matrix of N columns the normal equations are four blocks [N, N], made of V_jᵀ V_j, V_jᵀ V_{j+1} and V_jᵀ V_{j+2}: each
-is computed once and added wherever a triple has it. At N = 14,336 the blocks are 0.8 GB each in fp32; five and one more
-at work are held at once, and the factorisation is blocked. Each strength begins from the blocks in `scratch`.
+is computed once and added wherever a triple has it. At N = 14,336 a block is 0.8 GB in fp32; five are held at once, seven
+while a block is factorised, and each strength begins from the blocks in `scratch`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ from entasis.grow.triples import Split
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """λ, in units of the mean square length of a feature."""
-COLUMNS = 256
+OUTPUTS = 256
 """Most outputs that a strength is chosen by. Each output is a regression of its own, with the same features."""
+CHUNK = 1024
+"""Rows or columns of a block that are worked on at once."""
 
 
 @dataclass(frozen=True)
 class RidgePredictor:
     """below [M, N], above [M, N] → between [M, N]."""
 
-    b_NN: torch.Tensor
-    """[2N, N], of the layer below and then of that above."""
+    below_NN: torch.Tensor
+    """The upper half of B, which the layer below is multiplied by."""
+    above_NN: torch.Tensor
     strength: float
     dropped: int
 
     def __call__(self, below_MN: torch.Tensor, above_MN: torch.Tensor) -> torch.Tensor:
-        N = below_MN.shape[1]
-        return (below_MN.float() @ self.b_NN[:N]).addmm_(above_MN.float(), self.b_NN[N:])
+        return (below_MN.float() @ self.below_NN).addmm_(above_MN.float(), self.above_NN)
 
     def told(self) -> dict[str, float]:
         """What a report says of the fit."""
@@ -76,7 +78,7 @@ def fit(
     components, dropped = shared_basis.whiten(gram_MM)
     del gram_MM
     normal = _accumulate(lambda i: components(read(i)).float(), n_layers, split, progress)
-    outputs = torch.linspace(0, len(normal.bb) - 1, min(COLUMNS, len(normal.bb))).long()
+    outputs = torch.linspace(0, len(normal.bb) - 1, min(OUTPUTS, len(normal.bb))).long()
     target_NQ = torch.cat([normal.bt[:, outputs], normal.at[:, outputs]])
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".ridge-") as folder:
         blocks = _Blocks(Path(folder), len(normal.bb))
@@ -97,11 +99,11 @@ def fit(
                 errors[n] += (target[:, outputs] - made_MQ).double().square().sum()
         best = STRENGTHS[int(errors.argmin())]
         factor = _Factor(blocks, best * unit)
-    b_NN = torch.empty(2 * normal.bt.shape[0], normal.bt.shape[1])
-    for columns in torch.arange(b_NN.shape[1]).split(2048):
-        b_NN[:, columns] = factor.solve(torch.cat([normal.bt[:, columns], normal.at[:, columns]]))
+    for columns in torch.arange(len(normal.bt)).split(CHUNK):
+        solved = factor.solve(torch.cat([normal.bt[:, columns], normal.at[:, columns]]))
+        normal.bt[:, columns], normal.at[:, columns] = solved.tensor_split(2)
     progress(1.0)
-    return RidgePredictor(b_NN, best, dropped)
+    return RidgePredictor(normal.bt, normal.at, best, dropped)
 
 
 def _accumulate(
@@ -115,25 +117,28 @@ def _accumulate(
         N = near[0].shape[1]
         if normal is None:
             normal = _Normal(*(torch.zeros(N, N) for _ in range(5)))
-            product_NN = torch.empty(N, N)
         # Layer j lies below the target j + 1, above the target j − 1, and is a target itself.
-        if {j + 1, j - 1} & trained:
-            torch.mm(near[0].T, near[0], out=product_NN)
-            if j + 1 in trained:
-                normal.bb += product_NN
-            if j - 1 in trained:
-                normal.aa += product_NN
-        if j and {j, j - 1} & trained:
-            torch.mm(near[1].T, near[0], out=product_NN)
-            if j in trained:
-                normal.bt += product_NN
-            if j - 1 in trained:
-                normal.at += product_NN.T
+        _add(
+            near[0],
+            near[0],
+            *((x, False) for i, x in ((j + 1, normal.bb), (j - 1, normal.aa)) if i in trained),
+        )
+        if j:
+            at = [(normal.bt, False)] * (j in trained) + [(normal.at, True)] * (j - 1 in trained)
+            _add(near[1], near[0], *at)
         if j - 1 in trained:
-            normal.ab.addmm_(near[0].T, near[2])
+            _add(near[0], near[2], (normal.ab, False))
         progress(0.7 * (j + 1) / n_layers)
     assert normal is not None
     return normal
+
+
+def _add(x_CN: torch.Tensor, y_CN: torch.Tensor, *totals: tuple[torch.Tensor, bool]) -> None:
+    """Adds xᵀ y [N, N] to each of the totals, or, where it says so, yᵀ x."""
+    for rows in torch.arange(x_CN.shape[1]).split(CHUNK) if totals else ():
+        part_nN = x_CN[:, rows[0] : rows[-1] + 1].T @ y_CN
+        for total_NN, transposed in totals:
+            (total_NN.T if transposed else total_NN)[rows[0] : rows[-1] + 1] += part_nN
 
 
 class _Blocks:

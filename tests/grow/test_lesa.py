@@ -58,7 +58,9 @@ def test_ridge_is_the_dense_solution_in_the_direct_svd():
         strengths[strength] = (sum(float(m.square().sum()) for m in missed), b)
     best = min(strengths, key=lambda strength: strengths[strength][0])
     assert fitted.strength == best
-    torch.testing.assert_close(fitted.b_NN.double(), strengths[best][1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([fitted.below_NN, fitted.above_NN]).double(), strengths[best][1], rtol=0, atol=1e-4
+    )
     between = (u * s) @ torch.cat([v[3], v[4]], dim=1) @ strengths[best][1]
     torch.testing.assert_close(fitted(layers[3], layers[4]).double(), between, rtol=0, atol=1e-3)
 
