@@ -90,20 +90,28 @@ def fit(
         for strength in STRENGTHS:
             tried.append(_Factor(blocks, strength * unit).solve(target_NQ))
             progress(0.7 + 0.2 * len(tried) / len(STRENGTHS))
-        errors = torch.zeros(len(tried)).double()
-        for i in split.held_out:
-            below, target, above = (components(read(i + d)).float() for d in (-1, 0, 1))
-            for n, b_NQ in enumerate(tried):
-                below_NQ, above_NQ = b_NQ.tensor_split(2)
-                made_MQ = below @ below_NQ + above @ above_NQ
-                errors[n] += (target[:, outputs] - made_MQ).double().square().sum()
-        best = STRENGTHS[int(errors.argmin())]
+        best = STRENGTHS[_choose(tried, lambda i: components(read(i)).float(), split, outputs)]
+        del tried
         factor = _Factor(blocks, best * unit)
     for columns in torch.arange(len(normal.bt)).split(CHUNK):
         solved = factor.solve(torch.cat([normal.bt[:, columns], normal.at[:, columns]]))
         normal.bt[:, columns], normal.at[:, columns] = solved.tensor_split(2)
     progress(1.0)
     return RidgePredictor(normal.bt, normal.at, best, dropped)
+
+
+def _choose(
+    tried: list[torch.Tensor], read: Callable[[int], torch.Tensor], split: Split, outputs: torch.Tensor
+) -> int:
+    """Which of the solutions [2N, Q] misses the held-out layers' `outputs` least."""
+    errors = torch.zeros(len(tried)).double()
+    for i in split.held_out:
+        below_CN, target_CN, above_CN = (read(i + d) for d in (-1, 0, 1))
+        for n, b_NQ in enumerate(tried):
+            below_NQ, above_NQ = b_NQ.tensor_split(2)
+            missed_CQ = target_CN[:, outputs] - below_CN @ below_NQ - above_CN @ above_NQ
+            errors[n] += missed_CQ.double().square().sum()
+    return int(errors.argmin())
 
 
 def _accumulate(
@@ -118,22 +126,18 @@ def _accumulate(
         if normal is None:
             normal = _Normal(*(torch.zeros(N, N) for _ in range(5)))
         # Layer j lies below the target j + 1, above the target j − 1, and is a target itself.
-        _add(
-            near[0],
-            near[0],
-            *((x, False) for i, x in ((j + 1, normal.bb), (j - 1, normal.aa)) if i in trained),
-        )
+        below, above, itself = j + 1 in trained, j - 1 in trained, j in trained
+        _add(near[0], near[0], [(normal.bb, False)] * below + [(normal.aa, False)] * above)
         if j:
-            at = [(normal.bt, False)] * (j in trained) + [(normal.at, True)] * (j - 1 in trained)
-            _add(near[1], near[0], *at)
-        if j - 1 in trained:
-            _add(near[0], near[2], (normal.ab, False))
+            _add(near[1], near[0], [(normal.bt, False)] * itself + [(normal.at, True)] * above)
+        if above:
+            _add(near[0], near[2], [(normal.ab, False)])
         progress(0.7 * (j + 1) / n_layers)
     assert normal is not None
     return normal
 
 
-def _add(x_CN: torch.Tensor, y_CN: torch.Tensor, *totals: tuple[torch.Tensor, bool]) -> None:
+def _add(x_CN: torch.Tensor, y_CN: torch.Tensor, totals: list[tuple[torch.Tensor, bool]]) -> None:
     """Adds xᵀ y [N, N] to each of the totals, or, where it says so, yᵀ x."""
     for rows in torch.arange(x_CN.shape[1]).split(CHUNK) if totals else ():
         part_nN = x_CN[:, rows[0] : rows[-1] + 1].T @ y_CN
