@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from entasis.cli import overrides
+from entasis.cli import growth_diagnostics, overrides
 from entasis.cli.numbers import amount, seed, whole
 from entasis.errors import UserError
 
@@ -70,7 +71,13 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _tell(planned, args, None)
     with _bar("growing", "numbers") as advance:
-        done = grow_folder(args.model, args.folder, operators, seed=args.seed, progress=advance)
+        fitting = functools.partial(advance, label="fitting")
+        done = grow_folder(
+            args.model, args.folder, operators, seed=args.seed, progress=advance, fitting=fitting
+        )
+    for name, found in done.diagnostics.items():
+        for line in found.get("warnings", ()):
+            print(f"warning: {name}: {line}", file=sys.stderr)
     losses = _losses(args) if args.text else None
     return _tell(done, args, losses)
 
@@ -203,7 +210,7 @@ def _print(answer: dict[str, Any]) -> None:
         f"activations {_size(memory['training_all'])}, only new layers {_size(memory['training_new'])}"
     )
     for name, found in answer["diagnostics"].items():
-        print(f"{name}: {json.dumps(found)}")
+        growth_diagnostics.show(name, found, console)
     if losses := answer["loss"]:
         before, after = losses["before"], losses["after"]
         print(
@@ -241,16 +248,29 @@ def _list(as_json: bool) -> int:
 
 
 @contextlib.contextmanager
-def _bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; gives what moves it."""
+def _bar(label: str, unit: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; gives what moves it. Under another `label` it moves one more bar, made when first told."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bars = Progress(
+        TextColumn("{task.description}"),
+        *columns,
+        console=console,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bars:
+        tasks: dict[str, TaskID] = {label: bars.add_task(label, total=None)}
+
+        def advance(done: float, total: float, *, label: str = label) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=None)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield advance
 
 
 def _size(n: float) -> str:

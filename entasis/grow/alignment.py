@@ -177,12 +177,12 @@ def _folded(read: Read, shape: ModelShape, layer: int, role: str) -> torch.Tenso
     """One matrix of a layer as [inner, D], fp32, with the norm's weight multiplied into what it scales."""
     entries = {p.role: p for p in layout.layer_parameters(shape, layer) if not p.is_bias}
     p = entries[role]
-    w_ND = read(p.name).float()
+    w_ND = read(p.name).float().cpu()
     if p.axes[0] == "residual":
         w_ND = w_ND.T
     half = "attention_norm" if p.part == "attention" else "feedforward_norm"
     if (shape.norm_placement == "pre") == (p.axes[-1] == "residual"):
-        w_ND = w_ND * read(entries[half].name).float()
+        w_ND = w_ND * read(entries[half].name).float().cpu()
     return w_ND.contiguous()
 
 

@@ -78,10 +78,12 @@ def grow_folder(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    fitting: Callable[[float, float], None] | None = None,
 ) -> Growth:
     """Writes the grown model into the new folder `folder`; the tokenizer comes along.
 
-    `progress` gets the numbers written and the numbers there are. Raises `UserError` for what cannot be grown so, for
+    `progress` gets the numbers written and the numbers there are, `fitting` how far an operator is that fits something
+    first. Raises `UserError` for what cannot be grown so, for
     damaged weights and for a `folder` that is not empty; `DiskFull` where there is no room. Nothing is then left behind.
     """
     source, folder = Path(source), Path(folder)
@@ -94,6 +96,8 @@ def grow_folder(
         diagnostics: dict[str, Any] = {}
         before = source
         for number, operator in enumerate(operators):
+            if fitting:
+                operator.tell(fitting)
             last = number == len(operators) - 1
             target = aside if last else aside / f"step-{number}"
             target.mkdir(exist_ok=True)

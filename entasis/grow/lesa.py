@@ -76,12 +76,12 @@ def predict_matrices(
     report |= {"held_out_layers": list(split.held_out), "matrices": {}, "warnings": []}
     matrices = [p for p in layout.layer_parameters(shape, 0) if p.is_matrix]
     done, total = 0, sum(p.count for p in matrices)
-    like = read("norm.weight").dtype
+    like = read("norm.weight")
     for p in matrices:
         inside = p.name.removeprefix("blocks.0.")
 
         def layer(i: int, inside: str = inside) -> torch.Tensor:
-            return read(f"blocks.{i}.{inside}")
+            return read(f"blocks.{i}.{inside}").cpu()
 
         def advance(part: float, start: int = done, count: int = p.count) -> None:
             progress(start + 0.9 * part * count, total)

@@ -316,3 +316,30 @@ def test_weights_that_were_changed_are_refused(model, tmp_path, capsys):
     grow(source, tmp_path / "grown", "--operator", "average", "--after", "0", code=2)
     assert "does not hold the weights that were saved" in capsys.readouterr().err
     assert not (tmp_path / "grown").exists()
+
+
+def test_predicted_layers_come_with_their_diagnostics_and_a_warning(model, tmp_path, capsys):
+    source = model()
+    for name, extra in (("lesa", ["epochs=1"]), ("lesa_ridge", []), ("aligned_lesa", ["predictor=ridge"])):
+        grow(source, tmp_path / name, "--operator", name, "--after", "1", *extra, "--json")
+        out, err = capsys.readouterr()
+        found = json.loads(out)["diagnostics"][name]
+        assert found["held_out_layers"] == [1] or found["held_out_layers"] == [2]
+        query = found["matrices"]["query"]
+        assert query["size"] == [32, 32] and query["dropped"] == 0
+        for who in ("predicted", "average"):
+            assert set(query[who]) == {"cosine", "norm_ratio", "error", "effective_rank"}
+        stored = json.loads((tmp_path / name / "provenance.json").read_text())
+        assert stored["diagnostics"][name] == found
+        assert all(f"warning: {name}: {line}" in err for line in found["warnings"])
+        assert ("alignment" in found) == (name == "aligned_lesa")
+        # To the bit from weights and seed, norms from the neighbours.
+        grow(source, tmp_path / f"{name}-again", "--operator", name, "--after", "1", *extra)
+        out, _ = capsys.readouterr()
+        assert "as predicted, beside (the mean of their neighbours)" in out
+        first, again = (load_file(tmp_path / n / "model.safetensors") for n in (name, f"{name}-again"))
+        assert all(torch.equal(first[key], again[key]) for key in first)
+        near = load_file(source / "model.safetensors")
+        norm = "attention_norm.weight"
+        mean = (near[f"blocks.1.{norm}"] + near[f"blocks.2.{norm}"]) / 2
+        torch.testing.assert_close(first[f"blocks.2.{norm}"], mean)
