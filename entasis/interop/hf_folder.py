@@ -122,9 +122,10 @@ def _described(file: Path) -> int:
 
 def find_member(folder: Path, name: str) -> Path:
     """The regular file `name` of `folder`. Raises `UserError` for names that lead anywhere else."""
-    if not name or name != Path(name).name or name in (".", "..") or "\\" in name or "\0" in name:
+    plain = name.isprintable() and "\\" not in name and name not in ("", ".", "..")
+    if not plain or name != Path(name).name:
         raise UserError(
-            f"{folder.name}: file name {shorten(name)!r} leads out of the folder; it must be a plain name"
+            f"{folder.name}: file name {shorten(name)!r} is no plain name of a file in the folder"
         )
     if len(name.encode(errors="replace")) > 255:
         raise UserError(f"{folder.name}: file name {shorten(name)!r} is longer than any file's")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entasis.errors import UserError
-from entasis.interop.config_reader import ConfigReader
+from entasis.interop.config_reader import ConfigReader, shorten
 
 if TYPE_CHECKING:
     from entasis.interop.gguf_reader import GGUFFile
@@ -45,7 +45,9 @@ def read_config(config: ConfigReader) -> dict[str, Any]:
         if not (original := scaling.integer(key)):
             raise scaling.wrong(key, original, "at least 1")
         return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **numbers, key: original}}
-    raise UserError(f"{config.where}: rope scaling {kind!r} is not supported; default, linear and llama3 are")
+    raise UserError(
+        f"{config.where}: rope scaling {shorten(kind)!r} is not supported; default, linear and llama3 are"
+    )
 
 
 def read_gguf(file: GGUFFile, settings: ConfigReader, head_dim: int) -> dict[str, Any]:
