@@ -3,20 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
-.PHONY: setup quickstart smollm2 test fuzz test-compat test-vllm lint types clean
+.PHONY: setup quickstart smollm2 test fuzz test-compat test-vllm attacks lint types clean
 
-setup: $(STAMP)
+setup: $(DEV)
 
 # torch first and pinned: the plain build is then used, and nothing later replaces it.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# What tests and development need besides: transformers, lm-eval, ray and more.
+$(DEV): $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-quickstart: setup
+quickstart: $(STAMP)
 	$(BIN)/entasis study run quickstart
 
 # A real model of 135 million parameters, as a GGUF inside a wheel; the tests that need it skip without it.

@@ -43,7 +43,12 @@ def bars(unit: str = "", *, console: Console | None = None) -> Iterator[Advance]
     )
 
     count = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *count, TextColumn(unit if unit != "bytes" else ""))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *count,
+        TextColumn(unit if unit != "bytes" else ""),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as shown:
         tasks: dict[str, TaskID] = {}
 

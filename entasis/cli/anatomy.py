@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from entasis import progress
     from entasis.anatomy import runner, summary
     from entasis.anatomy.measures import choose
     from entasis.evaluate.loading import load
@@ -103,15 +102,7 @@ def run(args: argparse.Namespace) -> int:
         layers=None if args.layers is None else _layers(args.layers),
         precision=args.precision,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
-        tasks = {m.name: bar.add_task(m.name, total=None, start=False) for m in measures}
-
-        def advance(name: str, done: int, total: int) -> None:
-            if not bar.tasks[tasks[name]].started:
-                bar.start_task(tasks[name])
-            bar.update(tasks[name], completed=done, total=total)
-
+    with progress.bars() as advance:
         frame = runner.run_measures(subject, measures, output=args.output, progress=advance)
     facts = runner.describe(subject)
     written = None

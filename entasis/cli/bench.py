@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from entasis.cli import overrides
@@ -31,22 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from entasis import progress
     from entasis.train import recipe as recipes
     from entasis.train.bench import bench
 
     recipe = recipes.read(args.recipe, args.set)
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
-        figures = bench(recipe, steps=args.steps, reporter=show)
+    with progress.bars() as advance:
+        figures = bench(recipe, steps=args.steps, reporter=advance)
     if args.json:
         print(json.dumps(figures, indent=1))
     else:
@@ -80,7 +70,8 @@ def _print(figures: dict[str, Any]) -> None:
         f"{figures['tokens_per_second']:,.0f} tokens/s: a step takes {step['median']:.3f} s "
         f"({step['fastest']:.3f} to {step['slowest']:.3f} over {figures['steps']} steps)",
         f"MFU {figures['mfu']:.0%} of the measured {figures['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s; "
-        f"at that ceiling a step would take {figures['seconds_at_the_ceiling']:.3f} s",
+        f"at that ceiling a step would take {figures['seconds_at_the_ceiling']:.3f} s"
+        + (" (measured while other work took the processor: it is too low)" if figures["busy"] else ""),
         f"peak memory {figures['peak_memory_bytes'] / 1e6:,.0f} MB, of which weights, gradients and optimizer "
         f"state {figures['state_bytes'] / 1e6:,.0f} MB",
         f"waiting for data {figures['data_wait']:.2%} of the step",

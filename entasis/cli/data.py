@@ -15,11 +15,9 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
+from entasis import progress
 from entasis.cli.numbers import seed, whole
 from entasis.errors import UserError
 
@@ -102,7 +100,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from entasis.data.prepare import prepare
     from entasis.data.readers import REPLACED
 
-    with _progress() as report:
+    with progress.bars("bytes") as report:
         result = prepare(
             args.sources,
             args.output,
@@ -159,7 +157,7 @@ def _import(args: argparse.Namespace) -> int:
         return 0
     if args.tokenizer is None:
         raise UserError("--tokenizer is missing; name the tokenizer that made the ids")
-    with _progress() as report:
+    with progress.bars("bytes") as report:
         result = import_tokens(
             args.source,
             args.output,
@@ -236,46 +234,3 @@ def _size(text: str | None) -> int | None:
     from entasis.shape.specification import number
 
     return number(text.upper().removesuffix("B"), "--limit")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with MB/s and ETA on a terminal; a line every ten seconds elsewhere."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        said: dict[str, Any] = {"phase": "", "at": 0.0}
-
-        def tell(phase: str, done: int, total: int) -> None:
-            if phase != said["phase"] or time.monotonic() - said["at"] > 10:
-                said.update(phase=phase, at=time.monotonic())
-                of = f" of {total / 1e6:,.1f}" if total else ""
-                print(f"{phase}: {done / 1e6:,.1f}{of} MB", file=sys.stderr, flush=True)
-
-        yield tell
-        return
-    columns = (
-        TextColumn("{task.description:10}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total or None)
-            bar.update(tasks[phase], completed=done)
-
-        yield show

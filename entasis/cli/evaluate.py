@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 from entasis.cli.numbers import amount, whole
@@ -85,9 +84,7 @@ def _interval(score: dict[str, Any]) -> str:
 
 
 def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from entasis import progress
     from entasis.evaluate.bits_per_byte import interval
     from entasis.evaluate.scoring import corpus_of, score
 
@@ -95,15 +92,14 @@ def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
     with (
         corpus_of(args.text, loaded.tokenizer) as corpus,
-        Progress(console=Console(file=sys.stderr), transient=True) as bar,
+        progress.bars("tokens") as advance,
     ):
-        task = bar.add_task("tokens", total=None)
         found = score(
             loaded,
             corpus,
             sequence=args.sequence,
             tokens=args.tokens,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=lambda done, total: advance("scoring", done, total),
         )
     sampled, over = found, "documents"
     if found.blocks:

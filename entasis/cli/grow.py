@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from entasis import progress
 from entasis.cli import growth_diagnostics, overrides
 from entasis.cli.numbers import amount, seed, whole
 from entasis.errors import UserError
@@ -249,28 +250,9 @@ def _list(as_json: bool) -> int:
 
 @contextlib.contextmanager
 def _bar(label: str, unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; gives what moves it. Under another `label` it moves one more bar, made when first told."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    console = Console(stderr=True)
-    bars = Progress(
-        TextColumn("{task.description}"),
-        *columns,
-        console=console,
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    with bars:
-        tasks: dict[str, TaskID] = {label: bars.add_task(label, total=None)}
-
-        def advance(done: float, total: float, *, label: str = label) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=None)
-            bars.update(tasks[label], completed=done, total=total)
-
-        yield advance
+    """A progress bar; gives what moves it. Under another `label` it moves one more bar, made when first told."""
+    with progress.bars(unit) as advance:
+        yield lambda done, total, *, label=label: advance(label, done, total)
 
 
 def _size(n: float) -> str:

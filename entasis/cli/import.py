@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,24 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Imports, and says what came in."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from entasis import progress
     from entasis.interop.importing import import_model
 
-    bar = Progress(
-        TextColumn("importing"), BarColumn(), MofNCompleteColumn(), TextColumn("parameters"),
-        TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=not
-        sys.stderr.isatty(),
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task("import", total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with progress.bars("parameters") as advance:
         result = import_model(
-            args.source, args.folder, dtype=args.dtype, tokenizer=args.tokenizer, progress=advance
+            args.source,
+            args.folder,
+            dtype=args.dtype,
+            tokenizer=args.tokenizer,
+            progress=lambda done, total: advance("importing", done, total),
         )
     if args.json:
         print(json.dumps(result.to_dict(), indent=2))

@@ -36,10 +36,11 @@ def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
         path = source / name
         if path.is_file():
             record = read_json(path)
+            hidden = {SEAL, "files", "busy"}
+            if record.get("busy") or record.get("mfu", 0) > 1:
+                hidden.add("mfu")  # its ceiling was measured while other work took the processor
             lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
-            lines += [
-                f"| {key} | {_plain(value)} |" for key, value in record.items() if key not in (SEAL, "files")
-            ]
+            lines += [f"| {key} | {_plain(value)} |" for key, value in record.items() if key not in hidden]
     return "\n".join(lines) + "\n"
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from entasis import quantities
+from entasis.progress import duration
 from entasis.report.tables import Column, Table
 from entasis.study import held_out, machine, results, runner, statistics, throughput, trunks
 from entasis.study.config import Study
 from entasis.study.executors import local
-from entasis.study.live_table import duration
 from entasis.study.plan import Arm, Findings, Plan, PlannedRun, batch_tokens, lay_out, preparatory, solve
 from entasis.study.worker import Place
 from entasis.train.candidates import Settings, from_plain

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from entasis import progress
+from entasis.progress import duration
 from entasis.study.executors.local import State, Watcher
 
 _STYLE = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
@@ -34,20 +35,8 @@ def watching(console: Console, title: str) -> Iterator[Watcher]:
 @contextlib.contextmanager
 def preparing(console: Console, title: str) -> Iterator[Callable[[str, int, int], None]]:
     """Yields what corpus preparation calls with its phase, the bytes done and the bytes in all."""
-    if not console.is_terminal:
-        console.print(title, markup=False, highlight=False)
-        yield lambda phase, done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def advance(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(f"{title}: {phase}", total=total or None)
-            bars.update(tasks[phase], completed=done)
-
-        yield advance
+    with progress.bars("bytes", console=console) as advance:
+        yield lambda phase, done, total: advance(f"{title}: {phase}", done, total)
 
 
 class _Clock:
@@ -135,17 +124,3 @@ def _summary(states: Sequence[State], clock: _Clock) -> str:
     speed = sum(s.tokens_per_second or 0 for s in states if s.status == "running")
     eta = f", about {duration(left)} left" if left else ""
     return f"{count['done']} of {len(states)} runs done, {count['running']} running{failed}, {speed:,.0f} tokens/s{eta}"
-
-
-def duration(seconds: float | None) -> str:
-    """`45 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds is None:
-        return ""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 100 * 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole / 86400:,.0f} days"

@@ -123,7 +123,7 @@ def measure(
     devices.set_threads()
     found = devices.choose_device(device)
     speed = devices.measure_matmul_ceiling(found, _product(found)) / 3
-    free = devices.free_memory(found) or math.inf
+    free = devices.free_memory(found)
     jobs = []
     for plain, count in zip(recipes, runs, strict=True):
         resolved, shape, _ = resolve(recipe.from_dict(plain), plain["shape"]["vocabulary"])

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from entasis.files import write_bytes, write_text
+from entasis.progress import duration
 from entasis.report import charts, silhouettes
 from entasis.report.page import Page
 from entasis.report.tables import Column, Table
 from entasis.study import analysis, downstream, results
 from entasis.study.analysis import Verdict
 from entasis.study.config import Study
-from entasis.study.live_table import duration
 from entasis.study.plan import Plan, PlannedRun
 from entasis.study.results import Outcome
 from entasis.study.verdict_text import EQUAL

@@ -62,7 +62,7 @@ def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]
     states = [cost.training_memory(shape) for _, shape in ready]
     state = sum(m.weights + m.gradients + m.optimizer for m in states)
     # Kept between rounds where all of them fit, made anew for each round otherwise.
-    keep = state < (devices.free_memory(found) or math.inf) / 4
+    keep = state < (devices.free_memory(found)) / 4
     held: dict[int, Step] = {}
     speeds: list[list[float]] = [[] for _ in ready]
     for i in range(ROUNDS):

@@ -148,7 +148,7 @@ def _fits(recipe: Recipe, shape: ModelShape, device: torch.device, precision: st
     ]
     needed = activations.peak_bytes_per_token(layers, checkpointed, shape.d_model)
     free = parallel.broadcast_object(devices.free_memory(device))
-    return free is None or needed * micro_sequences(recipe) * sequence < free / 2
+    return needed * micro_sequences(recipe) * sequence < free / 2
 
 
 def _try(step: Step, settings: Settings, timings: dict[Settings, Timing]) -> None:

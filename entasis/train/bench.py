@@ -114,6 +114,7 @@ def bench(
         "tokens_per_second": speed,
         "matmul_flops_per_second": ceiling,
         "mfu": metrics.mfu(speed, flops, ceiling, world=1),
+        "busy": environment["busy"],
         "data_wait": statistics.median(record["data_wait"] for record in records[WARM_UP:]),
         "peak_memory_bytes": max(record["memory_bytes"] for record in records),
         "state_bytes": memory.weights + memory.gradients + memory.optimizer,

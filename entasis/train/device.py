@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 
 from entasis.errors import UserError
@@ -51,16 +52,11 @@ def set_threads() -> None:
         torch.set_num_threads(int(threads))
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that could be allocated, or None where that is not told."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as lines:  # noqa: PTH123
-            found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    except OSError:
-        return None
-    return int(found[0]) * 1024 if found else None
+    return psutil.virtual_memory().available
 
 
 def measure_matmul_ceiling(device: torch.device, precision: str) -> float:
@@ -68,6 +64,21 @@ def measure_matmul_ceiling(device: torch.device, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 8192 if device.type == "cuda" else 512
     return 2 * size**3 / _matmul_seconds(size, dtype, device)
+
+
+def is_busy(device: torch.device) -> bool:
+    """Whether other work takes the processor: a product gets less than 0.8 of the time of its threads. Never on CUDA.
+
+    A ceiling measured then is too low, and an MFU against it too high.
+    """
+    if device.type == "cuda":
+        return False
+    a = torch.ones(512, 512)
+    wall, used = time.perf_counter(), time.process_time()
+    for _ in range(30):
+        a @ a
+    wall, used = time.perf_counter() - wall, time.process_time() - used
+    return used < 0.8 * wall * torch.get_num_threads()
 
 
 def has_compiler(device: torch.device) -> bool:

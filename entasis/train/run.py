@@ -339,6 +339,7 @@ class Run:
             "seconds": sum(row["seconds"] for row in rows),
             "tokens_per_second": speed,
             "mfu": metrics.steady_median(rows, "mfu"),
+            "busy": self.environment.get("busy", False),
             "data_wait": metrics.steady_median(rows, "data_wait"),
             "peak_memory_bytes": max(row["memory_bytes"] for row in rows),
             "seed": self.recipe.seed,

@@ -351,6 +351,7 @@ def _begin(
         "compile": recipe.compile,
         "attention": recipe.attention,
         "auto": auto,
+        "busy": devices.is_busy(device),
         "matmul_flops_per_second": devices.measure_matmul_ceiling(device, recipe.precision),
         "distinct_layers": shape.distinct_layers,
         "data": _fingerprints(corpus, recipe),
