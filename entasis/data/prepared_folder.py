@@ -29,7 +29,7 @@ def claim(
     for number in itertools.count(1):
         folder = output if number == 1 else output.with_name(f"{output.name}-{number}")
         ours = (folder / ARGUMENTS).is_file()
-        if not ours and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not ours and folder.exists() and not _is_free(folder):
             if folder == output:
                 raise UserError(f"{output}: not empty and not a corpus; name another folder")
             continue
@@ -52,6 +52,13 @@ def claim(
             return folder, f"{folder}: its sources changed before it was finished ({change}); it begins again"
         said = f"{output}: its sources have changed since ({change})"
     raise AssertionError
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder is empty, but for what a killed write of `ARGUMENTS` may have left."""
+    return folder.is_dir() and all(
+        file.name.startswith(f"{ARGUMENTS}.") and file.suffix == ".partial" for file in folder.iterdir()
+    )
 
 
 def _difference(earlier: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
