@@ -35,8 +35,9 @@ def claim(
             continue
         if not ours or not any((folder / name).exists() for name in (PREPARED, SURVEY, *parts)):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / SOURCES, {"files": state})
+            # First, should this be killed: it says whose the folder is.
             write_json(folder / ARGUMENTS, arguments)
+            write_json(folder / SOURCES, {"files": state})
             return folder, said and f"{said}; prepared anew in {folder}"
         if differs := _difference(read_json(folder / ARGUMENTS), arguments):
             if folder == output:
