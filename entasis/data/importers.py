@@ -10,6 +10,7 @@ import itertools
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,13 @@ def npy(path: Path, dtype: str | None) -> np.ndarray:
     """NumPy's own format; never a pickle."""
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (
+        ValueError,
+        EOFError,
+        OSError,
+        SyntaxError,
+        TokenError,
+    ) as error:  # numpy parses the header as Python
         raise UserError(f"{path}: not a readable .npy file ({error})") from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "ui":
         raise UserError(f"{path}: holds {getattr(ids, 'dtype', 'no array')}, which are no token ids")

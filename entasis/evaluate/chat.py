@@ -80,4 +80,9 @@ def load(folder: Path) -> Chat | None:
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):
             special[name] = text
+    for name, text in {"chat_template": template, **special}.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: {name} holds a lone surrogate, which no text has") from error
     return Chat(template, special)
