@@ -14,9 +14,9 @@ from entasis.progress import duration
 from entasis.report.tables import Column, Table
 from entasis.study import held_out, machine, results, runner, statistics, throughput, trunks
 from entasis.study.config import Study
-from entasis.study.executors import local
+from entasis.study.executors import launchers, local
+from entasis.study.executors.worker import Place
 from entasis.study.plan import Arm, Findings, Plan, PlannedRun, batch_tokens, lay_out, preparatory, solve
-from entasis.study.worker import Place
 from entasis.train.candidates import Settings, from_plain
 
 _LIMIT = 60.0
@@ -136,7 +136,9 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
     arms = plan.arms
     done = list(results.outcomes(folder, plan.runs).values())
     # All that needs torch is done by other processes.
-    where = local.on_each([Place("counting", 1)], local.places, study.threads, len(plan.runs))[0]
+    with local.pool_of([Place("counting", 1)]) as one:
+        [where] = launchers.call(one, "counting", local.places, study.threads)
+    where = where[: len(plan.runs)]
     if done:
         mean = sum(o.result["seconds"] / o.run.flops for o in done) / len(done)
         own = {name: [o.result["seconds"] / o.run.flops for o in done if o.run.arm == name] for name in arms}
@@ -146,7 +148,9 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
     jobs = [] if quick else machine.jobs_of(applied)
     recipes = [applied[names[0]].timed for names in jobs]
     device = str(study.base.get("device", "auto"))
-    answers = local.on_each(where, machine.measure, recipes, [len(study.seeds)] * len(jobs), device, _LIMIT)
+    arguments = (recipes, [len(study.seeds)] * len(jobs), device, _LIMIT)
+    with local.pool_of(where) as pool:
+        answers = launchers.call(pool, "steps", machine.measure, *arguments, at_most=len(where))
     ceiling = 1 / median(a["flops_per_second"] for a in answers)
     if quick:
         return dict.fromkeys(arms, ceiling), len(where), "a third of the measured matmul ceiling"

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from entasis import progress
 from entasis.progress import duration
-from entasis.study.executors.local import State, Watcher
+from entasis.study.executors.launchers import State, Watcher
 
 _STYLE = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "bold red"}
 _EVERY = 20.0

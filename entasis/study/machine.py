@@ -19,7 +19,7 @@ from entasis.files import write_text
 from entasis.shape import cost
 from entasis.study import results
 from entasis.study.config import Study, changed
-from entasis.study.executors import launchers, local
+from entasis.study.executors import launchers
 from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Arm
 from entasis.train.candidates import MARGIN, Measured, Settings, fastest, from_plain, told
@@ -28,17 +28,14 @@ FILE = "machine.json"
 KEYS = ("precision", "attention", "compile")
 
 
-def settle(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool | None = None) -> str:
+def settle(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool) -> str:
     """Times what is open and writes `machine.json`; returns what was chosen, in a line for each arm."""
     runs = len(study.seeds) * len(study.protocols)
     jobs = jobs_of(arms)
     wanted = str(study.base.get("device", "auto"))
     arguments = ([arms[names[0]].timed for names in jobs], [runs * len(names) for names in jobs], wanted)
-    if pool:
-        # Where the runs will run: the machine that submits them may be another kind.
-        answers = [launchers.call(pool, "choices", measure, *arguments)]
-    else:
-        answers = local.on_each(local.places(study.threads, runs * len(arms)), measure, *arguments)
+    # Where the runs will run: the machine that submits them may be another kind.
+    answers = launchers.call(pool, "choices", measure, *arguments, at_most=runs * len(arms))
     chosen = decide(jobs, answers)
     write_text(folder / FILE, json.dumps(chosen, indent=1) + "\n")
     return "\n".join(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from entasis.errors import Damaged, UserError
 from entasis.files import hash_of, read_json
 from entasis.study.config import Study, Sweep
-from entasis.study.executors.local import failure_note
+from entasis.study.executors.launchers import failure_note
 from entasis.study.plan import Findings, Plan, PlannedRun
 
 

@@ -49,13 +49,7 @@ def run(
     """
     folder = folder.resolve()
     study = _at_home(study)
-    if launcher == "local" and options:
-        raise UserError("--option goes with --launcher slurm or ray")
-    place = (
-        contextlib.nullcontext()
-        if launcher == "local"
-        else launchers.find(launcher)(folder / "logs", study.threads, options or {})
-    )
+    place = launchers.find(launcher)(folder / "logs", study.threads, options or {})
     try:
         return _run(study, folder, console, place)
     except KeyboardInterrupt as error:
@@ -68,7 +62,7 @@ def _run(
     study: Study,
     folder: Path,
     console: Console,
-    place: contextlib.AbstractContextManager[Pool | None],
+    place: contextlib.AbstractContextManager[Pool],
 ) -> Verdict:
     begin(study, folder)
     with local.only_one(folder), place as pool:
@@ -189,7 +183,7 @@ def _prepare(study: Study, folder: Path, console: Console) -> None:
             corpora.make(study, folder, progress)
 
 
-def _settled(study: Study, folder: Path, console: Console, pool: Pool | None) -> Study:
+def _settled(study: Study, folder: Path, console: Console, pool: Pool) -> Study:
     """The study with what it leaves to the machine settled for all its runs, once."""
     if not (folder / machine.FILE).is_file():
         console.print("timing the settings left to auto", markup=False, highlight=False)
@@ -204,17 +198,14 @@ def _train(
     runs: Sequence[PlannedRun],
     console: Console,
     title: str,
-    pool: Pool | None,
+    pool: Pool,
 ) -> None:
-    left = [r for r in runs if not local.finished(folder, r)]
+    left = [r for r in runs if not launchers.finished(folder, r)]
     if not left:
         return
     _train(study, folder, trunks.needed(left), console, "what arms start from", pool)
     with live_table.watching(console, title) as watch:
-        if pool:
-            states = launchers.execute(folder, runs, pool, watch)
-        else:
-            states = local.execute(folder, runs, local.places(study.threads, len(left)), watch)
+        states = launchers.execute(folder, runs, pool, watch)
     failed = [s for s in states if s.status == "failed"]
     if len(failed) == len(left) and not any(s.status == "done" for s in states):
         raise Failure(f"every run failed; the first, {failed[0].run.folder}: {failed[0].message}")

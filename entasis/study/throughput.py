@@ -20,7 +20,7 @@ from entasis import quantities
 from entasis.files import write_text
 from entasis.study import machine, results
 from entasis.study.config import Study
-from entasis.study.executors import launchers, local
+from entasis.study.executors import launchers
 from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Arm
 from entasis.study.results import Outcome
@@ -32,15 +32,12 @@ STEPS = 3
 """Timed steps of an arm in a round."""
 
 
-def measure(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool | None = None) -> None:
+def measure(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool) -> None:
     """Writes `throughput.json`: tokens per second of each arm, in every round of every worker."""
     jobs = machine.jobs_of({name: arms[name] for name in study.arms})
     arguments = ([arms[names[0]].timed for names in jobs], str(study.base.get("device", "auto")))
-    if pool:
-        workers = [launchers.call(pool, "throughput", in_turn, *arguments)]
-    else:
-        where = local.places(study.threads, len(study.arms) * len(study.seeds))
-        workers = local.on_each(where, in_turn, *arguments)
+    at_most = len(study.arms) * len(study.seeds)
+    workers = launchers.call(pool, "throughput", in_turn, *arguments, at_most=at_most)
     # Arms that are the same work have the same speed, not two measurements of it.
     told = {name: [worker[i] for worker in workers] for i, names in enumerate(jobs) for name in names}
     write_text(folder / FILE, json.dumps({"rounds": ROUNDS, "tokens_per_second": told}, indent=1) + "\n")

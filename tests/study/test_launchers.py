@@ -16,7 +16,7 @@ from rich.console import Console
 from entasis.errors import UserError
 from entasis.study import config, machine, runner
 from entasis.study.executors import launchers
-from entasis.study.executors.local import State, failure_note
+from entasis.study.executors.launchers import State, failure_note
 from entasis.study.plan import Findings, lay_out, solve
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launchers")]
@@ -58,7 +58,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_worker_is_replaced_and_a_wrong_run_is_not(name: str, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("submitit" if name == "slurm" else "ray", reason=f"the extra {name} is not installed")
     study = study_of(text)
-    machine.settle(study, tmp_path, solve(study))
+    with launchers.find("local")(tmp_path / "logs", 1, {}) as here:
+        machine.settle(study, tmp_path, solve(study), here)
     study = machine.applied(study, tmp_path)
     runner._prepare(study, tmp_path, Console(file=io.StringIO()))
     runs = lay_out(study, solve(study), Findings()).runs

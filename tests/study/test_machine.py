@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from entasis.study import config, machine, plan
+from entasis.study.executors import launchers
 from entasis.train.candidates import Measured, Settings
 
 SHAPE = {"profile": "isotropic", "budget": "40k", "layers": 4, "d_model": 32, "head_dim": 8,
@@ -70,7 +71,8 @@ def test_settings_are_timed_once_and_kept(tmp_path: Path) -> None:
     s = study()
     arms = plan.solve(s)
     assert machine.jobs_of(arms) == [("plain", "faster"), ("slope",)]
-    told = machine.settle(s, tmp_path, arms)
+    with launchers.find("local")(tmp_path / "logs", 1, {}) as pool:
+        told = machine.settle(s, tmp_path, arms, pool)
     assert "plain, faster: " in told and "one step takes" in told
     kept = json.loads((tmp_path / machine.FILE).read_text())
     assert all(len(kept["timings"][name]) >= 2 for name in arms)

@@ -18,9 +18,10 @@ from rich.console import Console
 from entasis.errors import UserError
 from entasis.files import SEAL
 from entasis.study import compare, config, machine, runner
-from entasis.study.executors import local
-from entasis.study.executors.local import Place, State
-from entasis.study.plan import Findings, lay_out, solve
+from entasis.study.executors import launchers, local
+from entasis.study.executors.launchers import State, Watcher
+from entasis.study.executors.worker import Place
+from entasis.study.plan import Findings, PlannedRun, lay_out, solve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 import browser
@@ -28,6 +29,8 @@ import browser
 # One process runs the study that most of these look at.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
 
+LONG = {"tokens": "60k", "attention": "sdpa", "compile": False}
+"""So long that it is not done before the first look."""
 MODULES = ("argparse", "ast", "difflib", "inspect", "tarfile", "typing", "zipfile", "shutil")
 
 
@@ -164,13 +167,21 @@ def test_another_study_is_kept_out(
         pass
 
 
+def execute(folder: Path, runs: Sequence[PlannedRun], watch: Watcher) -> list[State]:
+    with local.pool_of([Place("cpu-0", 1)], folder / "logs") as pool:
+        return launchers.execute(folder, runs, pool, watch)
+
+
 def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
     finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
     arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}}
-    study = config.from_dict(source(text, arms=arms, seeds=1), name="s")
-    machine.settle(study, tmp_path, solve(study))
+    plain = source(text, arms=arms, seeds=1)
+    plain["base"] = {**plain["base"], **LONG}
+    study = config.from_dict(plain, name="s")
+    with local.pool_of([Place("cpu-0", 1)]) as pool:
+        machine.settle(study, tmp_path, solve(study), pool)
     study = machine.applied(study, tmp_path)
     runs = lay_out(study, solve(study), Findings()).runs
     killed: list[int] = []
@@ -184,12 +195,12 @@ def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
             killed.append(victim.pid or 0)
             os.kill(killed[0], signal.SIGKILL)
 
-    states = local.execute(tmp_path, runs, [Place("cpu-0", 1)], kill_first)
+    states = execute(tmp_path, runs, kill_first)
     assert killed and [s.status for s in states] == ["failed", "done"]
     assert "SIGKILL" in states[0].message and "memory" in states[0].message
-    again = local.execute(tmp_path, runs, [Place("cpu-0", 1)], lambda states: None)
+    again = execute(tmp_path, runs, lambda states: None)
     assert [s.status for s in again] == ["done", "done"]
-    assert not local.failure_note(tmp_path, runs[0]).exists()
+    assert not launchers.failure_note(tmp_path, runs[0]).exists()
 
 
 def test_two_studies_side_by_side(finished: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
@@ -220,9 +231,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 
     shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
     plain = source(text, arms={"plain": {}}, seeds=1)
-    plain["base"] = {**plain["base"], "tokens": "60k"}  # so long that it is not done before the first look
+    plain["base"] = {**plain["base"], **LONG}
     study = config.from_dict(plain, name="s")
-    machine.settle(study, tmp_path, solve(study))
+    with local.pool_of([Place("cpu-0", 1)]) as pool:
+        machine.settle(study, tmp_path, solve(study), pool)
     study = machine.applied(study, tmp_path)
     runs = lay_out(study, solve(study), Findings()).runs
 
@@ -231,6 +243,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Failure, match=r"stopped by Ctrl-C with 0 of 1 runs done; `entasis study resume"):
-        local.execute(tmp_path, runs, [Place("cpu-0", 1)], interrupt)
+        execute(tmp_path, runs, interrupt)
     assert list((tmp_path / runs[0].folder / "checkpoints").iterdir())
-    assert local.execute(tmp_path, runs, [Place("cpu-0", 1)], lambda states: None)[0].status == "done"
+    assert execute(tmp_path, runs, lambda states: None)[0].status == "done"

@@ -1,15 +1,13 @@
-"""Runs of a study as jobs of somebody else's scheduler: submitted, watched through their folders, sent again when lost.
+"""Runs of a study as jobs of a pool: submitted, watched through their folders, sent again when lost.
 
-A launcher is one registered context manager in one file (`slurm.py`, `ray.py`). The study's folder must
-lie where all machines see it under the same path.
+A launcher is one registered context manager in one file (`local.py`, `slurm.py`, `ray.py`) that opens a pool. The study's
+folder must lie where all its machines see it under the same path.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,28 +15,38 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from entasis import signals
-from entasis.errors import Failure, UserError
-from entasis.files import write_text
-from entasis.study.executors.local import State, Watcher, failure_note, finished
+from entasis.errors import DiskFull, Failure, UserError
+from entasis.files import read_json, write_text
+from entasis.study.executors import worker
 from entasis.study.plan import PlannedRun
 
 ATTEMPTS = 3
-"""How often a run is started whose job dies without saying why: a lost node, a preemption, a kill."""
+"""How often a run is started on machines that may be lost or taken away."""
+Answer = tuple[str, Any]
+"""("value", what a call returned), or ("lost", why its job died)."""
 
 
 class Job(Protocol):
     """A submitted call."""
 
-    def poll(self) -> tuple[str, Any] | None:
-        """None while it waits or works, ("value", what it returned), or ("lost", why) when it died."""
+    def poll(self) -> Answer | None:
+        """None while it waits or works."""
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        """Asks it to stop; a run saves a checkpoint first, where it can."""
 
 
 class Pool(Protocol):
-    """What calls are submitted to. `at_once` is how many jobs it is given at a time; None is all of them."""
+    """What calls are submitted to."""
 
     at_once: int | None
+    """How many jobs it is given at a time; None is all of them."""
+    alike: int
+    """How many jobs measure together what runs will see of one another."""
+    attempts: int
+    """How often a run is started whose job dies without saying why: a lost node, a preemption, a kill."""
+    waits: bool
+    """Whether cancelled jobs are waited for."""
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Job: ...
 
@@ -59,11 +67,34 @@ def launcher(name: str) -> Callable[[Launcher], Launcher]:
 
 def find(name: str) -> Launcher:
     """A launcher by its name. Raises `UserError`."""
-    from entasis.study.executors import ray, slurm  # noqa: F401  they register themselves
+    from entasis.study.executors import local, ray, slurm  # noqa: F401  they register themselves
 
     if name not in LAUNCHERS:
-        raise UserError(f"--launcher {name!r} is not known; choose one of local, {', '.join(LAUNCHERS)}")
+        raise UserError(f"--launcher {name!r} is not known; choose one of {', '.join(LAUNCHERS)}")
     return LAUNCHERS[name]
+
+
+@dataclass(slots=True)
+class State:
+    """Where a run is, for whoever shows it."""
+
+    run: PlannedRun
+    status: str = "waiting"
+    """waiting, running, done, failed."""
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    message: str = ""
+    doing: str = ""
+
+    @property
+    def fraction(self) -> float:
+        return 1.0 if self.status in ("done", "failed") else self.step / self.steps if self.steps else 0.0
+
+
+Watcher = Callable[[Sequence[State]], None]
 
 
 @dataclass(slots=True)
@@ -74,88 +105,123 @@ class _Active:
 
 
 def execute(folder: Path, runs: Sequence[PlannedRun], pool: Pool, watch: Watcher) -> list[State]:
-    """As `entasis.study.executors.local.execute`, the runs being jobs of `pool`.
+    """Trains every run that has no result yet. A failed one is noted beside its folder and stops no other.
 
-    A run that fails is noted and not tried again; one whose job is lost goes on from its checkpoint, at most
-    `ATTEMPTS` times in all. Ctrl-C cancels the jobs and raises `Failure`.
+    A run whose job is lost goes on from its checkpoint, `pool.attempts` times in all. `watch` is called some times a
+    second with the states of all runs. Asked to stop (Ctrl-C, SIGTERM), and on a disk too full to note a failure, jobs are
+    cancelled and `Failure` is raised; the same call later goes on from there. A second request later waits for nothing.
     """
     states = [State(run, "done" if finished(folder, run) else "waiting") for run in runs]
     queue = [(s, 1) for s in states if s.status == "waiting"]
     active: list[_Active] = []
-    try:
-        while queue or active:
-            while queue and (pool.at_once is None or len(active) < pool.at_once):
-                state, attempt = queue.pop(0)
-                failure_note(folder, state.run).unlink(missing_ok=True)
-                state.status, state.doing = "running", "submitted"
-                job = pool.submit(
-                    state.run.folder, train_one, str(folder), state.run.folder, state.run.recipe
-                )
-                active.append(_Active(state, job, attempt))
-            time.sleep(0.5)
-            for one in list(active):
-                _look(folder, one.state)
-                answer = one.job.poll()
-                if answer is None:
-                    continue
-                active.remove(one)
-                if answer[0] == "lost" and one.attempt < ATTEMPTS and not finished(folder, one.state.run):
-                    one.state.status, one.state.doing = "waiting", f"lost: {answer[1]}"
-                    queue.append((one.state, one.attempt + 1))
-                else:
-                    _settle(folder, one.state, answer)
-            watch(states)
-    except KeyboardInterrupt as error:
-        done = sum(s.status == "done" for s in states)
-        raise Failure(
-            f"stopped by {signals.name_of(error)} with {done} of {len(runs)} runs done, the other jobs cancelled; "
-            f"`entasis study resume {folder}` goes on from their checkpoints"
-        ) from None
-    finally:
-        for one in active:  # none, unless something went wrong here
-            one.job.cancel()
-    watch(states)
+    with signals.requested() as asked:
+        try:
+            while (queue or active) and not asked.is_set():
+                while queue and (pool.at_once is None or len(active) < pool.at_once):
+                    active.append(_submit(folder, *queue.pop(0), pool))
+                asked.wait(0.25)
+                for one in list(active):
+                    _look(folder, one.state)
+                    if (answer := one.job.poll()) is None:
+                        continue
+                    active.remove(one)
+                    if answer[0] == "lost" and one.attempt < pool.attempts:
+                        one.state.status, one.state.doing = "waiting", f"lost: {answer[1]}"
+                        queue.append((one.state, one.attempt + 1))
+                    else:
+                        _settle(folder, one.state, answer)
+                watch(states)
+            if asked.is_set():
+                raise _stopped(f"stopped by {asked.by}", folder, states, active, pool, watch)
+        except DiskFull as error:
+            raise _stopped(str(error), folder, states, active, pool, watch) from error
+        finally:
+            for one in active:  # none, unless something went wrong here
+                one.job.cancel()
     return states
 
 
-def call(pool: Pool, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """One call on a machine of the pool; waits for what it returns. Raises `Failure` when it is lost."""
-    job = pool.submit(name, function, *arguments)
-    while (answer := job.poll()) is None:
-        time.sleep(0.2)
-    if answer[0] == "lost":
-        raise Failure(f"{name}: the job was lost ({answer[1]})")
-    return answer[1]
+def call(pool: Pool, name: str, function: Callable[..., Any], *arguments: Any, at_most: int = 1) -> list[Any]:
+    """What a call returns on machines of the pool: made beside itself as often as runs will be, `at_most` times.
+
+    Raises what the call raises of `UserError` and `Failure`, and `Failure` when a job is lost.
+    """
+    jobs = [
+        pool.submit(name, worker.attempt, function, *arguments)
+        for _ in range(max(1, min(pool.alike, at_most)))
+    ]
+    answers = []
+    for job in jobs:
+        while (answer := job.poll()) is None:
+            time.sleep(0.1)
+        if answer[0] == "lost":
+            raise Failure(f"{name}: a process that was measuring was lost: {answer[1]}")
+        kind, content = answer[1]
+        if kind == "raised":
+            raise content
+        answers.append(content)
+    return answers
 
 
-def train_one(folder: str, run: str, recipe: dict[str, Any]) -> tuple[str, Any]:
-    """What a job does: trains one run in the study's folder; ("done", result) or ("failed", one line)."""
-    from entasis.train import recipe as recipes
-    from entasis.train.run import train
-
-    # The working folder is the study's, so that recipes name their corpora relative to it.
-    os.chdir(folder)
-    try:
-        return "done", train(recipes.from_dict(recipe), Path(run))
-    except (UserError, Failure) as error:
-        return "failed", str(error)
-    except Exception as error:
-        traceback.print_exc()
-        line = " ".join(str(error).split())[:300]
-        return "failed", f"{type(error).__name__}: {line} (more in the job's log)"
+def failure_note(folder: Path, run: PlannedRun) -> Path:
+    """The file beside a run's folder that says why it failed."""
+    place = folder / run.folder
+    return place.with_name(place.name + ".failure.txt")
 
 
-def _settle(folder: Path, state: State, answer: tuple[str, Any]) -> None:
+def finished(folder: Path, run: PlannedRun) -> bool:
+    """Whether a run has its result."""
+    return (folder / run.folder / "result.json").is_file()
+
+
+def _submit(folder: Path, state: State, attempt: int, pool: Pool) -> _Active:
+    run = state.run
+    failure_note(folder, run).unlink(missing_ok=True)
+    state.status, state.doing = "running", "starting"
+    job = pool.submit(run.folder, worker.train_one, str(folder), run.folder, run.recipe)
+    return _Active(state, job, attempt)
+
+
+def _settle(folder: Path, state: State, answer: Answer) -> None:
     state.doing = ""
     kind, content = answer[1] if answer[0] == "value" else ("failed", answer[1])
     if finished(folder, state.run):
-        result = json.loads((folder / state.run.folder / "result.json").read_text(encoding="utf-8"))
-        state.status, state.loss = "done", result["loss"]
-        state.tokens_per_second = result["tokens_per_second"]
+        _succeed(folder, state)
         return
-    message = str(content) if kind == "failed" else "ended without a result"
-    state.status, state.message = "failed", message
-    write_text(failure_note(folder, state.run), message + "\n")
+    state.status, state.message = "failed", str(content) if kind == "failed" else "ended without a result"
+    write_text(failure_note(folder, state.run), state.message + "\n")
+
+
+def _succeed(folder: Path, state: State) -> None:
+    result = read_json(folder / state.run.folder / "result.json")
+    state.status, state.loss = "done", result["loss"]
+    state.tokens_per_second = result["tokens_per_second"]
+
+
+def _stopped(
+    cause: str,
+    folder: Path,
+    states: Sequence[State],
+    active: list[_Active],
+    pool: Pool,
+    watch: Watcher,
+) -> Failure:
+    """What to raise, once the running runs have stopped after their step and saved their checkpoints."""
+    for one in active:
+        one.state.doing = "saving, to stop"
+        one.job.cancel()
+    watch(states)
+    while active and pool.waits:
+        time.sleep(0.1)
+        for one in [one for one in active if one.job.poll() is not None]:
+            active.remove(one)
+            if finished(folder, one.state.run):  # it was at its end anyway
+                one.state.status = "done"
+    active.clear()
+    done = sum(s.status == "done" for s in states)
+    return Failure(
+        f"{cause} with {done} of {len(states)} runs done; `entasis study resume {folder}` goes on from there"
+    )
 
 
 def _look(folder: Path, state: State) -> None:
@@ -168,7 +234,8 @@ def _look(folder: Path, state: State) -> None:
         row = json.loads(lines[-1])
     except (OSError, IndexError, ValueError):
         return  # nothing there yet
-    state.doing, state.step, state.loss = "", row["step"], row["loss"]
+    left = state.run.tokens - row["tokens"]
+    state.doing, state.step, state.loss = "" if left > 0 else "validating", row["step"], row["loss"]
     state.steps = round(row["step"] * state.run.tokens / row["tokens"])
     state.tokens_per_second = row["tokens_per_second"]
-    state.eta_seconds = (state.run.tokens - row["tokens"]) / row["tokens_per_second"]
+    state.eta_seconds = left / row["tokens_per_second"]

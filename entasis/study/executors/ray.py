@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from entasis.errors import UserError
-from entasis.study.executors.launchers import Pool, launcher
-from entasis.study.executors.local import cores
+from entasis.study.executors.launchers import ATTEMPTS, Answer, Pool, launcher
+from entasis.study.executors.local import cores, threads_of_a_run
 
 _OPTIONS = ("address", "cpus", "gpus")
 
@@ -24,7 +24,7 @@ class _Job:
     def __init__(self, reference: Any) -> None:
         self.reference = reference
 
-    def poll(self) -> tuple[str, Any] | None:
+    def poll(self) -> Answer | None:
         import ray
 
         if not ray.wait([self.reference], timeout=0)[0]:
@@ -42,6 +42,7 @@ class _Job:
 
 class _Cluster:
     at_once: int | None = None  # Ray starts as many tasks as it has room for
+    alike, attempts, waits = 1, ATTEMPTS, False
 
     def __init__(self, cpus: float, gpus: float) -> None:
         self.cpus, self.gpus = cpus, gpus
@@ -86,6 +87,6 @@ def on_ray(logs: Path, threads: int | None, options: Mapping[str, str]) -> Itera
     try:
         available = ray.cluster_resources()
         gpus = float(options.get("gpus", 1 if available.get("GPU") else 0))
-        yield _Cluster(float(options.get("cpus", threads or cores())), gpus)
+        yield _Cluster(float(options.get("cpus", threads_of_a_run(threads))), gpus)
     finally:
         ray.shutdown()

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from entasis.errors import UserError
-from entasis.study.executors.launchers import Pool, launcher
-from entasis.study.executors.local import cores
+from entasis.study.executors.launchers import ATTEMPTS, Answer, Pool, launcher
+from entasis.study.executors.local import cores, threads_of_a_run
 
 
 class _Job:
     def __init__(self, job: Any) -> None:
         self.job = job
 
-    def poll(self) -> tuple[str, Any] | None:
+    def poll(self) -> Answer | None:
         import submitit
 
         if not self.job.done():
@@ -38,6 +38,8 @@ class _Job:
 
 
 class _Slurm:
+    alike, attempts, waits = 1, ATTEMPTS, False
+
     def __init__(self, executor: Any, at_once: int | None) -> None:
         self.executor, self.at_once = executor, at_once
 
@@ -56,7 +58,7 @@ def slurm(logs: Path, threads: int | None, options: Mapping[str, str]) -> Iterat
         raise UserError("--launcher slurm needs the extra slurm (pip install 'entasis[slurm]')") from error
     wanted: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in options.items()}
     cluster = wanted.pop("cluster", "slurm")
-    each = threads or cores()
+    each = threads_of_a_run(threads)
     at_once = wanted.pop("at_once", max(1, cores() // each) if cluster == "local" else None)
     try:
         executor = submitit.AutoExecutor(folder=logs / "slurm" / "%j", cluster=cluster)
