@@ -1,6 +1,6 @@
 """Kills a training run at given points and lets it go on; run as a script by test_kill_and_resume.py.
 
-    python killing.py FOLDER TRAIN VALIDATION POINTS SEED plain|staged
+    python killing.py FOLDER TRAIN VALIDATION POINTS SEED plain|staged|constructive
 
 A point is a file operation inside the run's folder (open, rename, remove, mkdir, as Python's audit events
 tell) or a step. The first run counts them; then POINTS of them, chosen at random, are each met by SIGKILL
@@ -46,8 +46,25 @@ STAGED = {
     ],
 }
 
+CONSTRUCTIVE = {
+    "tokens": None,
+    "stages": [
+        {"tokens": 128 * 4},
+        {
+            "tokens": 128 * 3,
+            "transition": {"grow": {"operator": "append_random", "count": 1}},
+            "trainable": ["newest", "final_norm", "head"],
+            "cache_frozen": True,
+        },
+        {"tokens": 128 * 3, "trainable": ["final_norm", "head"], "lora": {"rank": 2}},
+    ],
+}
+KINDS: dict[str, dict] = {"plain": {}, "staged": STAGED, "constructive": CONSTRUCTIVE}
 
-def main(folder: Path, train_corpus: str, validation: str, points: int, seed: int, staged: bool) -> None:
+
+def main(folder: Path, train_corpus: str, validation: str, points: int, seed: int, kind: str) -> None:
+    if kind == "constructive":
+        import peft  # noqa: F401  better once than in every fork
     recipe = from_dict(
         {
             "shape": {
@@ -64,7 +81,7 @@ def main(folder: Path, train_corpus: str, validation: str, points: int, seed: in
             "evaluation": {"every": 4, "tokens": 2000},
             "checkpoint": {"every": 2, "keep_last": 2, "keep_every": 4},
             "logging": {"tensorboard": False},
-            **(STAGED if staged else {}),
+            **KINDS[kind],
         }
     )  # fmt: skip
     whole = folder / "whole"
@@ -148,5 +165,5 @@ if __name__ == "__main__":
         sys.argv[3],
         int(sys.argv[4]),
         int(sys.argv[5]),
-        sys.argv[6] == "staged",
+        sys.argv[6],
     )

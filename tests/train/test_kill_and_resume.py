@@ -16,11 +16,11 @@ from entasis.train.run import train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "staged"])
-def test_killed_anywhere_resumes_to_the_same_losses(corpora, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "points"), [("plain", 24), ("staged", 24), ("constructive", 10)])
+def test_killed_anywhere_resumes_to_the_same_losses(corpora, tmp_path, kind, points):
     script = Path(__file__).with_name("killing.py")
     answer = subprocess.run(
-        [sys.executable, script, tmp_path, corpora / "train", corpora / "validation", "24", "7", kind],
+        [sys.executable, script, tmp_path, corpora / "train", corpora / "validation", str(points), "7", kind],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -30,7 +30,7 @@ def test_killed_anywhere_resumes_to_the_same_losses(corpora, tmp_path, kind):
     assert answer.returncode == 0, answer.stderr
     told = json.loads(answer.stdout)
     assert len(told["losses"]) == 10
-    assert len(told["outcomes"]) == 24
+    assert len(told["outcomes"]) == points
     assert all(outcome["died"] for outcome in told["outcomes"])
     assert [o["point"] for o in told["outcomes"] if not o["same"]] == []
     # The points were not all outside of saves.
