@@ -57,12 +57,12 @@ def merged(model: Transformer) -> Transformer:
     """A model without adapters that computes the same; what was not adapted shares its memory."""
     tensors = {}
     for name, parameter in model.named_parameters():
-        if BASE in name:
+        if name.endswith(f"{BASE}weight"):
             wrapped = model.get_submodule(name.partition(BASE)[0])
             change = wrapped.get_delta_weight("default")  # type: ignore[operator]
             tensors[name.replace(BASE, ".")] = parameter.detach() + change.to(parameter.dtype)
         elif not is_adapter(name):
-            tensors[name] = parameter.detach()
+            tensors[name.replace(BASE, ".")] = parameter.detach()
     with torch.device("meta"):
         plain = Transformer(model.shape, attention=model.attention)
     plain.load_state_dict(tensors, assign=True)

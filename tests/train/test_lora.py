@@ -22,8 +22,10 @@ def phases(recipe):
     """Two layers, then a LoRA phase, then a third stage: `phases(lora stage changes, last stage)`."""
 
     def make(lora=None, last=None, **changes):
+        shape = {**recipe().shape, "ffn_bias": True, "attention_output_bias": True}
         stages = [{"tokens": 512 * 2}, {"tokens": 512 * 4, **LORA, **(lora or {})}]
-        return recipe(tokens=None, stages=stages + ([{"tokens": 512 * 2, **last}] if last else []), **changes)
+        stages += [{"tokens": 512 * 2, **last}] if last else []
+        return recipe(shape=shape, tokens=None, stages=stages, **changes)
 
     return make
 
@@ -36,7 +38,7 @@ def test_a_phase_trains_adapters_only_and_leaves_a_plain_model(phases, tmp_path)
     old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "run"))
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
-    adapted = {n for n in old if (".attention." in n or ".feedforward." in n) and "norm" not in n}
+    adapted = {n for n in old if (".attention." in n or ".feedforward." in n) and n.endswith("weight")}
     assert changed == adapted | {"norm.weight", "head.weight"}
     for name in adapted:
         assert torch.linalg.matrix_rank((new[name] - old[name]).double(), rtol=1e-3) <= 3
