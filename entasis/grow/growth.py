@@ -93,6 +93,7 @@ def insert(shape: ModelShape, new: Mapping[int, GrownLayer]) -> list[GrownLayer]
 class Operator(Transition):
     """A growth operator; see the module's docstring."""
 
+    keeps_moments: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = False
     """Whether the grown model computes what the old one did."""
     _diagnostics: dict[str, Any] = PrivateAttr(default_factory=dict)

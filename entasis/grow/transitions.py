@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,9 @@ class Init:
 
 class Transition(Settings):
     """One way to change a model between stages."""
+
+    keeps_moments: ClassVar[bool] = False
+    """Whether the moments of what survives are taken over unless the stage says otherwise."""
 
     @classmethod
     def read(cls, options: Mapping[str, Any], where: str) -> Transition:

@@ -15,6 +15,7 @@ decay, by its own fan-in and under Muon its fan-out (`entasis.model.parametrisat
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -27,18 +28,23 @@ from entasis.train.recipe import Optimizer
 
 
 def build(
-    model: Transformer, recipe: Optimizer, trainable: list[str], *, precision: str = "fp32"
+    model: Transformer,
+    recipe: Optimizer,
+    trainable: list[str],
+    *,
+    precision: str = "fp32",
+    apart: Collection[str] = (),
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of the parameters named in `trainable`; each group has its `initial_lr` for the schedule.
 
     Muon scales its update to AdamW's root mean square, so that one learning rate serves both; it orthogonalises in
-    the recipe's `precision`.
+    the recipe's `precision`. Parameters named in `apart` are in groups of their own.
     """
     parameters = dict(model.named_parameters())
     rules = parametrisation.describe(
         model.shape, recipe.parametrisation, base_width=recipe.base_width, muon=recipe.name == "muon"
     )
-    gathered: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
+    gathered: dict[tuple[str, float, float, bool], list[nn.Parameter]] = defaultdict(list)
     for name in trainable:
         # LoRA's adapters are no parameters of the shape: AdamW at the recipe's rate, without decay.
         rule, parameter = rules.get(name, parametrisation.Rule("vector")), parameters[name]
@@ -48,10 +54,11 @@ def build(
             "muon" if hidden and recipe.name == "muon" else "adamw",
             recipe.lr * rule.lr,
             recipe.weight_decay * rule.weight_decay if decays else 0.0,
+            name in apart,
         )
         gathered[key].append(parameter)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for (kind, lr, decay), members in gathered.items():
+    for (kind, lr, decay, _), members in gathered.items():
         groups[kind].append({"params": members, "lr": lr, "initial_lr": lr, "weight_decay": decay})
     total = sum(p.numel() for kind in groups.values() for group in kind for p in group["params"])
     assert total == sum(parameters[name].numel() for name in trainable), (

@@ -144,8 +144,11 @@ class Stage(Settings):
     data: StageData | None = None
     sequence: Positive | None = None
     batch: StageBatch | None = None
-    optimizer_state: Literal["reset", "keep"] = "reset"
-    """`keep` takes the moments over from the stage before."""
+    optimizer_state: Literal["reset", "keep"] | None = None
+    """`keep` takes the moments over from the stage before; null does so after a growth (under ddp, by the same optimizer), and
+    resets otherwise. New layers have none."""
+    warmup_new: Steps | None = None
+    """Over so many steps the learning rate of the newest layers rises to the others'."""
     transition: dict[str, Any] | None = None
     """What turns the model of the stage before into this one's; see `entasis.grow.transitions`."""
     active_parameters: Count | None = None

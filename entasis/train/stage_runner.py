@@ -93,9 +93,15 @@ class StageRunner:
         else:
             self.model.to(device)
         self.trainable = set_trainable(self.model, span.trainable)
+        newest = span.newest_parameters if span.warmup_new else frozenset[str]()
         self.optimizers = optimizers.build(
-            self.model, recipe.optimizer, list(span.trainable), precision=str(recipe.precision)
+            self.model,
+            recipe.optimizer,
+            list(span.trainable),
+            precision=str(recipe.precision),
+            apart=newest,
         )
+        self.warming = {p for name, p in self.model.named_parameters() if name in newest}
         self.gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else self.trainable)
         self.frozen_outputs: FrozenOutputs | None = None
         """Set by the run where the stage has `cache_frozen`."""
@@ -212,10 +218,12 @@ class StageRunner:
         return schedule.factor(self.span.schedule, step - self.span.start, self.span.steps)
 
     def _set_rates(self, step: int) -> None:
-        factor = self.lr_factor(step)
+        factor, done = self.lr_factor(step), step - self.span.start + 1
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+                if done < self.span.warmup_new and group["params"][0] in self.warming:
+                    group["lr"] *= done / self.span.warmup_new
 
     def evaluate(
         self, corpus: Corpus, *, sequence: int, progress: Callable[[int, int], None] | None = None

@@ -39,6 +39,8 @@ class StageSpan:
     optimizer_state: str
     adapted: tuple[str, ...] = ()
     """Names of the matrices that have a LoRA adapter in this stage."""
+    warmup_new: int = 0
+    """Steps over which the learning rate of the newest layers rises to the others'."""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -79,6 +81,12 @@ class StageSpan:
             p.layer or 0 for p in layout.parameters(self.shape) if p.name in learns and p.part not in _ABOVE
         ]
         return min(found, default=self.shape.n_layers)
+
+    @property
+    def newest_parameters(self) -> frozenset[str]:
+        """Names of the parameters of the layers that the last transition added."""
+        newest = self.lineage.newest
+        return frozenset(p.name for p in layout.parameters(self.shape) if p.layer in newest)
 
     def tokens(self, step: int) -> int:
         """Tokens of the whole run after its first `step` steps."""
@@ -122,7 +130,8 @@ def lay_out(recipe: Recipe, shape: ModelShape, lineage: Lineage | None = None) -
         result.append(
             StageSpan(
                 index, own, start, start + steps, tokens, shape, lineage, tuple(names), changed,
-                stage.optimizer_state, adapted,
+                _optimizer_state(stage, changed, own, result), adapted,
+                _warmup_new(stage, steps, lineage, where),
             )
         )  # fmt: skip
         _check_frozen(result[-1], where)
@@ -153,6 +162,28 @@ def _recipe_of(recipe: Recipe, stage: Stage, where: str) -> Recipe:
         ),
         batch=recipe.batch.replaced(tokens=(stage.batch or recipe.batch).tokens),
     )
+
+
+def _optimizer_state(
+    stage: Stage,
+    changed: tuple[Transition, Plan, ModelShape] | None,
+    own: Recipe,
+    before: Sequence[StageSpan],
+) -> str:
+    """What becomes of the moments where the stage does not say it: growth within a run keeps them if it can."""
+    if stage.optimizer_state is not None:
+        return stage.optimizer_state
+    grows = changed is not None and changed[0].keeps_moments and before
+    same = before and own.optimizer.name == before[-1].recipe.optimizer.name
+    return "keep" if grows and same and own.parallel.kind == "ddp" else "reset"
+
+
+def _warmup_new(stage: Stage, steps: int, lineage: Lineage, where: str) -> int:
+    if stage.warmup_new is None:
+        return 0
+    if not lineage.newest:
+        raise UserError(f"{where}.warmup_new: no layer is new; use schedule.warmup")
+    return quantities.steps(stage.warmup_new, steps, f"{where}.warmup_new")
 
 
 def _check(recipe: Recipe, shape: ModelShape, where: str) -> None:

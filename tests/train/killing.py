@@ -42,7 +42,13 @@ STAGED = {
             "trainable": ["newest", "final_norm", "blocks[0].ffn"],
             "lr": 1e-3,
         },
-        {"tokens": 128 * 3, "sequence": 16, "optimizer": {"weight_decay": 0.0}},
+        {
+            "tokens": 128 * 3,
+            "sequence": 16,
+            "optimizer": {"weight_decay": 0.0},
+            "transition": {"grow": {"operator": "append_random", "count": 1}},
+            "warmup_new": 2,
+        },
     ],
 }
 
