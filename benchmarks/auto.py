@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from common import write
 
+from entasis.train import auto_settings
 from entasis.train import recipe as recipes
-from entasis.train import run_folder
 from entasis.train.candidates import Settings
 from entasis.train.resolve import resolve
 from entasis.train.run import train
@@ -78,9 +78,9 @@ def ask(recipe: recipes.Recipe, compile: list[bool]) -> tuple[Settings, dict[str
         precision="auto", attention="auto", compile=compile[0] if len(compile) == 1 else "auto"
     )
     resolved, shape, _ = resolve(open_, recipe.shape["vocabulary"])
-    chosen, auto = run_folder.choose(resolved, shape, torch.device("cpu"))
+    chosen, auto = auto_settings.choose(resolved, shape, torch.device("cpu"))
     assert auto is not None
-    return Settings(chosen.precision, chosen.attention, bool(chosen.compile)), auto  # type: ignore[arg-type]
+    return auto_settings.settings_of(chosen), auto
 
 
 def speed(recipe: recipes.Recipe, settings: Settings, steps: int) -> float:

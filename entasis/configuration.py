@@ -25,6 +25,8 @@ from entasis import quantities
 from entasis.errors import UserError
 from entasis.registry import advise
 
+M = TypeVar("M", bound="Settings")
+
 
 class Settings(BaseModel):
     """A part of a file: unknown keys, wrong types and numbers that are not finite are refused."""
@@ -38,8 +40,11 @@ class Settings(BaseModel):
         """A copy with other values, which are not checked."""
         return self.model_copy(update=changes)
 
+    def narrowed(self, kind: type[M], **changes: Any) -> M:
+        """These values and `changes` as settings of a narrower kind, which has to allow them."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return kind.model_validate({**values, **changes})
 
-M = TypeVar("M", bound=Settings)
 
 HERE = "\x00"
 """Stands for the field in messages of its own checks until its place is known."""
@@ -137,7 +142,11 @@ def describe(hint: Any) -> str:
         return f"{describe(arguments[0])} {' and '.join(limits)}".rstrip()
     if origin in (list, tuple):
         inside = [describe(x) for x in arguments if x is not ...]
-        return f"a list of {inside[0]}" if origin is list else f"a list of {len(inside)}, each {inside[0]}"
+        return (
+            f"a list of {inside[0]}"
+            if origin is list or ... in arguments
+            else f"a list of {len(inside)}, each {inside[0]}"
+        )
     if _settings_in(hint) is not None or origin is dict:
         return "a mapping"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}

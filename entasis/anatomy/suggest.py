@@ -116,4 +116,4 @@ def suggest_stages(shape: ModelShape, values: np.ndarray, *, tokens: str | int, 
         for group in groups
     ]
     stages.append(Stage(trainable="all", tokens=total - each * len(groups)))
-    return recipes.to_yaml(Recipe(shape=shape.to_dict(), data=data, stages=stages))
+    return recipes.to_yaml(Recipe(shape=shape.to_dict(), data=data, stages=tuple(stages)))

@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = recipes.read(args.recipe, args.set)
     if args.print_config:
+        from entasis.train import auto_settings, run_folder
         from entasis.train import device as devices
-        from entasis.train import run_folder
         from entasis.train.resolve import resolve
 
         corpus = run_folder.check_data(recipe)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         run_folder.check_vocabulary(shape, corpus)
         device = devices.choose_device(recipe.device)
         run_folder.check_settings(resolved, device)
-        print(recipes.to_yaml(run_folder.choose(resolved, shape, device)[0]), end="")
+        print(recipes.to_yaml(auto_settings.choose(resolved, shape, device)[0]), end="")
         return 0
     from entasis.train import parallel
     from entasis.train.display import Display

@@ -125,25 +125,25 @@ def measure(
     for plain, count in zip(recipes, runs, strict=True):
         resolved, shape, _ = resolve(recipe.from_dict(plain), plain["shape"]["vocabulary"])
         run_folder.check_settings(resolved, found)
-        ready = run_folder.with_device(resolved, found)
-        open_ = any(getattr(ready, key) == "auto" for key in KEYS)
+        base = auto_settings.simplest(resolved, found)
+        open_ = any(getattr(resolved, key) == "auto" for key in KEYS)
         timed: list[Measured] = []
         share = limit / len(recipes) if limit is not None else math.inf
-        step_flops = (
-            cost.flops_per_token(shape, ready.data.sequence) * micro_sequences(ready) * ready.data.sequence
-        )
+        sequence = base.data.sequence
+        at_once = micro_sequences(base.batch.micro, base.sequences) * sequence
+        step_flops = cost.flops_per_token(shape, sequence) * at_once
         memory = cost.training_memory(shape)
         fits = memory.weights + memory.gradients + memory.optimizer < free and step_flops / speed < share
         if (limit is not None and fits) or (limit is None and open_):
             timed = auto_settings.measure(
-                ready, shape, found, runs=count, limit=None if limit is None else share
+                resolved, shape, found, runs=count, limit=None if limit is None else share
             )
         jobs.append(
             {
                 "timings": [m.plain() for m in timed],
-                "simplest": auto_settings.simplest(ready, found),
-                "precision_open": ready.precision == "auto",
-                "steps": ready.total_steps * count,
+                "simplest": auto_settings.settings_of(base),
+                "precision_open": resolved.precision == "auto",
+                "steps": base.total_steps * count,
                 "runs": count,
             }
         )

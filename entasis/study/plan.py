@@ -56,7 +56,7 @@ class Arm:
     @property
     def stage_tokens(self) -> list[int]:
         """Tokens of each stage, in whole batches, as the recipe is written."""
-        return [stage.steps * stage.recipe.batch.tokens for stage in self.stages]
+        return [stage.steps * stage.batch_tokens for stage in self.stages]
 
     def flops(self, tokens: Sequence[int]) -> int:
         """Training FLOPs of a run with so many tokens in each stage."""
@@ -216,7 +216,7 @@ def stage_tokens_of(
     """
     base = arms[study.baseline]
     *before, last = arm.stage_tokens
-    batch, wanted = arm.stages[-1].recipe.batch.tokens, float(last)
+    batch, wanted = arm.stages[-1].batch_tokens, float(last)
     if protocol == "flops" and arm.name != base.name:
         spent = before_run(arms, arm)[1] + arm.flops([*before, 0])
         limit = before_run(arms, base)[1] + base.flops(base.stage_tokens)

@@ -47,15 +47,15 @@ def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]
     """In a worker: tokens per second of each recipe in each round."""
     from entasis.shape import cost
     from entasis.train import device as devices
-    from entasis.train import recipe, run_folder
-    from entasis.train.auto_settings import simplest
+    from entasis.train import recipe
+    from entasis.train.auto_settings import settings_of, simplest
     from entasis.train.resolve import resolve
     from entasis.train.step_timing import Step, Timing
 
     devices.set_threads()
     found = devices.choose_device(device)
     resolved = [resolve(recipe.from_dict(p), p["shape"]["vocabulary"])[:2] for p in plain]
-    ready = [(run_folder.with_device(r, found), shape) for r, shape in resolved]
+    ready = [(simplest(r, found), shape) for r, shape in resolved]
     states = [cost.training_memory(shape) for _, shape in ready]
     state = sum(m.weights + m.gradients + m.optimizer for m in states)
     # Kept between rounds where all of them fit, made anew for each round otherwise.
@@ -65,13 +65,13 @@ def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]
     for i in range(ROUNDS):
         for j in range(len(ready)) if i % 2 == 0 else reversed(range(len(ready))):
             wanted, shape = ready[j]
-            settings = simplest(wanted, found)
+            settings = settings_of(wanted)
             step = held.pop(j, None)
             if step is None:
                 step = Step(wanted, shape, found)
                 step(settings)
             timing = Timing(step(settings), [step(settings) for _ in range(STEPS)])
-            speeds[j].append(int(wanted.batch.tokens) / timing.median(wanted.sequences / step.micro))
+            speeds[j].append(wanted.batch.tokens / timing.median(wanted.sequences / step.micro))
             if keep:
                 held[j] = step
             else:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,8 +22,9 @@ from entasis.shape.shapes import ModelShape
 from entasis.train import device as devices
 from entasis.train import failure_diagnosis, parallel
 from entasis.train.candidates import MARGIN, Measured, Settings, fastest
-from entasis.train.recipe import Recipe
+from entasis.train.resolved_recipe import ResolvedRecipe, SettledBatch, SettledRecipe
 from entasis.train.stage_runner import checkpointed_layers, micro_sequences
+from entasis.train.stages import StageSpan, lay_out
 from entasis.train.step_timing import Step, Timing, interleave
 
 SHARE = 0.05
@@ -33,17 +34,20 @@ ROUNDS = 7
 KEYS = ("precision", "attention", "compile")
 
 
-def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> tuple[Recipe, dict[str, Any] | None]:
-    """A resolved recipe with `auto` settled, and the timings it was settled by (None where nothing was open).
+def choose(
+    recipe: ResolvedRecipe, shape: ModelShape, device: torch.device
+) -> tuple[SettledRecipe, dict[str, Any] | None]:
+    """The recipe with `auto` settled, and the timings it was settled by (None where nothing was open).
 
-    `device` and `batch.micro` are settled already. Every rank calls it and gets the same.
+    Every rank calls it and gets the same.
     """
     asked = [name for name in KEYS if getattr(recipe, name) == "auto"]
+    base = simplest(recipe, device)
     if not asked:
-        return recipe, None
+        return base, None
     begun = time.perf_counter()
     measured = measure(recipe, shape, device)
-    taken = simplest(recipe, device)
+    taken = settings_of(base)
     if measured:
         taken = fastest({m.settings: m.seconds(recipe.total_steps) for m in measured})
     timings = [m.plain() for m in measured]
@@ -53,21 +57,41 @@ def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> tuple[Rec
         "seconds": time.perf_counter() - begun,
         "timings": timings,
     }
-    return parallel.broadcast_object((recipe.replaced(**taken._asdict()), told))
+    return parallel.broadcast_object((base.replaced(**taken._asdict()), told))
 
 
-def simplest(recipe: Recipe, device: torch.device) -> Settings:
-    """The settings without any timing: bf16 on a GPU that computes it, else fp32; sdpa; eager."""
-    precision = recipe.precision
+def simplest(recipe: ResolvedRecipe, device: torch.device) -> SettledRecipe:
+    """The recipe settled without any timing: bf16 on a GPU that computes it, else fp32; sdpa; eager."""
+    precision, micro = recipe.precision, recipe.batch.micro
     if precision == "auto":
         units = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if units else "fp32"
-    attention = "sdpa" if recipe.attention == "auto" else recipe.attention
-    return Settings(precision, attention, recipe.compile is True)
+    if micro == "auto":
+        # On a CPU more than this falls out of its caches: a quarter slower at twice as many tokens.
+        at_once = 32_768 if device.type == "cuda" else 4_096
+        micro = max(1, min(recipe.sequences, at_once // recipe.data.sequence))
+    return recipe.narrowed(
+        SettledRecipe,
+        batch=recipe.batch.narrowed(SettledBatch, micro=micro),
+        device=device.type if recipe.device == "auto" else recipe.device,
+        precision=precision,
+        attention="sdpa" if recipe.attention == "auto" else recipe.attention,
+        compile=recipe.compile is True,
+    )
+
+
+def settings_of(recipe: SettledRecipe) -> Settings:
+    """How the recipe's step is computed."""
+    return Settings(recipe.precision, recipe.attention, recipe.compile)
 
 
 def measure(
-    recipe: Recipe, shape: ModelShape, device: torch.device, *, runs: int = 1, limit: float | None = None
+    recipe: ResolvedRecipe,
+    shape: ModelShape,
+    device: torch.device,
+    *,
+    runs: int = 1,
+    limit: float | None = None,
 ) -> list[Measured]:
     """Times the candidates for what a recipe leaves open, within 5 % of `runs` such runs; empty where too short.
 
@@ -76,15 +100,17 @@ def measure(
     """
 
     begun = time.perf_counter()
-    per_step = recipe.sequences / parallel.world() / micro_sequences(recipe)
+    base = simplest(recipe, device)
+    first = lay_out(base, shape)[0]
+    per_step = first.sequences / parallel.world() / micro_sequences(base.batch.micro, first.sequences)
     steps = recipe.total_steps * runs
-    eager = _eager(recipe, shape, device)
+    eager = _eager(recipe, base, first, device)
     if limit is None:
         # A candidate costs a step to warm up, one that counts, and building the model.
         eager = eager[: int(SHARE * steps * per_step / 3)]
         if len(eager) < (1 if recipe.compile == "auto" else 2):
             return []
-    step = Step(recipe, shape, device)
+    step = Step(base, shape, device)
     try:
         timings: dict[Settings, Timing] = {}
         _try(step, eager[0], timings)
@@ -120,9 +146,11 @@ def compilation_seconds(shape: ModelShape) -> float:
     return 30.0 + 10.0 * shape.distinct_layers
 
 
-def _eager(recipe: Recipe, shape: ModelShape, device: torch.device) -> list[Settings]:
+def _eager(
+    recipe: ResolvedRecipe, base: SettledRecipe, first: StageSpan, device: torch.device
+) -> list[Settings]:
     """What may be chosen among, simplest first and precision before attention, all eager."""
-    start = simplest(recipe, device)._replace(compile=False)
+    start = settings_of(base)._replace(compile=False)
     result = [start]
     if recipe.precision == "auto":
         # Where the processor only emulates bf16 its step can take a hundred times as long: not to be tried.
@@ -130,25 +158,27 @@ def _eager(recipe: Recipe, shape: ModelShape, device: torch.device) -> list[Sett
         if contender:
             result.append(start._replace(precision="fp32" if start.precision == "bf16" else "bf16"))
     if recipe.attention == "auto":
-        result += [s._replace(attention="plain") for s in result if _fits(recipe, shape, device, s.precision)]
+        result += [s._replace(attention="plain") for s in result if _fits(base, first, device, s.precision)]
     return result
 
 
-def _fits(recipe: Recipe, shape: ModelShape, device: torch.device, precision: str) -> bool:
+def _fits(
+    base: SettledRecipe, span: StageSpan, device: torch.device, precision: Literal["fp32", "bf16"]
+) -> bool:
     """Whether what plain attention keeps (T × T for every head) fits half of the memory that is free."""
-    plain = recipe.replaced(precision=precision, attention="plain")
+    plain = base.replaced(precision=precision, attention="plain")
     try:
-        checkpointed = checkpointed_layers(plain, shape)
+        checkpointed = checkpointed_layers(span, plain)
     except UserError:
         return False
-    sequence = recipe.data.sequence
+    shape, sequence = span.shape, span.data.sequence
     layers = [
-        activations.layer_bytes_per_token(shape, i, sequence, precision=precision, attention="plain")  # type: ignore[arg-type]
+        activations.layer_bytes_per_token(shape, i, sequence, precision=precision, attention="plain")
         for i in range(shape.n_layers)
     ]
     needed = activations.peak_bytes_per_token(layers, checkpointed, shape.d_model)
     free = parallel.broadcast_object(devices.free_memory(device))
-    return needed * micro_sequences(recipe) * sequence < free / 2
+    return needed * micro_sequences(base.batch.micro, span.sequences) * sequence < free / 2
 
 
 def _try(step: Step, settings: Settings, timings: dict[Settings, Timing]) -> None:

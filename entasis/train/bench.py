@@ -32,11 +32,12 @@ from entasis.model.attention import attention_mask
 from entasis.model.transformer import Transformer
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
+from entasis.train import auto_settings, metrics, run_folder, stages
 from entasis.train import device as devices
-from entasis.train import metrics, run_folder, stages
 from entasis.train import recipe as recipes
 from entasis.train.recipe import Recipe
 from entasis.train.resolve import resolve
+from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.run import train
 from entasis.train.stage_runner import StageRunner
 
@@ -82,12 +83,12 @@ def bench(
     run_folder.check_vocabulary(shape, corpus)
     # Chosen as for the whole run: whether compiling pays depends on its length.
     run_folder.check_settings(resolved, device)
-    resolved, auto = run_folder.choose(resolved, shape, device)
-    records, environment = _steps(resolved, WARM_UP + steps, say)
+    settled, auto = auto_settings.choose(resolved, shape, device)
+    records, environment = _steps(settled, WARM_UP + steps, say)
     steady = [record["seconds"] for record in records[WARM_UP:]]
-    parts, first_eager = _parts(resolved, shape, corpus, device, repeats, say)
-    tokens = int(resolved.batch.tokens)
-    flops = cost.flops_per_token(shape, resolved.data.sequence)
+    parts, first_eager = _parts(settled, shape, corpus, device, repeats, say)
+    tokens = settled.batch.tokens
+    flops = cost.flops_per_token(shape, settled.data.sequence)
     memory = cost.training_memory(shape)
     speed = tokens / statistics.median(steady)
     ceiling = environment["matmul_flops_per_second"]
@@ -98,13 +99,13 @@ def bench(
         "device": environment["device"],
         "threads": environment["threads"],
         "versions": environment["versions"],
-        "precision": resolved.precision,
-        "compile": resolved.compile,
-        "attention": resolved.attention,
+        "precision": settled.precision,
+        "compile": settled.compile,
+        "attention": settled.attention,
         "auto": auto,
-        "sequence": resolved.data.sequence,
+        "sequence": settled.data.sequence,
         "batch_tokens": tokens,
-        "micro": resolved.batch.micro,
+        "micro": settled.batch.micro,
         "steps": steps,
         "step_seconds": {
             "median": statistics.median(steady),
@@ -120,7 +121,7 @@ def bench(
         "state_bytes": memory.weights + memory.gradients + memory.optimizer,
         "first_step_seconds": {
             "eager": first_eager,
-            "compiled": records[0]["seconds"] if resolved.compile else None,
+            "compiled": records[0]["seconds"] if settled.compile else None,
         },
         "seconds_at_the_ceiling": tokens * flops / ceiling,
         "parts": [dataclasses.asdict(part) for part in parts],
@@ -131,16 +132,15 @@ class _Enough(Exception):
     """Ends the measured run before anything of it is saved."""
 
 
-def _steps(recipe: Recipe, steps: int, say: Reporter) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _steps(recipe: SettledRecipe, steps: int, say: Reporter) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The first steps of a run of `recipe`: what the loop recorded of them, and the environment."""
     stage = recipe.stages[0]
-    assert stage.schedule is not None, "the recipe is resolved"
     stage = stage.replaced(
         tokens=(steps + 1) * recipe.batch.tokens, schedule=stage.schedule.replaced(warmup=0, decay=0)
     )
     measured = recipe.replaced(
         tokens=stage.tokens,
-        stages=[stage],
+        stages=(stage,),
         evaluation=recipe.evaluation.replaced(every=None),
         checkpoint=recipe.checkpoint.replaced(every=None),
         logging=recipes.Logging(tensorboard=False),
@@ -162,13 +162,18 @@ def _steps(recipe: Recipe, steps: int, say: Reporter) -> tuple[list[dict[str, An
 
 
 def _parts(
-    recipe: Recipe, shape: ModelShape, corpus: Corpus, device: torch.device, repeats: int, say: Reporter
+    recipe: SettledRecipe,
+    shape: ModelShape,
+    corpus: Corpus,
+    device: torch.device,
+    repeats: int,
+    say: Reporter,
 ) -> tuple[list[Part], float]:
     """Each part's share of a step, and the seconds of the first eager step."""
-    runner = StageRunner(stages.lay_out(recipe.replaced(compile=False), shape)[0], device)
+    runner = StageRunner(stages.lay_out(recipe, shape)[0], recipe.replaced(compile=False), device)
     model, rules = runner.model, runner.optimizers
     dataset = TokenDataset(corpus, recipe.data.sequence)
-    micro = int(recipe.batch.micro)
+    micro = recipe.batch.micro
     chosen = torch.arange(micro).numpy() % len(dataset)
     rows = torch.from_numpy(dataset.batch(chosen)).to(device)
     ids_BT = None
@@ -272,8 +277,8 @@ class _Walk:
             torch.cuda.synchronize(self.device)
 
 
-def _table(times: dict[tuple[str, str], float], shape: ModelShape, recipe: Recipe) -> list[Part]:
-    micro_batches = recipe.sequences / int(recipe.batch.micro)
+def _table(times: dict[tuple[str, str], float], shape: ModelShape, recipe: SettledRecipe) -> list[Part]:
+    micro_batches = recipe.sequences / recipe.batch.micro
     sequence = recipe.data.sequence
     whole = cost.flops_per_token(shape, sequence)
     flops = {f"layer {i}": cost.layer_flops_per_token(shape, i, sequence) for i in range(shape.n_layers)}

@@ -9,7 +9,6 @@ import torch
 from entasis.errors import Failure
 from entasis.model.transformer import Transformer
 from entasis.train import parallel, sharding
-from entasis.train.recipe import Recipe
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -20,9 +19,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
-def out_of_memory(recipe: Recipe, step: int) -> Failure:
+def out_of_memory(micro: int, sequence: int, step: int) -> Failure:
     """Which setting to lower."""
-    micro, sequence = recipe.batch.micro, recipe.data.sequence
     if micro != 1:
         advice = f"lower batch.micro (now {micro} sequences of {sequence} tokens)"
     else:

@@ -1,4 +1,4 @@
-"""From a recipe as written to one with nothing left open but what depends on the machine. Needs no torch."""
+"""From a recipe as written to a resolved one. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from entasis.shape import specification
 from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
 from entasis.train.recipe import Optimizer, Recipe, Stage, Start
+from entasis.train.resolved_recipe import (
+    ResolvedCheckpoint,
+    ResolvedEvaluation,
+    ResolvedRecipe,
+    ResolvedStage,
+    steps,
+)
 from entasis.train.stages import StageSpan, lay_out
 
 
 def resolve(
     recipe: Recipe, vocabulary: int, before: StageSpan | None = None
-) -> tuple[Recipe, ModelShape, list[str]]:
+) -> tuple[ResolvedRecipe, ModelShape, list[str]]:
     """The recipe with nothing left open but what depends on the machine, its shape, and the solver's notes.
 
     `vocabulary` is the corpus's; a shape that names none gets it. `before` is the last stage of the run to start
@@ -41,21 +48,21 @@ def resolve(
             )
         recipe = recipe.replaced(compile=False)
     stages, tokens = _resolve_stages(recipe)
-    result = recipe.replaced(shape=solution.shape.to_dict(), stages=stages, tokens=tokens)
-    lay_out(result, solution.shape, before.lineage if before else None)
-    total = result.total_steps
-    return (
-        result.replaced(
-            evaluation=recipe.evaluation.replaced(
-                every=_every(recipe.evaluation.every, total, "evaluation.every")
-            ),
-            checkpoint=recipe.checkpoint.replaced(
-                every=_every(recipe.checkpoint.every, total, "checkpoint.every")
-            ),
+    total = sum(steps(stage.tokens, (stage.batch or recipe.batch).tokens) for stage in stages)
+    result = recipe.narrowed(
+        ResolvedRecipe,
+        shape=solution.shape.to_dict(),
+        stages=stages,
+        tokens=tokens,
+        evaluation=recipe.evaluation.narrowed(
+            ResolvedEvaluation, every=_every(recipe.evaluation.every, total, "evaluation.every")
         ),
-        solution.shape,
-        list(solution.notes),
+        checkpoint=recipe.checkpoint.narrowed(
+            ResolvedCheckpoint, every=_every(recipe.checkpoint.every, total, "checkpoint.every")
+        ),
     )
+    lay_out(result, solution.shape, before.lineage if before else None)
+    return result, solution.shape, list(solution.notes)
 
 
 def _solve(recipe: Recipe, vocabulary: int, weights: ModelShape | None) -> Solution:
@@ -113,17 +120,19 @@ def with_mup_scales(solution: Solution, wanted: Mapping[str, Any], optimizer: Op
     return dataclasses.replace(solution, shape=shape, notes=(*solution.notes, *notes))
 
 
-def _resolve_stages(recipe: Recipe) -> tuple[list[Stage], int]:
+def _resolve_stages(recipe: Recipe) -> tuple[list[ResolvedStage], int]:
     """The stages with their tokens and schedules, and all tokens."""
     stages, total = [], 0
-    for i, stage in enumerate(recipe.stages or [Stage()]):
+    for i, stage in enumerate(recipe.stages or (Stage(),)):
         tokens = stage.tokens
         if tokens is None and len(recipe.stages) <= 1:
             tokens = recipe.tokens
         if tokens is None:
             missing = f"stages[{i}].tokens" if recipe.stages else "tokens"
             raise UserError(f"recipe: {missing} is missing; say how many tokens to train on, such as 5M")
-        stages.append(stage.replaced(tokens=tokens, schedule=stage.schedule or recipe.schedule))
+        stages.append(
+            stage.narrowed(ResolvedStage, tokens=tokens, schedule=stage.schedule or recipe.schedule)
+        )
         total += tokens
     if recipe.tokens is not None and recipe.tokens != total:
         raise UserError(f"recipe: tokens is {recipe.tokens}, but the stages add up to {total}; leave one out")

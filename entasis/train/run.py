@@ -81,7 +81,9 @@ def train(
             raise
         except (RuntimeError, MemoryError, OSError) as error:
             if failure_diagnosis.is_out_of_memory(error):
-                raise failure_diagnosis.out_of_memory(run.recipe, run.step + 1) from error
+                raise failure_diagnosis.out_of_memory(
+                    run.recipe.batch.micro, run.span.data.sequence, run.step + 1
+                ) from error
             if files.is_disk_full(error):
                 then = f"give the same command: it goes on from {checkpoint.last_name(folder)}"
                 raise files.no_space(folder, error, then=then) from error
@@ -106,9 +108,9 @@ class Run:
         self.recipe, self.folder, self.device = opened.recipe, folder, device
         self.spans = stages.lay_out(opened.recipe, opened.shape)
         for span in self.spans:
-            if span.recipe.sequences % parallel.world():
+            if span.sequences % parallel.world():
                 raise UserError(
-                    f"recipe: batch.tokens {span.recipe.batch.tokens} is {span.recipe.sequences} sequences, which "
+                    f"recipe: batch.tokens {span.batch_tokens} is {span.sequences} sequences, which "
                     f"{parallel.world()} processes cannot share equally"
                 )
         self.checkpoint = opened.checkpoint
@@ -171,12 +173,12 @@ class Run:
                 self.positions = positions if start.data_position != "reset" else {}
         if span.transition is not None and tensors is not None:
             transition, plan, shape = span.transition
-            optimizer = span.recipe.optimizer
+            optimizer = span.optimizer
             init = Init(self.recipe.seed, optimizer.parametrisation, optimizer.base_width)
             plan = transition.settle(plan, tensors.__getitem__, shape)
             tensors = dict(transition.weights(plan, tensors.__getitem__, init))
             found = moments.resized(found, plan)
-        runner = StageRunner(span, self.device, tensors=tensors, loads=resumes is not None)
+        runner = StageRunner(span, self.recipe, self.device, tensors=tensors, loads=resumes is not None)
         if resumes is not None:
             checkpoint.load(resumes, runner.model, runner.optimizers)
         elif found:
@@ -185,30 +187,30 @@ class Run:
 
     def train_stage(self, runner: StageRunner) -> None:
         """Trains to the end of one stage, validating and saving on the way."""
-        span, recipe = self.span, self.span.recipe
-        corpus = Corpus(recipe.data.train)
-        dataset = TokenDataset(corpus, recipe.data.sequence)
-        place = f"{corpus.fingerprint}/{recipe.data.sequence}"
+        span, recipe = self.span, self.recipe
+        corpus = Corpus(span.data.train)
+        dataset = TokenDataset(corpus, span.data.sequence)
+        place = f"{corpus.fingerprint}/{span.data.sequence}"
         self.positions.setdefault(place, 0)
         supply = load_batches(
             dataset,
             Sampler(len(dataset), recipe.seed),
             position=self.positions[place],
-            sequences=recipe.sequences,
+            sequences=span.sequences,
             steps=span.stop - self.step,
             device=self.device,
-            document_masking=recipe.data.document_masking,
+            document_masking=span.data.document_masking,
         )
         if span.own.cache_frozen:
             runner.frozen_outputs = FrozenOutputs(
-                self.folder, windows=len(dataset), sequence=recipe.data.sequence, width=span.shape.d_model
+                self.folder, windows=len(dataset), sequence=span.data.sequence, width=span.shape.d_model
             )
         begun = time.perf_counter()
         for batch in supply:
-            lr = recipe.optimizer.lr * runner.lr_factor(self.step)
+            lr = span.optimizer.lr * runner.lr_factor(self.step)
             loss, norm, stop = runner.update(batch, self.step, self.interrupt)
             self.step += 1
-            self.positions[place] += recipe.sequences
+            self.positions[place] += span.sequences
             record = self.record(loss, norm, lr, batch.waited, time.perf_counter() - begun)
             due = _due(recipe.evaluation.every, self.step) or self.step == span.stop
             if due and self.step < self.steps:
@@ -236,7 +238,7 @@ class Run:
 
     def record(self, loss: float, norm: float, lr: float, waited: float, seconds: float) -> dict[str, Any]:
         span = self.span
-        speed = span.recipe.batch.tokens / seconds
+        speed = span.batch_tokens / seconds
         ceiling = self.environment["matmul_flops_per_second"]
         return {
             "step": self.step,
@@ -404,5 +406,5 @@ def provenance(span: stages.StageSpan) -> list[dict[str, Any]]:
     return span.lineage.to_list(frozen)
 
 
-def _due(every: int | str | None, step: int) -> bool:
-    return every is not None and step % int(every) == 0
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0

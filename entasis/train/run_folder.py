@@ -30,8 +30,9 @@ from entasis.shape.shapes import ModelShape
 from entasis.train import auto_settings, checkpoint, parallel
 from entasis.train import device as devices
 from entasis.train.environment import describe_environment
-from entasis.train.recipe import Recipe, Stage, difference, read_stored, to_yaml
+from entasis.train.recipe import Recipe, Stage, to_yaml
 from entasis.train.resolve import resolve
+from entasis.train.resolved_recipe import ResolvedRecipe, SettledBatch, SettledRecipe, difference, read_stored
 
 RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
 
@@ -40,7 +41,7 @@ RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
 class OpenedFolder:
     """A folder ready for training: the recipe with nothing open, and where it was begun."""
 
-    recipe: Recipe
+    recipe: SettledRecipe
     shape: ModelShape
     notes: list[str]
     environment: dict[str, Any]
@@ -54,11 +55,12 @@ class OpenedFolder:
 class _Found:
     """What a folder and a recipe say before the machine has been asked."""
 
-    recipe: Recipe
+    recipe: ResolvedRecipe
+    settled: SettledRecipe | None
+    """Of the run that is there already."""
     shape: ModelShape
     notes: list[str]
     corpus: Corpus | None
-    is_new: bool
 
 
 def open_run(
@@ -72,10 +74,10 @@ def open_run(
     ours = _look(recipe, folder, device, held) if parallel.is_main() else None
     found = parallel.broadcast_object(dataclasses.replace(ours, corpus=None) if ours else None)
     assert found is not None
-    chosen, auto = found.recipe, None
-    if found.is_new:
+    chosen, auto = found.settled, None
+    if chosen is None:
         # All ranks time what is left to the machine: their steps wait for one another.
-        chosen, auto = choose(found.recipe, found.shape, device)
+        chosen, auto = auto_settings.choose(found.recipe, found.shape, device)
     run = parallel.broadcast_object(
         _settle(ours, chosen, auto, folder, device, held, resume) if ours else None
     )
@@ -95,14 +97,13 @@ def _look(recipe: Recipe, folder: Path, device: torch.device, held: ExitStack) -
         notes += lock(folder, held)
         # Another process may have begun it, or finished it, meanwhile.
         wanted = recognise(resolved, folder)
-    settled = wanted or draw_tokens(resolved, shape, corpus)
-    shape = ModelShape.from_dict(settled.shape or {})
-    return _Found(settled, shape, notes, corpus, is_new=wanted is None)
+    resolved = wanted or draw_tokens(resolved, shape, corpus)
+    return _Found(resolved, wanted, ModelShape.from_dict(resolved.shape), notes, corpus)
 
 
 def _settle(
     found: _Found,
-    wanted: Recipe,
+    wanted: SettledRecipe,
     auto: dict[str, Any] | None,
     folder: Path,
     device: torch.device,
@@ -112,7 +113,7 @@ def _settle(
     """Writes what a new run begins with, or finds where one there goes on. Raises `Damaged`."""
     corpus, shape, notes = found.corpus, found.shape, found.notes
     assert corpus is not None
-    if found.is_new:
+    if found.settled is None:
         files.write_text(folder / "recipe.yaml", to_yaml(wanted), locked=True)
     environment = _environment(folder, corpus, wanted)
     if (folder / RESULT).is_file():
@@ -141,7 +142,7 @@ def _settle(
     return OpenedFolder(wanted, shape, notes, environment, None, last)
 
 
-def recognise(resolved: Recipe, folder: Path) -> Recipe | None:
+def recognise(resolved: ResolvedRecipe, folder: Path) -> SettledRecipe | None:
     """The recipe of the run in `folder`, None where one may begin. Raises `UserError` where another stands there."""
     stored_at = folder / "recipe.yaml"
     if not stored_at.is_file():
@@ -152,15 +153,15 @@ def recognise(resolved: Recipe, folder: Path) -> Recipe | None:
         stored = read_stored(stored_at)
     except UserError as error:
         raise Damaged(f"damaged: {stored_at} is not the recipe that was written ({error})") from error
-    resolved = adopt(resolved, stored)
+    settled = adopt(resolved, stored)
     # What only spreads the work or its memory is no part of what is computed: a run may go on elsewhere.
-    free = {"parallel": resolved.parallel, "activation_memory": resolved.activation_memory}
-    if differs := difference(stored.replaced(**free), resolved):
+    free = {"parallel": settled.parallel, "activation_memory": settled.activation_memory}
+    if differs := difference(stored.replaced(**free), settled):
         raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
-    return resolved
+    return settled
 
 
-def draw_tokens(recipe: Recipe, shape: ModelShape, corpus: Corpus) -> Recipe:
+def draw_tokens(recipe: ResolvedRecipe, shape: ModelShape, corpus: Corpus) -> ResolvedRecipe:
     """The resolved recipe with the hash of the drawings of a glyph interface, which resuming keeps. Raises `UserError`."""
     if not isinstance(shape.interface, Glyph) or recipe.start is not None:
         return recipe
@@ -228,7 +229,7 @@ def check_data(recipe: Recipe) -> Corpus:
             raise UserError(f"data: {path} is corrupt: {worst.name}: {worst.evidence}; {worst.fix}")
     for opened in corpora.values():
         opened.verify()
-    for stage in recipe.stages or [Stage()]:
+    for stage in recipe.stages or (Stage(),):
         path = stage.data.train if stage.data else recipe.data.train
         sequence = stage.sequence or recipe.data.sequence
         if corpora[path].tokens < sequence + 1:
@@ -265,17 +266,19 @@ def check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
         )
 
 
-def adopt(recipe: Recipe, stored: Recipe) -> Recipe:
+def adopt(recipe: ResolvedRecipe, stored: SettledRecipe) -> SettledRecipe:
     """Leaves to the machine nothing that was settled when the run began: resuming changes nothing."""
     left = [n for n in ("precision", "compile", "attention", "device") if getattr(recipe, n) == "auto"]
-    batch = recipe.batch
-    if batch.micro == "auto":
-        batch = batch.replaced(micro=stored.batch.micro)
-    ours, theirs = ((r.shape or {}).get("interface", {}) for r in (recipe, stored))
+    micro = stored.batch.micro if recipe.batch.micro == "auto" else recipe.batch.micro
+    ours, theirs = (r.shape.get("interface", {}) for r in (recipe, stored))
     if ours.get("kind") == "glyph" and ours["bitmaps"] is None and "bitmaps" in theirs:
         ours = {**ours, "bitmaps": theirs["bitmaps"]}
-        recipe = recipe.replaced(shape={**(recipe.shape or {}), "interface": ours})
-    return recipe.replaced(batch=batch, **{name: getattr(stored, name) for name in left})
+        recipe = recipe.replaced(shape={**recipe.shape, "interface": ours})
+    return recipe.narrowed(
+        SettledRecipe,
+        batch=recipe.batch.narrowed(SettledBatch, micro=micro),
+        **{name: getattr(stored, name) for name in left},
+    )
 
 
 def check_settings(recipe: Recipe, device: torch.device) -> None:
@@ -299,22 +302,7 @@ def check_settings(recipe: Recipe, device: torch.device) -> None:
         )
 
 
-def with_device(recipe: Recipe, device: torch.device) -> Recipe:
-    """A resolved recipe with its device and the sequences of a micro-batch settled."""
-    batch = recipe.batch
-    if batch.micro == "auto":
-        # On a CPU more than this falls out of its caches: a quarter slower at twice as many tokens.
-        at_once = 32_768 if device.type == "cuda" else 4_096
-        batch = batch.replaced(micro=max(1, min(recipe.sequences, at_once // recipe.data.sequence)))
-    return recipe.replaced(batch=batch, device=device.type if recipe.device == "auto" else recipe.device)
-
-
-def choose(recipe: Recipe, shape: ModelShape, device: torch.device) -> tuple[Recipe, dict[str, Any] | None]:
-    """A resolved recipe with the machine's part filled in, and the timings behind it. Every rank calls it."""
-    return auto_settings.choose(with_device(recipe, device), shape, device)
-
-
-def _environment(folder: Path, corpus: Corpus, recipe: Recipe) -> dict[str, Any] | None:
+def _environment(folder: Path, corpus: Corpus, recipe: SettledRecipe) -> dict[str, Any] | None:
     """The run's `environment.json`, None where it is not written yet; refuses data that has changed since."""
     path = folder / ENVIRONMENT
     if not path.is_file():
@@ -327,7 +315,7 @@ def _environment(folder: Path, corpus: Corpus, recipe: Recipe) -> dict[str, Any]
     return stored
 
 
-def _fingerprints(corpus: Corpus, recipe: Recipe) -> dict[str, str]:
+def _fingerprints(corpus: Corpus, recipe: SettledRecipe) -> dict[str, str]:
     data = {"train": corpus.fingerprint, "tokenizer": corpus.tokenizer_hash}
     if recipe.data.validation is not None:
         data["validation"] = Corpus(recipe.data.validation).fingerprint
@@ -339,7 +327,7 @@ def _fingerprints(corpus: Corpus, recipe: Recipe) -> dict[str, str]:
 
 def _begin(
     folder: Path,
-    recipe: Recipe,
+    recipe: SettledRecipe,
     shape: ModelShape,
     corpus: Corpus,
     device: torch.device,

@@ -18,24 +18,22 @@ from entasis.evaluate.bits_per_byte import Score, evaluate
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import activations
-from entasis.shape.shapes import ModelShape
 from entasis.train import adapters, failure_diagnosis, moments, optimizers, parallel, schedule, sharding
 from entasis.train.compilation import compiled
 from entasis.train.dataloader import Batch
 from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.moments import Moments
-from entasis.train.recipe import Recipe
+from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.stages import StageSpan
 
 
-def micro_sequences(recipe: Recipe) -> int:
-    """Sequences in one forward pass of one process (of a resolved recipe): batch.micro, or less to divide its share."""
-    n = recipe.sequences // parallel.world()
-    assert recipe.batch.micro != "auto", "the recipe is resolved"
-    return next(d for d in range(max(1, min(n, recipe.batch.micro)), 0, -1) if n % d == 0)
+def micro_sequences(micro: int, sequences: int) -> int:
+    """Sequences in one forward pass of one process: batch.micro, or less to divide its share of a step's."""
+    n = sequences // parallel.world()
+    return next(d for d in range(max(1, min(n, micro)), 0, -1) if n % d == 0)
 
 
-def checkpointed_layers(recipe: Recipe, shape: ModelShape) -> list[int]:
+def checkpointed_layers(span: StageSpan, recipe: SettledRecipe) -> list[int]:
     """The layers under activation checkpointing, to stay within the recipe's `activation_memory`.
 
     Raises `UserError` where that does not suffice.
@@ -43,12 +41,12 @@ def checkpointed_layers(recipe: Recipe, shape: ModelShape) -> list[int]:
     if recipe.activation_memory is None:
         return []
     return activations.choose_checkpointed_layers(
-        shape,
+        span.shape,
         recipe.activation_memory,
-        tokens=micro_sequences(recipe) * recipe.data.sequence,
-        sequence=recipe.data.sequence,
-        precision=recipe.precision,  # type: ignore[arg-type]
-        attention=recipe.attention,  # type: ignore[arg-type]
+        tokens=micro_sequences(recipe.batch.micro, span.sequences) * span.data.sequence,
+        sequence=span.data.sequence,
+        precision=recipe.precision,
+        attention=recipe.attention,
     )
 
 
@@ -66,6 +64,7 @@ class StageRunner:
     def __init__(
         self,
         span: StageSpan,
+        recipe: SettledRecipe,
         device: torch.device,
         *,
         tensors: Mapping[str, torch.Tensor] | None = None,
@@ -75,11 +74,10 @@ class StageRunner:
 
         With `loads` they are left as memory is, for a checkpoint to be loaded into.
         """
-        recipe = span.recipe
         self.span, self.device, self.recipe = span, device, recipe
         self.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
-        self.micro = micro_sequences(recipe)
-        self.checkpointed = checkpointed_layers(recipe, span.shape)
+        self.micro = micro_sequences(recipe.batch.micro, span.sequences)
+        self.checkpointed = checkpointed_layers(span, recipe)
         self.model = self._build(tensors, loads)
         if span.own.lora is not None:
             adapters.attach(self.model, span.own.lora, list(span.adapted), recipe.seed)
@@ -89,30 +87,28 @@ class StageRunner:
             if span.own.cache_frozen or span.own.lora is not None:
                 key = "lora" if span.own.lora else "cache_frozen"
                 raise UserError(f"recipe: {key} needs every process to hold the whole model (ddp)")
-            sharding.shard(self.model, recipe.parallel, device, str(recipe.precision))
+            sharding.shard(self.model, recipe.parallel, device, recipe.precision)
         else:
             self.model.to(device)
         self.trainable = set_trainable(self.model, span.trainable)
         newest = span.newest_parameters if span.warmup_new else frozenset[str]()
         self.optimizers = optimizers.build(
             self.model,
-            recipe.optimizer,
+            span.optimizer,
             list(span.trainable),
-            precision=str(recipe.precision),
+            precision=recipe.precision,
             apart=newest,
         )
         self.warming = {p for name, p in self.model.named_parameters() if name in newest}
         self.gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else self.trainable)
         self.frozen_outputs: FrozenOutputs | None = None
         """Set by the run where the stage has `cache_frozen`."""
-        self.loss: Callable[..., torch.Tensor] = (
-            compiled(self.model) if recipe.compile is True else self.model.loss
-        )
+        self.loss: Callable[..., torch.Tensor] = compiled(self.model) if recipe.compile else self.model.loss
 
     def _build(self, tensors: Mapping[str, torch.Tensor] | None, loads: bool) -> Transformer:
-        recipe, shape, scheme = self.recipe, self.span.shape, self.recipe.optimizer
+        recipe, shape, scheme = self.recipe, self.span.shape, self.span.optimizer
         if tensors is None:
-            model = Transformer(shape, attention=recipe.attention)  # type: ignore[arg-type]
+            model = Transformer(shape, attention=recipe.attention)
             if loads:
                 return model
             init_weights(
@@ -120,11 +116,11 @@ class StageRunner:
                 recipe.seed,
                 parametrisation=scheme.parametrisation,
                 base_width=scheme.base_width,
-                tokenizer=Path(recipe.data.train) / TOKENIZER,
+                tokenizer=Path(self.span.data.train) / TOKENIZER,
             )
             return model
         with torch.device("meta"):
-            model = Transformer(shape, attention=recipe.attention)  # type: ignore[arg-type]
+            model = Transformer(shape, attention=recipe.attention)
         model.load_state_dict({name: x.detach() for name, x in tensors.items()}, assign=True)
         return model
 
@@ -136,7 +132,7 @@ class StageRunner:
         """
         self._set_rates(step)
         total = torch.zeros((), dtype=torch.float32, device=self.device)
-        tokens = self.recipe.sequences * self.recipe.data.sequence
+        tokens = self.span.batch_tokens
         for i in range(0, len(batch.tokens_BT), self.micro):
             rows = slice(i, i + self.micro)
             ids_BT = None if batch.ids_BT is None else batch.ids_BT[rows]
@@ -206,8 +202,8 @@ class StageRunner:
 
     def step(self, norm: torch.Tensor) -> None:
         """Shortens a gradient that is too long, updates, and forgets the gradients."""
-        if self.recipe.optimizer.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.recipe.optimizer.max_grad_norm, norm)
+        if self.span.optimizer.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.span.optimizer.max_grad_norm, norm)
         for optimizer in self.optimizers:
             optimizer.step()
         for optimizer in self.optimizers:

@@ -14,7 +14,9 @@ from entasis.grow.resize import Plan
 from entasis.grow.transitions import Transition
 from entasis.shape import cost, layout, selectors
 from entasis.shape.shapes import ModelShape
-from entasis.train.recipe import Optimizer, Recipe, Stage
+from entasis.train.recipe import Data, Optimizer
+from entasis.train.resolved_recipe import ResolvedRecipe, ResolvedStage
+from entasis.train.resolved_recipe import steps as count_steps
 from entasis.train.schedule import Schedule
 
 
@@ -23,8 +25,11 @@ class StageSpan:
     """One stage laid out: steps `start` to `stop` of the run, and the model that is trained in them."""
 
     index: int
-    recipe: Recipe
-    """The run's recipe as this stage sees it: its data, batch, optimizer and schedule are the stage's."""
+    own: ResolvedStage
+    """What the recipe says of this stage alone. What it takes from the recipe where it says nothing is in the fields below."""
+    data: Data
+    batch_tokens: int
+    optimizer: Optimizer
     start: int
     stop: int
     tokens_before: int
@@ -53,20 +58,18 @@ class StageSpan:
         return self.stop - self.start
 
     @property
-    def schedule(self) -> Schedule:
-        return self.recipe.schedule
+    def sequences(self) -> int:
+        """Sequences per optimizer step over all ranks."""
+        return self.batch_tokens // self.data.sequence
 
     @property
     def flops_per_token(self) -> int:
         """Forward of all, backward of what learns."""
-        return cost.stage_flops_per_token(
-            self.shape, self.trainable, self.recipe.data.sequence, ranks=self.ranks
-        )
+        return cost.stage_flops_per_token(self.shape, self.trainable, self.data.sequence, ranks=self.ranks)
 
     @property
-    def own(self) -> Stage:
-        """What the recipe says of this stage."""
-        return self.recipe.stages[self.index]
+    def schedule(self) -> Schedule:
+        return self.own.schedule
 
     @property
     def counts(self) -> cost.Counts:
@@ -90,15 +93,15 @@ class StageSpan:
 
     def tokens(self, step: int) -> int:
         """Tokens of the whole run after its first `step` steps."""
-        return self.tokens_before + (step - self.start) * self.recipe.batch.tokens
+        return self.tokens_before + (step - self.start) * self.batch_tokens
 
 
 _ABOVE = ("final_norm", "head")
 """Parts behind all layers."""
 
 
-def lay_out(recipe: Recipe, shape: ModelShape, lineage: Lineage | None = None) -> list[StageSpan]:
-    """The stages of a recipe that says the tokens of each, one after another; `shape` is that of the model before them.
+def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None = None) -> list[StageSpan]:
+    """The stages of a resolved recipe, one after another; `shape` is that of the model before them.
 
     `lineage` is of that model too, where it is not in its folder yet.
 
@@ -111,7 +114,11 @@ def lay_out(recipe: Recipe, shape: ModelShape, lineage: Lineage | None = None) -
         lineage = provenance.read(recipe.start.folder, n) if recipe.start else provenance.begin(n)
     for index, stage in enumerate(recipe.stages):
         where = f"recipe: stages[{index}]"
-        own = _recipe_of(recipe, stage, where)
+        data = recipe.data.replaced(
+            train=stage.data.train if stage.data else recipe.data.train,
+            sequence=stage.sequence or recipe.data.sequence,
+        )
+        batch = (stage.batch or recipe.batch).tokens
         changed = None
         if stage.transition is not None:
             transition = transitions.read(stage.transition, f"{where}.transition")
@@ -120,32 +127,33 @@ def lay_out(recipe: Recipe, shape: ModelShape, lineage: Lineage | None = None) -
             plan = transition.plan(shape)
             changed = (transition, plan, shape)
             shape, lineage = plan.shape, lineage.after(plan)
-        _check(own, shape, where)
-        steps = recipe.steps(stage)
-        _check_schedule(own.schedule, steps)
+        _check_lengths(batch, data.sequence, shape, "recipe" if len(recipe.stages) == 1 else where)
+        steps = count_steps(stage.tokens, batch)
+        _check_schedule(stage.schedule, steps)
         names = selectors.select(shape, stage.trainable, newest=lineage.newest, where=f"{where}.trainable")
         adapted = _adapted(stage, shape, lineage, names, where)
         beside = layout.adapters(shape, dict.fromkeys(adapted, stage.lora.rank if stage.lora else 0))
         names += [p.name for p in beside]
+        optimizer = _optimizer_of(recipe, stage, where)
         result.append(
             StageSpan(
-                index, own, start, start + steps, tokens, shape, lineage, tuple(names), changed,
-                _optimizer_state(stage, changed, own, result), adapted,
+                index, stage, data, batch, optimizer, start, start + steps, tokens, shape, lineage, tuple(names), changed,
+                _optimizer_state(stage, changed, optimizer, result, recipe), adapted,
                 _warmup_new(stage, steps, lineage, where),
             )
         )  # fmt: skip
         _check_frozen(result[-1], where)
-        start, tokens = start + steps, tokens + steps * own.batch.tokens
+        start, tokens = start + steps, tokens + steps * batch
     return result
 
 
 def flops_per_token(spans: Sequence[StageSpan]) -> int:
     """Of a whole run: its FLOPs over its tokens."""
-    total = sum(span.steps * span.recipe.batch.tokens for span in spans)
-    return round(sum(s.steps * s.recipe.batch.tokens * s.flops_per_token for s in spans) / total)
+    total = sum(span.steps * span.batch_tokens for span in spans)
+    return round(sum(s.steps * s.batch_tokens * s.flops_per_token for s in spans) / total)
 
 
-def _recipe_of(recipe: Recipe, stage: Stage, where: str) -> Recipe:
+def _optimizer_of(recipe: ResolvedRecipe, stage: ResolvedStage, where: str) -> Optimizer:
     optimizer = recipe.optimizer
     if stage.optimizer is not None:
         if stage.lr is not None and "lr" in stage.optimizer:
@@ -153,32 +161,25 @@ def _recipe_of(recipe: Recipe, stage: Stage, where: str) -> Recipe:
         optimizer = parse(Optimizer, {**optimizer.model_dump(), **stage.optimizer}, f"{where}.optimizer")
     if stage.lr is not None:
         optimizer = optimizer.replaced(lr=stage.lr)
-    return recipe.replaced(
-        optimizer=optimizer,
-        schedule=stage.schedule or recipe.schedule,
-        data=recipe.data.replaced(
-            train=stage.data.train if stage.data else recipe.data.train,
-            sequence=stage.sequence or recipe.data.sequence,
-        ),
-        batch=recipe.batch.replaced(tokens=(stage.batch or recipe.batch).tokens),
-    )
+    return optimizer
 
 
 def _optimizer_state(
-    stage: Stage,
+    stage: ResolvedStage,
     changed: tuple[Transition, Plan, ModelShape] | None,
-    own: Recipe,
+    optimizer: Optimizer,
     before: Sequence[StageSpan],
+    recipe: ResolvedRecipe,
 ) -> str:
     """What becomes of the moments where the stage does not say it: growth within a run keeps them if it can."""
     if stage.optimizer_state is not None:
         return stage.optimizer_state
     grows = changed is not None and changed[0].keeps_moments and before
-    same = before and own.optimizer.name == before[-1].recipe.optimizer.name
-    return "keep" if grows and same and own.parallel.kind == "ddp" else "reset"
+    same = before and optimizer.name == before[-1].optimizer.name
+    return "keep" if grows and same and recipe.parallel.kind == "ddp" else "reset"
 
 
-def _warmup_new(stage: Stage, steps: int, lineage: Lineage, where: str) -> int:
+def _warmup_new(stage: ResolvedStage, steps: int, lineage: Lineage, where: str) -> int:
     if stage.warmup_new is None:
         return 0
     if not lineage.newest:
@@ -186,10 +187,8 @@ def _warmup_new(stage: Stage, steps: int, lineage: Lineage, where: str) -> int:
     return quantities.steps(stage.warmup_new, steps, f"{where}.warmup_new")
 
 
-def _check(recipe: Recipe, shape: ModelShape, where: str) -> None:
+def _check_lengths(tokens: int, sequence: int, shape: ModelShape, where: str) -> None:
     """Refuses numbers that do not go together. Raises `UserError`."""
-    where = "recipe" if len(recipe.stages) == 1 else where
-    tokens, sequence = recipe.batch.tokens, recipe.data.sequence
     if tokens < sequence or tokens % sequence:
         nearest = max(1, round(tokens / sequence)) * sequence
         raise UserError(
@@ -203,7 +202,7 @@ def _check(recipe: Recipe, shape: ModelShape, where: str) -> None:
 
 
 def _adapted(
-    stage: Stage, shape: ModelShape, lineage: Lineage, learning: Sequence[str], where: str
+    stage: ResolvedStage, shape: ModelShape, lineage: Lineage, learning: Sequence[str], where: str
 ) -> tuple[str, ...]:
     """The matrices of the layers that get a LoRA adapter. Raises `UserError`."""
     if stage.lora is None:

@@ -20,7 +20,7 @@ from entasis.train import parallel, stages
 from entasis.train.allocation import keep_freed_memory
 from entasis.train.candidates import Settings
 from entasis.train.compilation import compiled
-from entasis.train.recipe import Recipe
+from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.stage_runner import StageRunner, checkpointed_layers, micro_sequences
 
 K = TypeVar("K")
@@ -58,12 +58,13 @@ class Step:
     share it out or compile it in parts. Under `torchrun` every rank makes the same calls.
     """
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, device: torch.device) -> None:
+    def __init__(self, recipe: SettledRecipe, shape: ModelShape, device: torch.device) -> None:
         if device.type == "cpu":
             keep_freed_memory()  # as in the run whose steps are measured
         self.recipe, self.shape, self.device = recipe, shape, device
-        self.micro = micro_sequences(recipe)
-        sequence = recipe.data.sequence
+        self.span = stages.lay_out(recipe, shape)[0]
+        self.micro = micro_sequences(recipe.batch.micro, self.span.sequences)
+        sequence = self.span.data.sequence
         drawn = torch.randint(
             shape.vocabulary, (self.micro, sequence + 1), generator=torch.Generator().manual_seed(0)
         )
@@ -131,7 +132,7 @@ class Step:
         if key not in self._runners:
             # What building draws must not reach the run that follows.
             with torch.random.fork_rng(devices=[]):
-                runner = StageRunner(stages.lay_out(wanted, self.shape)[0], self.device)
+                runner = StageRunner(self.span, wanted, self.device)
             for optimizer in runner.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = 0.0
@@ -145,7 +146,7 @@ class Step:
         for optimizer in runner.optimizers:
             if hasattr(optimizer, "dtype"):  # Muon orthogonalises in the precision of the run
                 optimizer.dtype = runner.autocast or torch.float32
-        chosen = checkpointed_layers(wanted, self.shape)
+        chosen = checkpointed_layers(self.span, wanted)
         for i, block in enumerate(runner.model.blocks):
             block.activation_checkpointing = i in chosen  # type: ignore[assignment]
         return runner

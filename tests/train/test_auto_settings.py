@@ -15,7 +15,6 @@ from entasis.train import device as devices
 from entasis.train import recipe as recipes
 from entasis.train.candidates import Settings, fastest, from_plain, told
 from entasis.train.resolve import resolve
-from entasis.train.run_folder import with_device
 from entasis.train.step_timing import Seconds
 
 OPEN = {"precision": "auto", "compile": False, "attention": "auto"}
@@ -26,7 +25,7 @@ LONG = {"batch": {"tokens": 64}, "tokens": 64 * 2000, "data": {"validation": Non
 def chosen(recipe):
     resolved, shape, _ = resolve(recipe, 256 + 2)
     device = devices.choose_device("cpu")
-    return auto_settings.choose(with_device(resolved, device), shape, device)
+    return auto_settings.choose(resolved, shape, device)
 
 
 @pytest.fixture

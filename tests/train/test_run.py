@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from entasis.errors import Failure, UserError
+from entasis.errors import Damaged, Failure, UserError
 from entasis.train import run_folder, stage_runner
 from entasis.train.metrics import records
 from entasis.train.recipe import read
+from entasis.train.resolve import resolve
+from entasis.train.resolved_recipe import read_stored
 from entasis.train.run import train
 
 
@@ -218,11 +220,30 @@ def test_other_data_in_the_same_place_is_refused_on_resume(recipe, corpora, tmp_
         train(wanted, tmp_path / "run")
 
 
-def test_auto_follows_what_was_chosen_when_the_run_began(recipe):
-    stored = recipe(precision="bf16", batch={"micro": 2})
-    adopted = run_folder.adopt(recipe(precision="auto", batch={"micro": "auto"}), stored)
-    assert (adopted.precision, adopted.batch.micro) == ("bf16", 2)
-    assert run_folder.adopt(recipe(precision="fp32"), stored).precision == "fp32"
+def test_auto_follows_what_was_chosen_when_the_run_began(recipe, tmp_path):
+    train(recipe(precision="bf16", batch={"micro": 2}), tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    open_ = resolve(recipe(precision="auto", batch={"micro": "auto"}), 0)[0]
+    found = run_folder.recognise(open_, tmp_path / "run")
+    assert (found.precision, found.batch.micro) == ("bf16", 2)
+    with pytest.raises(UserError, match="precision is 'bf16' there and 'fp32' here"):
+        run_folder.recognise(resolve(recipe(), 0)[0], tmp_path / "run")
+
+
+def test_a_run_s_recipe_leaves_nothing_to_the_machine(recipe, tmp_path):
+    train(recipe(precision="auto", attention="auto", compile="auto", device="auto"), tmp_path / "run")
+    stored = read_stored(tmp_path / "run" / "recipe.yaml")
+    assert "auto" not in (
+        stored.batch.micro,
+        stored.precision,
+        stored.attention,
+        stored.compile,
+        stored.device,
+    )
+    written = (tmp_path / "run" / "recipe.yaml").read_text()
+    (tmp_path / "run" / "recipe.yaml").write_text(written.replace("precision: fp32", "precision: auto"))
+    with pytest.raises(Damaged, match="precision is 'auto'; it must be fp32 or bf16"):
+        train(recipe(), tmp_path / "run")
 
 
 def test_flex_attention_is_refused_where_it_cannot_learn(recipe, tmp_path):
