@@ -8,8 +8,10 @@ from entasis.data.prepare import prepare
 from entasis.errors import UserError
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
+from entasis.train.auto_settings import simplest
 from entasis.train.frozen_outputs import NAME, FrozenOutputs
 from entasis.train.metrics import records
+from entasis.train.resolve import resolve
 from entasis.train.run import train
 from entasis.train.stage_runner import StageRunner
 from entasis.train.stages import lay_out
@@ -66,10 +68,10 @@ def test_a_stage_beyond_its_budget_is_refused_before_the_first_step(grown, tmp_p
 def test_the_frozen_stack_leaves_nothing_for_the_backward_pass_and_computes_in_the_recipe_s_precision(
     grown, precision
 ):
-    recipe = grown(precision=precision)
-    recipe = recipe.replaced(batch=recipe.batch.replaced(micro=8))
-    span = lay_out(recipe, ModelShape.from_dict(recipe.shape))[2]
-    runner = StageRunner(span, torch.device("cpu"))
+    resolved, shape, _ = resolve(grown(precision=precision), 0)
+    recipe = simplest(resolved, torch.device("cpu"))
+    span = lay_out(recipe, shape)[2]
+    runner = StageRunner(span, recipe, torch.device("cpu"))
     assert span.first_trained == 2
     seen, kept, dtypes = {}, [], []
 
