@@ -9,6 +9,7 @@ from entasis.errors import UserError
 from entasis.evaluate.loading import load
 from entasis.shape import cost, layout
 from entasis.shape.shapes import ModelShape
+from entasis.train.auto_settings import simplest
 from entasis.train.metrics import records
 from entasis.train.run import train
 from entasis.train.stage_runner import StageRunner
@@ -58,8 +59,9 @@ def test_a_phase_trains_adapters_only_and_leaves_a_plain_model(phases, tmp_path)
 def test_counts_flops_and_memory_of_a_phase_are_those_of_the_built_one(phases, on):
     recipe = phases({"lora": {"rank": 3, "on": on}})
     recipe = recipe.replaced(batch=recipe.batch.replaced(micro=2))
-    span = lay_out(recipe, ModelShape.from_dict(recipe.shape))[1]
-    runner = StageRunner(span, torch.device("cpu"))
+    settled = simplest(recipe, torch.device("cpu"))
+    span = lay_out(settled, ModelShape.from_dict(recipe.shape))[1]
+    runner = StageRunner(span, settled, torch.device("cpu"))
     sizes = {n.replace(".base_layer.", "."): tuple(p.shape) for n, p in runner.model.named_parameters()}
     described = {p.name: p.size for p in layout.adapters(span.shape, span.ranks)}
     assert sizes == {**layout.sizes(span.shape), **described}
