@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from entasis.errors import UserError
 from entasis.evaluate.loading import load
 from entasis.shape import cost, layout
-from entasis.shape.shapes import ModelShape
 from entasis.train.auto_settings import simplest
 from entasis.train.metrics import records
+from entasis.train.resolve import resolve
 from entasis.train.run import train
 from entasis.train.stage_runner import StageRunner
 from entasis.train.stages import lay_out
@@ -57,11 +57,11 @@ def test_a_phase_trains_adapters_only_and_leaves_a_plain_model(phases, tmp_path)
 
 @pytest.mark.parametrize("on", [["attention", "ffn"], ["query", "blocks[1].ffn"], ["blocks[1].down"]])
 def test_counts_flops_and_memory_of_a_phase_are_those_of_the_built_one(phases, on):
-    recipe = phases({"lora": {"rank": 3, "on": on}})
+    resolved, shape, _ = resolve(phases({"lora": {"rank": 3, "on": on}}), 0)
+    recipe = simplest(resolved, torch.device("cpu"))
     recipe = recipe.replaced(batch=recipe.batch.replaced(micro=2))
-    settled = simplest(recipe, torch.device("cpu"))
-    span = lay_out(settled, ModelShape.from_dict(recipe.shape))[1]
-    runner = StageRunner(span, settled, torch.device("cpu"))
+    span = lay_out(recipe, shape)[1]
+    runner = StageRunner(span, recipe, torch.device("cpu"))
     sizes = {n.replace(".base_layer.", "."): tuple(p.shape) for n, p in runner.model.named_parameters()}
     described = {p.name: p.size for p in layout.adapters(span.shape, span.ranks)}
     assert sizes == {**layout.sizes(span.shape), **described}
