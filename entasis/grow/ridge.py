@@ -24,14 +24,13 @@ import numpy as np
 import torch
 
 from entasis.grow import shared_basis
+from entasis.grow.shared_basis import CHUNK
 from entasis.grow.triples import Split
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """λ, in units of the mean square length of a feature."""
 OUTPUTS = 256
 """Most outputs that a strength is chosen by. Each output is a regression of its own, with the same features."""
-CHUNK = 1024
-"""Rows or columns of a block that are worked on at once."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ class RidgePredictor:
 
 @dataclass
 class _Normal:
-    """The normal equations: features below (b) and above (a), target (t); all [N, N], fp32."""
+    """The normal equations: features below (b) and above (a), target (t); all [N, N], fp32. Of the symmetric `bb` and `aa` the
+    upper triangle is not to be read."""
 
     bb: torch.Tensor
     aa: torch.Tensor
@@ -138,11 +138,12 @@ def _accumulate(
 
 
 def _add(x_CN: torch.Tensor, y_CN: torch.Tensor, totals: list[tuple[torch.Tensor, bool]]) -> None:
-    """Adds xᵀ y [N, N] to each of the totals, or, where it says so, yᵀ x."""
-    for rows in torch.arange(x_CN.shape[1]).split(CHUNK) if totals else ():
-        part_nN = x_CN[:, rows[0] : rows[-1] + 1].T @ y_CN
+    """Adds xᵀ y [N, N] to each of the totals, or, where it says so, yᵀ x. Of xᵀ x it is the lower triangle, by chunks."""
+    for start in range(0, x_CN.shape[1] if totals else 0, CHUNK):
+        rows, columns = slice(start, start + CHUNK), slice(start + CHUNK if x_CN is y_CN else None)
+        part_nN = x_CN[:, rows].T @ y_CN[:, columns]
         for total_NN, transposed in totals:
-            (total_NN.T if transposed else total_NN)[rows[0] : rows[-1] + 1] += part_nN
+            (total_NN.T if transposed else total_NN)[rows, columns] += part_nN
 
 
 class _Blocks:

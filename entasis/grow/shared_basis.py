@@ -17,6 +17,8 @@ from entasis.errors import UserError
 
 SMALLEST = 1e-6
 """Singular values below this part of the first are dropped."""
+CHUNK = 1024
+"""Rows of a product that are made at once."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class SharedBasis:
 
 
 def add_up(matrices: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Σ W Wᵀ [M, M], fp64. Raises `UserError` for numbers that are not finite."""
+    """Σ W Wᵀ [M, M], fp64, of which the upper triangle is not to be read. Raises `UserError` for numbers that are not finite."""
     total_MM: torch.Tensor | None = None
     for w_MN in matrices:
         w_MN = w_MN.double()
         if total_MM is None:
             total_MM = w_MN.new_zeros(len(w_MN), len(w_MN))
-        total_MM.addmm_(w_MN, w_MN.T)
+        for start in range(0, len(w_MN), CHUNK):
+            stop = start + CHUNK
+            total_MM[start:stop, :stop].addmm_(w_MN[start:stop], w_MN[:stop].T)
     assert total_MM is not None
     if not total_MM.isfinite().all():
         raise UserError("lesa: the model's weights hold numbers that are not finite (NaN or infinity)")
@@ -51,10 +55,12 @@ def add_up(matrices: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def decompose(gram_MM: torch.Tensor) -> SharedBasis:
     """The basis from `add_up`'s sum, which is overwritten. The largest number of each column of U is positive."""
-    # Transposed it is in LAPACK's order, so that nothing is copied.
+    # Transposed it is in LAPACK's order, so that nothing is copied, and its upper triangle is the one to read.
     squares_M, u_MM = (
         torch.from_numpy(x)
-        for x in scipy.linalg.eigh(gram_MM.numpy().T, overwrite_a=True, check_finite=False, driver="evr")
+        for x in scipy.linalg.eigh(
+            gram_MM.numpy().T, lower=False, overwrite_a=True, check_finite=False, driver="evr"
+        )
     )
     s_C, u_MC = squares_M.flip(0).clamp_min(0).sqrt(), u_MM.flip(1)
     kept = int((s_C > SMALLEST * s_C[0]).sum())

@@ -42,7 +42,9 @@ def told(layers, fitted) -> dict:
     return lesa.describe(fitted, layers.__getitem__, triples.split(L, 0)) | {"inserted_norm_ratio": 1.0}
 
 
-def test_ridge_is_the_dense_solution_in_the_direct_svd():
+@pytest.mark.parametrize("chunk", [3, 1024])
+def test_ridge_is_the_dense_solution_in_the_direct_svd(chunk, monkeypatch):
+    monkeypatch.setattr(ridge, "CHUNK", chunk)
     layers, split = turning(), triples.split(L, 0)
     layers = [w + 0.3 * noise for w, noise in zip(layers, independent(), strict=True)]
     fitted = ridge.fit(layers.__getitem__, L, split)

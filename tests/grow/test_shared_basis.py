@@ -30,6 +30,14 @@ def test_parity_with_a_direct_svd(count, M, N):
         torch.testing.assert_close(basis.factor_MC @ v, w, rtol=0, atol=1e-9)
 
 
+def test_chunks_make_no_difference(monkeypatch):
+    layers = random_layers(3, 11, 7)
+    whole = shared_basis.decompose(shared_basis.add_up(layers))
+    monkeypatch.setattr(shared_basis, "CHUNK", 4)
+    parts = shared_basis.decompose(shared_basis.add_up(layers))
+    torch.testing.assert_close(parts.factor_MC, whole.factor_MC, rtol=0, atol=1e-9)
+
+
 def test_dependent_rows_are_dropped_and_counted():
     layers = random_layers(4, 10, 5, rank=3)
     basis = shared_basis.decompose(shared_basis.add_up(layers))
