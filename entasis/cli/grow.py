@@ -15,11 +15,9 @@ it came from (provenance.json).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from entasis import progress
@@ -71,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
     planned = plan_growth(args.model, operators)
     if args.dry_run:
         return _tell(planned, args, None)
-    with _bar("growing", "numbers") as advance:
-        fitting = functools.partial(advance, label="fitting")
+    with progress.bars("numbers") as advance:
+        growing, fitting = (functools.partial(advance, what) for what in ("growing", "fitting"))
         done = grow_folder(
-            args.model, args.folder, operators, seed=args.seed, progress=advance, fitting=fitting
+            args.model, args.folder, operators, seed=args.seed, progress=growing, fitting=fitting
         )
     for name, found in done.diagnostics.items():
         for line in found.get("warnings", ()):
@@ -141,8 +139,9 @@ def _losses(args: argparse.Namespace) -> dict[str, Any]:
             raise UserError(
                 f"{folder}: has no tokenizer.json, so no text can be scored; the model is written"
             )
-        with corpus_of(args.text, loaded.tokenizer) as corpus, _bar(f"loss {when}", "tokens") as advance:
-            found = score(loaded, corpus, sequence=args.sequence, tokens=args.tokens, progress=advance)
+        with corpus_of(args.text, loaded.tokenizer) as corpus, progress.bars("tokens") as advance:
+            told = functools.partial(advance, f"loss {when}")
+            found = score(loaded, corpus, sequence=args.sequence, tokens=args.tokens, progress=told)
         result[when] = {
             "bits_per_byte": found.bits_per_byte,
             "nats_per_token": found.nll_sum / found.tokens,
@@ -246,13 +245,6 @@ def _list(as_json: bool) -> int:
         print(f"{name} ({', '.join(about['options'])}){', computes the same' * about['keeps_function']}")
         print(f"    {about['rule']}")
     return 0
-
-
-@contextlib.contextmanager
-def _bar(label: str, unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar; gives what moves it. Under another `label` it moves one more bar, made when first told."""
-    with progress.bars(unit) as advance:
-        yield lambda done, total, *, label=label: advance(label, done, total)
 
 
 def _size(n: float) -> str:

@@ -78,7 +78,7 @@ def grow_folder(
     *,
     seed: int = 0,
     progress: Progress | None = None,
-    fitting: Callable[[float, float], None] | None = None,
+    fitting: Progress | None = None,
 ) -> Growth:
     """Writes the grown model into the new folder `folder`; the tokenizer comes along.
 

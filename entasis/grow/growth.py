@@ -98,13 +98,13 @@ class Operator(Transition):
     """Whether the grown model computes what the old one did."""
     _diagnostics: dict[str, Any] = PrivateAttr(default_factory=dict)
 
-    _tell: Callable[[float, float], None] | None = PrivateAttr(default=None)
+    _tell: Callable[[int, int], None] | None = PrivateAttr(default=None)
 
-    def tell(self, progress: Callable[[float, float], None]) -> None:
+    def tell(self, progress: Callable[[int, int], None]) -> None:
         """`progress` is called with the part of the fitting done and the whole of it, as `weights` goes on."""
         self._tell = progress
 
-    def told(self, done: float, total: float) -> None:
+    def told(self, done: int, total: int) -> None:
         """Passes on how far `make` is."""
         if self._tell:
             self._tell(done, total)

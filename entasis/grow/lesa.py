@@ -22,7 +22,7 @@ from entasis.grow.triples import Split
 from entasis.shape import layout
 from entasis.shape.shapes import ModelShape
 
-Progress = Callable[[float, float], None]
+Progress = Callable[[int, int], None]
 """(done, total), in entries of matrices."""
 NOTHING = 0.05
 """A held-out cosine below this is called nothing, and so is a share of the neighbours' length."""
@@ -84,7 +84,7 @@ def predict_matrices(
             return read(f"blocks.{i}.{inside}").cpu()
 
         def advance(part: float, start: int = done, count: int = p.count) -> None:
-            progress(start + 0.9 * part * count, total)
+            progress(start + int(0.9 * part * count), total)
 
         predictor = fit(layer, shape.n_layers, split, seed=seed, progress=advance)
         told = describe(predictor, layer, split)
@@ -151,7 +151,7 @@ def warnings(matrices: Mapping[str, Mapping[str, Any]]) -> list[str]:
         a, b = max((cosines[name] for name in worse), key=lambda pair: pair[1] - pair[0])
         lines.append(
             f"{', '.join(worse)}: the mean of the neighbours predicts held-out layers better than the predictor "
-            f"(cosine {b:.2f} against {a:.2f} where the difference is largest); operator average is the better choice"
+            f"(cosine {b:.2f} against {a:.2f} where the difference is largest); averaging is the better choice"
         )
     return lines
 

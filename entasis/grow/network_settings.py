@@ -20,8 +20,9 @@ class NetworkSettings(Settings):
     """λ of (1 − λ) · mean squared error + λ · norm loss."""
     epochs: Amount = 10
     """The most; training ends sooner when held-out triples stop improving."""
-    patience: Amount = 2
-    """Epochs without improvement after which it ends; the best epoch's network is kept."""
+    patience: Annotated[int, Field(ge=0, le=1_000_000)] = 2
+    """Epochs without improvement after which it ends; the best epoch's network is kept. 0: all epochs and the last network,
+    as in LESA's code."""
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
     batch: Amount = 64
     hidden: Amount = 256

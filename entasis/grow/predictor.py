@@ -99,7 +99,7 @@ def _train(
             if n % 50 == 0:
                 progress((epoch - 1 + n / len(chunks)) / settings.epochs)
         held = _score(network, rows_LCN, split.held_out, settings)
-        if held < best[0]:
+        if held < best[0] or not settings.patience:
             best = (held, total / (len(middles) * C), epoch)
             state = {name: x.clone() for name, x in network.state_dict().items()}
         elif epoch - best[2] >= settings.patience:

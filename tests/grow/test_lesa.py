@@ -115,6 +115,8 @@ def test_training_ends_early_with_the_best_network_and_follows_from_the_seed():
     assert not torch.equal(a(layers[0], layers[1]), other(layers[0], layers[1]))
     short = fit_network(layers, settings.replaced(epochs=a.epochs))
     assert torch.equal(a(layers[0], layers[1]), short(layers[0], layers[1]))
+    to_the_end = fit_network(layers, settings.replaced(epochs=a.epochs + 3, patience=0))
+    assert to_the_end.epochs == a.epochs + 3
 
 
 def test_effective_rank():
