@@ -4,6 +4,9 @@
 class UserError(ValueError):
     """The user's input cannot be used. The command line prints its one line and exits with 2."""
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(str(message).replace("\n", " "))  # a stranger's name in it may hold line breaks
+
 
 class Damaged(UserError):
     """A file is not what was written: empty, cut short or changed. The line begins with `damaged:`."""

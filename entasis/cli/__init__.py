@@ -21,6 +21,8 @@ VERBS = {
     "shape": "design, solve, draw and compare model shapes",
     "data": "prepare, import, inspect and examine corpora",
     "train": "train a model from a recipe",
+    "environment": "say what this machine can do, what is slow and the cure",
+    "report": "a page of one run, or of several side by side",
     "bench": "measure a recipe: speed, memory, and time layer by layer",
     "study": "train arms against each other at equal cost and judge them",
     "generate": "continue a text",

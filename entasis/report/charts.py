@@ -98,11 +98,12 @@ def lines(
     x_format: str = "~s",
     top: float | None = None,
     focus: float = 0.0,
+    dots: bool = False,
 ) -> altair.LayerChart:
     """Curves of several repeats of several series; the legend's names bring one forward on a click.
 
     `top` cuts the y axis where the first steps would flatten everything else; `focus` sets it by the rows whose
-    `place` (share of the run, 0 to 1) is above it.
+    `place` (share of the run, 0 to 1) is above it. `dots` marks every row, for curves of few.
     """
     alt = _altair()
     values = [row[y] for row in rows if not focus or row["place"] > focus]
@@ -138,7 +139,7 @@ def lines(
             0, alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[4, 3]).encode(y="zero:Q")
         )
     points = base.mark_point(filled=True, size=55, clip=True).encode(
-        opacity=alt.condition(near, alt.value(1), alt.value(0))
+        opacity=alt.condition(near, alt.value(1), alt.value(0.85 if dots else 0))
     )
     chart = alt.layer(*drawn, points.add_params(near)).add_params(chosen)
     return _finish(chart.properties(usermeta=legend(order)), height=330)

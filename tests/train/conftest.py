@@ -35,7 +35,7 @@ def corpora(tmp_path_factory) -> Path:
     return folder / "corpora"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(corpora):
     """A recipe of a tiny model with two different layers: `recipe(tokens=…, optimizer={…})`."""
 
