@@ -103,9 +103,11 @@ def _locate(location: tuple[int | str, ...], kind: type[Settings], source: objec
             path, hint = f"{path}[{step}]", next(iter(typing.get_args(_sequence_in(hint))), Any)
             value = value[step] if step < len(value) else None
             continue
-        if inside is None:
-            break
-        field = next((f for n, f in inside.model_fields.items() if step in (n, f.alias)), None)
+        if isinstance(value, Mapping) and step in value and (entry := _entries_in(hint)) is not None:
+            path, hint, value = f"{path}.{step}", entry, value[step]
+            continue
+        fields = inside.model_fields.items() if inside else ()
+        field = next((f for n, f in fields if step in (n, f.alias)), None)
         if field is None:
             continue
         path = f"{path}.{step}".lstrip(".")
@@ -122,6 +124,13 @@ def _settings_in(hint: Any) -> type[Settings] | None:
         if candidate is not hint and (found := _settings_in(candidate)):
             return found
     return None
+
+
+def _entries_in(hint: Any) -> Any:
+    """The `X` in `dict[str, X]`, also as one of several kinds; None where there is no such."""
+    if typing.get_origin(hint) is dict:
+        return typing.get_args(hint)[1]
+    return next((found for x in typing.get_args(hint) if (found := _entries_in(x)) is not None), None)
 
 
 def _sequence_in(hint: Any) -> Any:

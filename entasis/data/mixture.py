@@ -44,6 +44,7 @@ class Mixture:
     def __init__(self, parts: Sequence[Part], seed: int) -> None:
         self.parts = tuple(parts)
         self.begins = [0] * len(parts)
+        self._ends = np.cumsum([len(part.dataset) for part in parts])
         self._samplers = [Sampler(len(part.dataset), seed) for part in parts]
         names = [part.name for part in parts]
         drawn = sorted(names, key=lambda name: hashlib.blake2b(f"{seed}/{name}".encode()).digest())
@@ -59,33 +60,38 @@ class Mixture:
         periods, rest = divmod(windows, len(self._period_P))
         return (periods * self._given_PK[-1] + self._given_PK[rest]).tolist()
 
-    def sources(self, position: int, count: int) -> np.ndarray:
-        """Which part each window at position … position + count - 1 comes from: int64 [count]."""
-        return self._period_P[np.arange(position, position + count) % len(self._period_P)]
+    def __len__(self) -> int:
+        return int(self._ends[-1])
 
-    def batch(self, position: int, count: int) -> np.ndarray:
-        """The tokens of these windows: int64 [count, sequence + 1]."""
-        return self._gathered(position, count, lambda dataset, chosen: dataset.batch(chosen))
-
-    def document_ids(self, position: int, count: int) -> np.ndarray:
-        """Number, within its corpus, of the document that each token belongs to: int64 [count, sequence + 1]."""
-        return self._gathered(position, count, lambda dataset, chosen: dataset.document_ids(chosen))
-
-    def indices(self, position: int, count: int) -> list[np.ndarray]:
-        """Which windows of each part these are, in order: int64 [windows of the part]."""
+    def windows(self, position: int, count: int) -> np.ndarray:
+        """The windows at position … position + count - 1, by number when all parts are laid end to end: int64 [count]."""
+        sources = self._period_P[np.arange(position, position + count) % len(self._period_P)]
+        result = np.empty(count, np.int64)
         before, after = self.counts(position), self.counts(position + count)
-        return [
-            sampler.indices(begin + a, b - a)
-            for begin, sampler, a, b in zip(self.begins, self._samplers, before, after, strict=True)
-        ]
+        for i, sampler in enumerate(self._samplers):
+            begin = self.begins[i] + before[i]
+            result[sources == i] = self._first(i) + sampler.indices(begin, after[i] - before[i])
+        return result
+
+    def batch(self, windows: np.ndarray) -> np.ndarray:
+        """The tokens of these windows: int64 [len(windows), sequence + 1]."""
+        return self._gathered(windows, lambda dataset, chosen: dataset.batch(chosen))
+
+    def document_ids(self, windows: np.ndarray) -> np.ndarray:
+        """Number, within its corpus, of the document that each token belongs to: int64 [len(windows), sequence + 1]."""
+        return self._gathered(windows, lambda dataset, chosen: dataset.document_ids(chosen))
+
+    def _first(self, part: int) -> int:
+        """The number of a part's first window."""
+        return int(self._ends[part]) - len(self.parts[part].dataset)
 
     def _gathered(
-        self, position: int, count: int, read: Callable[[TokenDataset, np.ndarray], np.ndarray]
+        self, windows: np.ndarray, read: Callable[[TokenDataset, np.ndarray], np.ndarray]
     ) -> np.ndarray:
-        rows = np.empty((count, self.parts[0].dataset.sequence + 1), np.int64)
-        sources = self.sources(position, count)
-        for i, chosen in enumerate(self.indices(position, count)):
-            rows[sources == i] = read(self.parts[i].dataset, chosen)
+        rows = np.empty((len(windows), self.parts[0].dataset.sequence + 1), np.int64)
+        sources = np.searchsorted(self._ends, windows, side="right")
+        for i in np.unique(sources):
+            rows[sources == i] = read(self.parts[i].dataset, windows[sources == i] - self._first(i))
         return rows
 
 

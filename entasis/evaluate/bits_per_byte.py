@@ -11,9 +11,9 @@ training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,6 +71,12 @@ class Score:
     def perplexity(self) -> float:
         """Per token; only comparable under the same tokenizer."""
         return math.exp(min(self.nll_sum / self.tokens, 700.0))
+
+
+def join(scores: Sequence[Score]) -> Score:
+    """One score of all their documents."""
+    arrays: dict[str, Any] = {n: np.concatenate([getattr(s, n) for s in scores]) for n in Score.ARRAYS}
+    return Score(**arrays)
 
 
 @torch.no_grad()

@@ -28,6 +28,10 @@ def agree(study: Study, folder: Path, arms: Mapping[str, Arm]) -> dict[str, Arm]
     for name, arm in arms.items():
         if not arm.recipe["data"].get("validation"):
             raise UserError(f"study {study.name}: arm {name} has no data.validation to be judged on")
+        if not isinstance(arm.recipe["data"]["validation"], str):
+            raise UserError(
+                f"study {study.name}: arm {name} has several corpora in data.validation; a study judges on one"
+            )
     if study.sweep:
         for path in {_path(arm) for arm in arms.values()}:
             if (folder / path / "corpus.json").is_file():

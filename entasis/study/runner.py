@@ -123,6 +123,8 @@ def begin(study: Study, folder: Path) -> None:
 def vocabulary(study: Study, folder: Path) -> int | None:
     """The corpus's vocabulary, if the corpus is there already."""
     path = (study.base.get("data") or {}).get("train")
+    if isinstance(path, Mapping):  # a mixture, whose corpora have one tokenizer
+        path = next((part.get("path") for part in path.values() if isinstance(part, Mapping)), None)
     corpus = folder / str(path)  # an absolute path stays itself
     if path is None or not (corpus / "corpus.json").is_file():
         return None

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from entasis.data.dataset import TokenDataset
-from entasis.data.sampler import Sampler
+from entasis.data.mixture import Mixture
 from entasis.train import parallel
 
 _AHEAD = 3
@@ -26,13 +25,12 @@ class Batch:
     targets_BT: torch.Tensor
     ids_BT: torch.Tensor | None
     windows: np.ndarray
-    """Numbers of the sequences in the dataset."""
+    """Numbers of the sequences in the mixture."""
     waited: float
 
 
 def load_batches(
-    dataset: TokenDataset,
-    sampler: Sampler,
+    mixture: Mixture,
     *,
     position: int,
     sequences: int,
@@ -40,16 +38,16 @@ def load_batches(
     device: torch.device,
     document_masking: bool,
 ) -> Iterator[Batch]:
-    """`steps` batches of this rank from global `position`, read by a thread ahead of their use."""
+    """`steps` batches of this rank from the mixture's `position`, read by a thread ahead of their use."""
 
     def read(step: int) -> tuple[np.ndarray, list[torch.Tensor]]:
         start, count = parallel.slice_of(
             position + step * sequences, sequences, rank=parallel.rank(), world=parallel.world()
         )
-        chosen = sampler.indices(start, count)
-        rows = [torch.from_numpy(dataset.batch(chosen))]
+        chosen = mixture.windows(start, count)
+        rows = [torch.from_numpy(mixture.batch(chosen))]
         if document_masking:
-            rows.append(torch.from_numpy(dataset.document_ids(chosen)))
+            rows.append(torch.from_numpy(mixture.document_ids(chosen)))
         return chosen, [x.pin_memory() for x in rows] if device.type == "cuda" else rows
 
     with ThreadPoolExecutor(1, thread_name_prefix="dataloader") as pool:

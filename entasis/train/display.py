@@ -61,7 +61,8 @@ class Display:
             if not self._shown and event["step"] % max(1, event["steps"] // 10) == 0:
                 self._say(f"step {event['step']}/{event['steps']}  {figures}")
         elif kind == "validation" and not (self._table and self._shown):
-            self._say(f"step {event['step']}: validation {event['bits_per_byte']:.4f} bits per byte")
+            each = "".join(f", {name} {score:.4f}" for name, score in event["by_corpus"].items())
+            self._say(f"step {event['step']}: validation {event['bits_per_byte']:.4f} bits per byte{each}")
 
     def _picture(self) -> Any:
         return self._table.picture() if self._table else Group(self._bar, Text(self._figures, no_wrap=True))
@@ -76,6 +77,7 @@ class Display:
             f"{event['device']} in {event['precision']}, {compiled}, {event['attention']} attention"
             + (f"; going on from step {event['step']}" if event["step"] else "")
         )
+        self._say(f"data: {_told_of_data(event['data'])}")
         if event["auto"] and not event["step"]:
             self._say(_chosen(event["auto"]))
         if event["checkpointed_layers"]:
@@ -160,6 +162,13 @@ def _chosen(auto: dict[str, Any]) -> str:
         f"auto ({what}): one step takes {told(auto['timings'])}; timed in {auto['seconds']:.1f} s, within "
         f"{auto['margin']:.0%} the simpler is taken"
     )
+
+
+def _told_of_data(data: list[dict[str, Any]]) -> str:
+    """The corpora of the stage to come, their shares, and how often they are read in all."""
+    if len(data) == 1:
+        return f"{data[0]['path']}, {data[0]['epochs']:.2f} epochs"
+    return ", ".join(f"{d['name']} {100 * d['share']:.3g} % ({d['epochs']:.2f} epochs)" for d in data)
 
 
 def _told_of_stage(stage: dict[str, Any]) -> str:

@@ -8,15 +8,16 @@ that the `recipe.yaml` in a run's folder repeats the run exactly. A new key is o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 
-from entasis.configuration import Count, Settings, Size, Steps, load_yaml, parse, read_yaml
+from entasis.configuration import HERE, Count, Settings, Size, Steps, load_yaml, parse, read_yaml
 from entasis.data.held_out import Part
 from entasis.errors import UserError
 from entasis.train.schedule import Schedule
@@ -25,13 +26,60 @@ Positive = Annotated[int, Field(ge=1, le=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+class WeightedCorpus(Settings):
+    """One corpus of a mixture."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0, le=1e6)]
+    """Its share of the tokens, relative to the others' weights."""
+
+
+def _kind(value: object) -> str:
+    return "<none>" if value is None else "<named>" if isinstance(value, Mapping) else "<path>"
+
+
+def _named(corpora: dict[str, Any]) -> dict[str, Any]:
+    if not corpora:
+        raise UserError(f"{HERE}: names no corpus")
+    if odd := [name for name in corpora if not re.fullmatch(r"[\w.-]+", name)]:
+        raise UserError(f"{HERE}: {odd[0]!r} is no name for a corpus; use letters, digits, - . and _")
+    return corpora
+
+
+TrainingText = Annotated[
+    Annotated[str, Tag("<path>")]
+    | Annotated[dict[str, WeightedCorpus], AfterValidator(_named), Tag("<named>")],
+    Discriminator(_kind),
+]
+"""A corpus, or several by name with their weights."""
+HeldOutText = Annotated[
+    Annotated[str, Tag("<path>")]
+    | Annotated[dict[str, str], AfterValidator(_named), Tag("<named>")]
+    | Annotated[None, Tag("<none>")],
+    Discriminator(_kind),
+]
+"""A corpus, or several by name, each scored by itself too."""
+
+
+def mixture_of(text: str | Mapping[str, WeightedCorpus]) -> dict[str, WeightedCorpus]:
+    """The corpora of `data.train` by name; a lone one is called train."""
+    return {"train": WeightedCorpus(path=text, weight=1.0)} if isinstance(text, str) else dict(text)
+
+
+def held_out_of(text: str | Mapping[str, str] | None) -> dict[str, str]:
+    """The paths of `data.validation` by name; a lone one is called validation."""
+    if text is None:
+        return {}
+    return {"validation": text} if isinstance(text, str) else dict(text)
+
+
 class Data(Settings):
     """What is read. Paths of corpora (folders made by `entasis data`), relative to where the command runs."""
 
     renamed: ClassVar = {"dangerous": "allow_corruption"}
 
-    train: str
-    validation: str | None = None
+    train: TrainingText
+    validation: HeldOutText = None
     sequence: Positive = 1024
     document_masking: bool = False
     """Attention stays inside a document."""
@@ -111,7 +159,7 @@ class Start(Settings):
 
 
 class StageData(Settings):
-    train: str
+    train: TrainingText
 
 
 class StageBatch(Settings):

@@ -23,8 +23,6 @@ from safetensors.torch import save_file
 
 from entasis import files, signals
 from entasis.data.corpus import Corpus
-from entasis.data.dataset import TokenDataset
-from entasis.data.sampler import Sampler
 from entasis.errors import Failure, Stopped, UserError
 from entasis.evaluate.bits_per_byte import Score
 from entasis.grow.transitions import Init
@@ -45,9 +43,11 @@ from entasis.train.device import choose_device
 from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.metrics import METRICS, MetricsWriter, records
 from entasis.train.moments import Moments
-from entasis.train.recipe import Recipe
+from entasis.train.recipe import Recipe, held_out_of
 from entasis.train.run_folder import OpenedFolder
 from entasis.train.stage_runner import StageRunner
+from entasis.train.training_data import TrainingData, describe_data, planned_epochs
+from entasis.train.validation import Validation
 
 Reporter = Callable[[dict[str, Any]], None]
 _WARMING = 5
@@ -119,8 +119,8 @@ class Run:
             keep_freed_memory()
             # Sums split over other numbers of threads round differently.
             torch.set_num_threads(opened.environment["threads"])
-        held_out = opened.recipe.data.validation
-        self.held_out = Corpus(held_out) if held_out is not None else None
+        held_out = held_out_of(opened.recipe.data.validation)
+        self.held_out = {name: Corpus(path) for name, path in held_out.items()}
         self.step, self.steps = 0, opened.recipe.total_steps
         self.positions: dict[str, int] = {}
         """Sequences read of each corpus at each length of sequence."""
@@ -188,14 +188,11 @@ class Run:
     def train_stage(self, runner: StageRunner) -> None:
         """Trains to the end of one stage, validating and saving on the way."""
         span, recipe = self.span, self.recipe
-        corpus = Corpus(span.data.train)
-        dataset = TokenDataset(corpus, span.data.sequence)
-        place = f"{corpus.fingerprint}/{span.data.sequence}"
-        self.positions.setdefault(place, 0)
+        done = (self.step - span.start) * span.sequences
+        data = TrainingData(span.data, recipe.seed, self.positions, done)
         supply = load_batches(
-            dataset,
-            Sampler(len(dataset), recipe.seed),
-            position=self.positions[place],
+            data.mixture,
+            position=done,
             sequences=span.sequences,
             steps=span.stop - self.step,
             device=self.device,
@@ -203,20 +200,22 @@ class Run:
         )
         if span.own.cache_frozen:
             runner.frozen_outputs = FrozenOutputs(
-                self.folder, windows=len(dataset), sequence=span.data.sequence, width=span.shape.d_model
+                self.folder,
+                windows=len(data.mixture),
+                sequence=span.data.sequence,
+                width=span.shape.d_model,
             )
         begun = time.perf_counter()
         for batch in supply:
             lr = span.optimizer.lr * runner.lr_factor(self.step)
             loss, norm, stop = runner.update(batch, self.step, self.interrupt)
             self.step += 1
-            self.positions[place] += span.sequences
+            done += span.sequences
+            self.positions |= data.positions(done)
             record = self.record(loss, norm, lr, batch.waited, time.perf_counter() - begun)
             due = _due(recipe.evaluation.every, self.step) or self.step == span.stop
-            if due and self.step < self.steps:
-                score = self.validate(runner)
-                if score is not None:
-                    record["validation_bits_per_byte"] = score.bits_per_byte
+            if due and self.step < self.steps and (found := self.validate(runner)):
+                record |= found.metrics()
             if self.metrics:
                 self.metrics.write(record)
             self.report("step", **record)
@@ -232,7 +231,7 @@ class Run:
         if runner.frozen_outputs is not None:
             runner.frozen_outputs.close()
         if span.own.lora is not None:
-            probe = dataset.batch(np.array([0]))[:, :-1]
+            probe = data.mixture.batch(np.array([0]))[:, :-1]
             moved = runner.check_merge(torch.from_numpy(probe).to(self.device))
             self.report("merged", moved=moved)
 
@@ -255,17 +254,20 @@ class Run:
             "warming": self.step - self.started_at <= _WARMING,
         }
 
-    def validate(self, runner: StageRunner) -> Score | None:
-        """The score of the held-out corpus."""
-        if self.held_out is None:
+    def validate(self, runner: StageRunner) -> Validation | None:
+        """The scores of the held-out corpora, None where there are none."""
+        if not self.held_out:
             return None
-        score = runner.evaluate(
-            self.held_out,
-            sequence=self.recipe.data.sequence,
-            progress=lambda done, total: self.report("validating", done=done, total=total),
+
+        def progress(done: int, total: int) -> None:
+            self.report("validating", done=done, total=total)
+
+        length = self.recipe.data.sequence
+        found = Validation(
+            {n: runner.evaluate(c, sequence=length, progress=progress) for n, c in self.held_out.items()}
         )
-        self.report("validation", bits_per_byte=score.bits_per_byte, nll=score.nll_sum / score.tokens)
-        return score
+        self.report("validation", **found.event())
+        return found
 
     def save(self, runner: StageRunner) -> None:
         state = {
@@ -277,7 +279,7 @@ class Run:
             "provenance": {
                 "data": self.environment["data"],
                 "versions": self.environment["versions"],
-                "layers": provenance(self.span),
+                "layers": self.span.provenance(),
             },
         }
         path = checkpoint.save(
@@ -293,7 +295,7 @@ class Run:
 
     def finish(self, runner: StageRunner) -> dict[str, Any]:
         """Validates, writes weights and moments, and last of all `result.json`."""
-        score = self.validate(runner)
+        validation = self.validate(runner)
         model, found = runner.gathered(), runner.moments()
         if not parallel.is_main():
             parallel.barrier()
@@ -304,39 +306,30 @@ class Run:
         hashes[weights.WEIGHTS] = None  # its own metadata says
         moments.save(self.folder, found, self.positions)
         hashes[moments.OPTIMIZER] = files.hash_of(self.folder / moments.OPTIMIZER)
-        if score is not None:
+        if validation is not None:
+            score = validation.whole
             path = self.folder / "validation.safetensors"
             arrays = {name: torch.from_numpy(getattr(score, name).copy()) for name in Score.ARRAYS}
             need = sum(array.nbytes for array in arrays.values())
             with files.aside(path, need=need, locked=True) as partial:
                 save_file(arrays, partial)
             hashes[path.name] = files.hash_of(path)
-        result = {**self.result(score), "files": hashes}
+        result = {**self.result(validation), "files": hashes}
         result = files.write_json(self.folder / run_folder.RESULT, result, locked=True)
         parallel.barrier()
         return parallel.broadcast_object(result)
 
-    def result(self, score: Score | None) -> dict[str, Any]:
+    def result(self, validation: Validation | None) -> dict[str, Any]:
         rows = records(self.folder)
         speed = metrics.steady_median(rows, "tokens_per_second")
-        validation = None
-        if score is not None:
-            validation = {
-                "bits_per_byte": score.bits_per_byte,
-                "nll": score.nll_sum,
-                "bytes": score.bytes,
-                "tokens": score.tokens,
-                "documents": len(score.document_nll),
-                "perplexity": score.perplexity,
-            }
         return {
             "parameters": cost.parameters(self.span.shape),
             "flops_per_token": stages.flops_per_token(self.spans),
-            "stages": [self.stage_result(span, rows, score) for span in self.spans],
+            "stages": [self.stage_result(span, rows, validation) for span in self.spans],
             "tokens": self.span.tokens(self.step),
             "steps": self.steps,
-            "layers": provenance(self.span),
-            "validation": validation,
+            "layers": self.span.provenance(),
+            "validation": validation.result() if validation else None,
             "loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
             "seconds": sum(row["seconds"] for row in rows),
             "tokens_per_second": speed,
@@ -345,6 +338,7 @@ class Run:
             "data_wait": metrics.steady_median(rows, "data_wait"),
             "peak_memory_bytes": max(row["memory_bytes"] for row in rows),
             "seed": self.recipe.seed,
+            "epochs": planned_epochs(self.spans, self.recipe.seed, self.positions, self.step),
             **{
                 k: self.environment[k]
                 for k in ("device", "precision", "compile", "attention", "versions", "data")
@@ -352,14 +346,14 @@ class Run:
         }
 
     def stage_result(
-        self, span: stages.StageSpan, rows: Sequence[dict[str, Any]], score: Score | None
+        self, span: stages.StageSpan, rows: Sequence[dict[str, Any]], last: Validation | None
     ) -> dict[str, Any]:
-        """What a stage trained, in how many tokens, and how good the model was after it; `score` is the last one's."""
+        """What a stage trained, in how many tokens, and how good the model was after it; `last` is the last one's."""
         found = next((row.get("validation_bits_per_byte") for row in rows if row["step"] == span.stop), None)
         return {
             **self.describe_stage(span),
             "tokens": span.tokens(span.stop) - span.tokens_before,
-            "bits_per_byte": score.bits_per_byte if score and span is self.spans[-1] else found,
+            "bits_per_byte": last.whole.bits_per_byte if last and span is self.spans[-1] else found,
         }
 
     def describe_stage(self, span: stages.StageSpan) -> dict[str, Any]:
@@ -373,11 +367,14 @@ class Run:
         }
 
     def report_start(self, runner: StageRunner) -> None:
+        epochs = planned_epochs(self.spans, self.recipe.seed, self.positions, self.step)
+        often = [f"{path} is read {n:.2f} times" for path, n in epochs.items() if n > 1]
         self.report(
             "start",
             parameters=cost.parameters(self.span.shape),
             device=str(self.device),
-            notes=self.notes,
+            data=describe_data(self.span.data, epochs),
+            notes=[*self.notes, *often],
             checkpointed_layers=runner.checkpointed,
             auto=self.environment.get("auto"),
             **{k: self.environment[k] for k in ("precision", "compile", "attention", "distinct_layers")},
@@ -397,13 +394,6 @@ class Run:
     def close(self) -> None:
         if self.metrics:
             self.metrics.close()
-
-
-def provenance(span: stages.StageSpan) -> list[dict[str, Any]]:
-    """Where each layer of a stage's model came from, and whether it is frozen."""
-    learning = {name.split(".")[1] for name in span.trainable if name.startswith("blocks.")}
-    frozen = [i for i in range(span.shape.n_layers) if str(i) not in learning]
-    return span.lineage.to_list(frozen)
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -22,6 +22,7 @@ from entasis import files
 from entasis.data import glyphs
 from entasis.data.corpus import Corpus
 from entasis.data.doctor import examine
+from entasis.data.mixture import whole_shares
 from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import Damaged, UserError
 from entasis.model import weights
@@ -30,7 +31,14 @@ from entasis.shape.shapes import ModelShape
 from entasis.train import auto_settings, checkpoint, parallel
 from entasis.train import device as devices
 from entasis.train.environment import describe_environment
-from entasis.train.recipe import Recipe, Stage, to_yaml
+from entasis.train.recipe import (
+    Recipe,
+    Stage,
+    WeightedCorpus,
+    held_out_of,
+    mixture_of,
+    to_yaml,
+)
 from entasis.train.resolve import resolve
 from entasis.train.resolved_recipe import ResolvedRecipe, SettledBatch, SettledRecipe, difference, read_stored
 
@@ -201,19 +209,19 @@ def doubts(folder: Path, result: dict[str, Any]) -> list[str]:
 
 def check_data(recipe: Recipe) -> Corpus:
     """Opens and examines all corpora, those of later stages too; returns the first one to train on. Raises `UserError`."""
-    corpus = Corpus(recipe.data.train)
     corpora = {path: Corpus(path) for path in _paths(recipe)}
+    first, corpus = next(iter(corpora.items()))
     for path, other in corpora.items():
         if other.tokenizer_hash != corpus.tokenizer_hash:
             raise UserError(
-                f"data: {path} was made with another tokenizer than {recipe.data.train}; "
+                f"data: {path} was made with another tokenizer than {first}; "
                 "prepare both with the same tokenizer.json"
             )
     if recipe.start is not None:
         tokenizer = _tokenizer_of(Path(recipe.start.folder))
         if load_tokenizer(tokenizer).hash != corpus.tokenizer_hash:
             raise UserError(
-                f"data: {recipe.data.train} was made with another tokenizer than the model in {recipe.start.folder} "
+                f"data: {first} was made with another tokenizer than the model in {recipe.start.folder} "
                 f"has; prepare it with --tokenizer {tokenizer}"
             )
     for path, opened in corpora.items():
@@ -229,14 +237,31 @@ def check_data(recipe: Recipe) -> Corpus:
             raise UserError(f"data: {path} is corrupt: {worst.name}: {worst.evidence}; {worst.fix}")
     for opened in corpora.values():
         opened.verify()
-    for stage in recipe.stages or (Stage(),):
-        path = stage.data.train if stage.data else recipe.data.train
+    for index, stage in enumerate(recipe.stages or (Stage(),)):
+        mixed = mixture_of((stage.data or recipe.data).train)
         sequence = stage.sequence or recipe.data.sequence
-        if corpora[path].tokens < sequence + 1:
-            raise UserError(
-                f"data: {path} has {corpora[path].tokens} tokens, fewer than data.sequence {sequence} + 1"
-            )
+        for part in mixed.values():
+            if corpora[part.path].tokens < sequence + 1:
+                raise UserError(
+                    f"data: {part.path} has {corpora[part.path].tokens} tokens, fewer than data.sequence {sequence} + 1"
+                )
+        _check_mixture(
+            mixed, corpora, f"recipe: stages[{index}].data.train" if stage.data else "recipe: data.train"
+        )
     return corpus
+
+
+def _check_mixture(mixed: dict[str, WeightedCorpus], corpora: dict[str, Corpus], where: str) -> None:
+    """Refuses weights that cannot be followed, and a text that is named twice. Raises `UserError`."""
+    seen: dict[str, str] = {}
+    for name, part in mixed.items():
+        other = seen.setdefault(corpora[part.path].fingerprint, name)
+        if other != name:
+            raise UserError(f"{where}: {other} and {name} are the same text; name it once, with one weight")
+    try:
+        whole_shares({name: part.weight for name, part in mixed.items()})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _tokenizer_of(start: Path) -> Path:
@@ -252,9 +277,9 @@ def _tokenizer_of(start: Path) -> Path:
 
 def _paths(recipe: Recipe) -> dict[str, None]:
     """Every corpus that a recipe names, once, the first to train on first."""
-    stages = [stage.data.train for stage in recipe.stages if stage.data]
-    held_out = [recipe.data.validation] if recipe.data.validation is not None else []
-    return dict.fromkeys([recipe.data.train, *stages, *held_out])
+    texts = [recipe.data.train, *(stage.data.train for stage in recipe.stages if stage.data)]
+    trained_on = [part.path for text in texts for part in mixture_of(text).values()]
+    return dict.fromkeys([*trained_on, *held_out_of(recipe.data.validation).values()])
 
 
 def check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
@@ -316,13 +341,17 @@ def _environment(folder: Path, corpus: Corpus, recipe: SettledRecipe) -> dict[st
 
 
 def _fingerprints(corpus: Corpus, recipe: SettledRecipe) -> dict[str, str]:
-    data = {"train": corpus.fingerprint, "tokenizer": corpus.tokenizer_hash}
-    if recipe.data.validation is not None:
-        data["validation"] = Corpus(recipe.data.validation).fingerprint
-    for path in _paths(recipe):
-        if path not in (recipe.data.train, recipe.data.validation):
-            data[path] = Corpus(path).fingerprint
-    return data
+    """Of the tokenizer and every corpus: `train`, `validation`, `train.NAME`, those of later stages by their paths."""
+    train, held_out = recipe.data.train, recipe.data.validation
+    named = {
+        **{"train" if isinstance(train, str) else f"train.{n}": p.path for n, p in mixture_of(train).items()},
+        **{
+            n if isinstance(held_out, str) else f"validation.{n}": p for n, p in held_out_of(held_out).items()
+        },
+    }
+    named |= {path: path for path in _paths(recipe) if path not in named.values()}
+    fingerprints = {name: Corpus(path).fingerprint for name, path in named.items()}
+    return {"tokenizer": corpus.tokenizer_hash, **fingerprints}
 
 
 def _begin(

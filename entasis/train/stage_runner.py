@@ -23,6 +23,7 @@ from entasis.train.compilation import compiled
 from entasis.train.dataloader import Batch
 from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.moments import Moments
+from entasis.train.recipe import mixture_of
 from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.stages import StageSpan
 
@@ -116,7 +117,7 @@ class StageRunner:
                 recipe.seed,
                 parametrisation=scheme.parametrisation,
                 base_width=scheme.base_width,
-                tokenizer=Path(self.span.data.train) / TOKENIZER,
+                tokenizer=Path(next(iter(mixture_of(self.span.data.train).values())).path) / TOKENIZER,
             )
             return model
         with torch.device("meta"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from entasis import quantities
 from entasis.configuration import parse
@@ -90,6 +91,12 @@ class StageSpan:
         """Names of the parameters of the layers that the last transition added."""
         newest = self.lineage.newest
         return frozenset(p.name for p in layout.parameters(self.shape) if p.layer in newest)
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """Where each layer of the stage's model came from, and whether it is frozen."""
+        learning = {name.split(".")[1] for name in self.trainable if name.startswith("blocks.")}
+        frozen = [i for i in range(self.shape.n_layers) if str(i) not in learning]
+        return self.lineage.to_list(frozen)
 
     def tokens(self, step: int) -> int:
         """Tokens of the whole run after its first `step` steps."""

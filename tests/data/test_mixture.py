@@ -30,10 +30,8 @@ class Numbered(TokenDataset):
         return np.stack([np.full(len(indices), self.n), indices], axis=1)
 
 
-def mixture(weights: list[float], seed: int = 0, begin: int = 0) -> Mixture:
-    result = Mixture([Part(f"part {i}", Numbered(11 + i), w) for i, w in enumerate(weights)], seed)
-    result.begins = [begin] * len(weights)
-    return result
+def mixture(weights: list[float], seed: int = 0) -> Mixture:
+    return Mixture([Part(f"part {i}", Numbered(11 + i), w) for i, w in enumerate(weights)], seed)
 
 
 @settings(deadline=None)
@@ -52,16 +50,26 @@ def test_every_prefix_has_every_share_to_less_than_one_window(counts, data):
 def test_counts_and_windows_follow_from_one_integer(weights, position, count, seed):
     """However the windows are asked for, they are the same ones, and each part is read in its own order."""
     whole = mixture(weights, seed)
-    rows = whole.batch(position, count)
-    assert (rows == np.concatenate([whole.batch(position + i, 1) for i in range(count)])).all()
-    assert (whole.sources(position, count) == rows[:, 0] - 11).all()
+    windows = whole.windows(position, count)
+    assert (windows == np.concatenate([whole.windows(position + i, 1) for i in range(count)])).all()
     shares = np.array(weights) / sum(weights)
     assert (abs(np.array(whole.counts(position)) - shares * position) < 1).all()
     assert sum(whole.counts(position)) == position
-    # What was read before a stage begins moves each part alone.
-    later = mixture(weights, seed, begin=5)
-    for a, b in zip(whole.indices(0, 200), later.indices(0, 30), strict=True):
-        assert (a[5 : 5 + len(b)] == b[: len(a[5:])]).all()
+    got = np.bincount(whole.batch(windows)[:, 0] - 11, minlength=len(weights))
+    assert (np.array(whole.counts(position + count)) - whole.counts(position) == got).all()
+
+
+@settings(deadline=None)
+@given(WEIGHTS, st.sampled_from([0.9, 3, 0.25]), st.integers(0, 60))
+def test_a_later_stage_goes_on_in_each_part_where_the_one_before_left_it(weights, other, done):
+    """With other weights, which come at any time: no window comes twice before all of its part have come."""
+    first, second = mixture(weights), mixture([*weights[:-1], other])
+    second.begins = first.counts(done)
+    rows = np.concatenate([first.batch(first.windows(0, done)), second.batch(second.windows(0, 40))])
+    for n in range(11, 11 + len(weights)):
+        own = rows[rows[:, 0] == n, 1]
+        for start in range(0, len(own) // n * n, n):
+            assert sorted(own[start : start + n]) == list(range(n))
 
 
 @settings(deadline=None, max_examples=50)
@@ -69,17 +77,8 @@ def test_counts_and_windows_follow_from_one_integer(weights, position, count, se
 def test_ranks_read_slices_of_one_order(weights, step, world):
     whole, batch = mixture(weights), 12
     share = batch // world
-    parts = [whole.batch(step * batch + rank * share, share) for rank in range(world)]
-    assert (np.concatenate(parts) == whole.batch(step * batch, batch)).all()
-
-
-def test_an_epoch_of_each_part_has_every_window_once():
-    whole = mixture([0.7, 0.3])
-    rows = whole.batch(0, 100)
-    for n in (11, 12):
-        own = rows[rows[:, 0] == n, 1]
-        for epoch in range(len(own) // n):
-            assert sorted(own[epoch * n : epoch * n + n]) == list(range(n))
+    parts = [whole.windows(step * batch + rank * share, share) for rank in range(world)]
+    assert (np.concatenate(parts) == whole.windows(step * batch, batch)).all()
 
 
 def test_weights_are_taken_as_they_are_written():
@@ -99,8 +98,9 @@ def test_one_corpus_alone_is_read_as_ever(corpus: Path):
     alone = Mixture([Part("train", dataset)], seed=5)
     alone.begins = [3]
     chosen = Sampler(len(dataset), 5).indices(3 + 40, 16)
-    assert (alone.batch(40, 16) == dataset.batch(chosen)).all()
-    assert (alone.document_ids(40, 16) == dataset.document_ids(chosen)).all()
+    assert len(alone) == len(dataset) and (alone.windows(40, 16) == chosen).all()
+    assert (alone.batch(chosen) == dataset.batch(chosen)).all()
+    assert (alone.document_ids(chosen) == dataset.document_ids(chosen)).all()
 
 
 def test_windows_come_from_the_corpora_that_are_named(corpus: Path, tmp_path: Path):
@@ -109,6 +109,6 @@ def test_windows_come_from_the_corpora_that_are_named(corpus: Path, tmp_path: Pa
     other = TokenDataset(Corpus(tmp_path / "o" / "train"), 32)
     dataset = TokenDataset(Corpus(corpus / "train"), 32)
     both = Mixture([Part("prose", dataset, 0.75), Part("code", other, 0.25)], seed=1)
-    rows, known = both.batch(0, 64), set(map(bytes, other.batch(np.arange(len(other)))))
-    assert [bytes(row) in known for row in rows] == (both.sources(0, 64) == 1).tolist()
-    assert both.counts(64) == [48, 16]
+    rows, known = both.batch(both.windows(0, 64)), set(map(bytes, other.batch(np.arange(len(other)))))
+    assert [bytes(row) in known for row in rows] == (both.windows(0, 64) >= len(dataset)).tolist()
+    assert both.counts(64) == [48, 16] == [64 - sum(bytes(r) in known for r in rows), 16]

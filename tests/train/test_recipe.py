@@ -77,7 +77,7 @@ def test_overrides_reach_the_shape_and_numbered_stages(path):
         ("tokens=many", "tokens is 'many'; write a number such as"),
         ("schedule.warmup=half", "schedule.warmup is 'half'; write a number of steps (100) or a share"),
         ("stages=[{grow: {operator: stack}}]", "unknown key stages[0].grow"),
-        ("stages=[{lora: {rank: 8}}]", "unknown key stages[0].lora"),
+        ("stages=[{lroa: {rank: 8}}]", "unknown key stages[0].lroa; did you mean stages[0].lora?"),
         ("seed=zero", "seed is 'zero'; it must be a whole number"),
         ("data=3", "data is 3; it must be a mapping"),
     ],
