@@ -99,10 +99,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    from entasis.study import runner
+    from entasis.study import growth, runner
 
     if args.action == "resume":
-        study, folder = runner.stored(args.folder), args.folder
+        study, folder = growth.stored(args.folder), args.folder
     else:
         study = _study(args)
         folder = args.output or Path("studies", study.name)

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from entasis.report.tables import Column, Table
-from entasis.study import results, statistics, throughput, verdict_text
+from entasis.study import comparisons, growth, results, rounds, statistics, throughput, verdict_text
+from entasis.study.comparisons import Pairs
 from entasis.study.config import Protocol, Study
 from entasis.study.plan import Plan, PlannedRun, before_run
 from entasis.study.results import Outcome
+from entasis.study.stopping import Standing
 
 Verdict = dict[str, Any]
 """What `verdict.json` holds: plain values, NaN as null."""
-Pairs = list[tuple[Outcome, Outcome]]
-"""(Baseline's run, arm's run) of every seed that both have finished."""
 
 
 def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
     """Compares every arm with the baseline under each protocol, over the seeds that both have finished."""
     done = results.outcomes(folder, plan.runs)
     failed = results.failures(folder, plan.runs)
-    pairs = {p: _pairs(study, plan, p, done) for p in study.protocols}
+    pairs = comparisons.pairs_of(study, plan, done)
     compared = plan.comparisons(study.baseline)
-    found = _compared(study, plan, pairs)
+    found, standings = comparisons.compare(study, plan, pairs)
+    controls = comparisons.controls(study, plan, pairs)
+    asked = rounds.wanted(study, plan, folder, lost=failed)
     speeds: dict[str, dict[str, Any]] = {}
     if "time" in study.protocols:
         for arm, runs in plan.grid["time"].items():
@@ -42,6 +44,7 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
             done,
             failed,
             pairs[p],
+            controls,
             {
                 arm: _at_equal_time(found[name], speeds[arm], study.margin) if p == "time" else found[name]
                 for (q, arm), name in compared.items()
@@ -50,51 +53,103 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
         )
         for p in study.protocols
     }
+    for (p, arm), name in compared.items():
+        if name in standings:
+            protocols[p]["arms"][arm]["looks"] = _looks(standings[name])
     for arm, speed in speeds.items():
         protocols["time"]["arms"][arm]["throughput"] = {k: _plain(v) for k, v in speed.items()}
+    first = growth.first(folder)
+    sentences = _controls_say(study, controls)
+    unseen = [text for arm, text in sentences.items() if not controls[arm]["seen"]]
+    parts = [
+        *unseen,
+        *(part["sentence"] for part in protocols.values()),
+        *_how(study, plan, first, asked, found),
+        *(text for text in sentences.values() if text not in unseen),
+    ]
     return {
         "study": study.name,
         "title": study.title,
         "metric": "validation bits per byte",
         "baseline": study.baseline,
         "margin": study.margin,
-        "seeds": study.seeds,
+        "seeds": list(dict.fromkeys(run.seed for run in asked.runs)),
         "comparisons": len(set(compared.values())),
-        "sentence": " ".join(part["sentence"] for part in protocols.values()),
-        "complete": len(done) == len(plan.runs),
-        "runs": len(plan.runs),
+        "until": dataclasses.asdict(study.until) if study.until else None,
+        "planned_first": _planned(first) if first else None,
+        "controls": {
+            arm: {
+                "seen": c["seen"],
+                "p_one_sided": None if c["p"] is None else _plain(c["p"]),
+                "margins": c["difference"].mean / study.margin if c["difference"] else None,
+            }
+            for arm, c in controls.items()
+        },
+        "sentence": " ".join(parts),
+        "complete": all(run.folder in done for run in asked.runs),
+        "runs": len(asked.runs),
         "finished": len(done),
         "failed": failed,
         "protocols": protocols,
     }
 
 
+def _controls_say(study: Study, controls: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    return {
+        arm: verdict_text.control(
+            arm,
+            study.baseline,
+            c["difference"].mean if c["difference"] else None,
+            c["p"],
+            seen=c["seen"],
+            margin=study.margin,
+        )
+        for arm, c in controls.items()
+    }
+
+
+def _planned(first: Study) -> dict[str, Any]:
+    """What was planned before the first run, of what may change afterwards."""
+    until = dataclasses.asdict(first.until) if first.until else None
+    return {"seeds": first.seeds, "arms": list(first.arms), "until": until}
+
+
+def _how(
+    study: Study,
+    plan: Plan,
+    first: Study | None,
+    asked: rounds.Wanted,
+    found: Mapping[str, statistics.Difference],
+) -> list[str]:
+    """How a study is judged that adds seeds or has grown, and which comparisons end before a seed that failed."""
+    said = []
+    if study.until and found:
+        numbers = [d.n for d in found.values()]
+        planned = len(first.seeds) if first and first.until is None else None
+        said.append(verdict_text.method(study.until, (min(numbers), max(numbers)), planned))
+    names = {**comparisons.family(study, plan), **plan.controls(study.baseline)}
+    for name, run in asked.ended.items():
+        n = found[name].n if name in found else 0
+        said.append(
+            f"The comparison of {names[name][1]} ends after {n} {'seed' if n == 1 else 'seeds'}, as {run} failed."
+        )
+    if added := [arm for arm in study.arms if first and arm not in first.arms]:
+        said.append(f"Added after the first runs: {verdict_text.listed(added)}.")
+    return said
+
+
+def _looks(standing: Standing) -> list[dict[str, Any]]:
+    """What was known after each look: alone, and together with the other comparisons."""
+    together = {look.n: look for look in standing.together}
+    return [
+        {k: _plain(v) for k, v in dataclasses.asdict(look).items()}
+        | {"together_low": _plain(together[look.n].low), "together_high": _plain(together[look.n].high)}
+        for look in standing.alone
+    ]
+
+
 def _at_equal_time(d: statistics.Difference, speed: dict[str, Any], margin: float) -> statistics.Difference:
     return dataclasses.replace(d, length_error=speed["bits_per_byte"], margin=margin)
-
-
-def _pairs(study: Study, plan: Plan, protocol: Protocol, done: dict[str, Outcome]) -> dict[str, Pairs]:
-    runs = plan.grid[protocol]
-    return {a: results.paired(runs, done, a, study.baseline) for a in study.arms if a != study.baseline}
-
-
-def _compared(
-    study: Study, plan: Plan, pairs: dict[Protocol, dict[str, Pairs]]
-) -> dict[str, statistics.Difference]:
-    """Everything that the study compares, by its name: one family over all protocols, with one pooled noise."""
-    planned = plan.comparisons(study.baseline)
-    judged = {name: pairs[p][arm] for (p, arm), name in planned.items() if pairs[p][arm]}
-    # Two arms that round to one shape repeat each other's noise, and count once in it.
-    distinct: dict[str, str] = {}
-    for name, p in judged.items():
-        distinct.setdefault(json.dumps([arm.run.recipe for _, arm in p], sort_keys=True), name)
-    measured = statistics.compare(
-        {name: [arm.bits_per_byte - base.bits_per_byte for base, arm in p] for name, p in judged.items()},
-        margin=study.margin,
-        evaluation_errors={name: _evaluation_error(p) for name, p in judged.items()},
-        noise_from=distinct.values(),
-    )
-    return statistics.adjust(measured, len(set(planned.values())))
 
 
 def _under(
@@ -104,6 +159,7 @@ def _under(
     done: dict[str, Outcome],
     failed: dict[str, str],
     pairs: dict[str, Pairs],
+    controls: Mapping[str, Mapping[str, Any]],
     differences: dict[str, statistics.Difference],
 ) -> dict[str, Any]:
     runs = plan.grid[protocol]
@@ -114,7 +170,7 @@ def _under(
         baseline=study.baseline,
         protocol=protocol,
         margin=study.margin,
-        failed=lost,
+        failed=0 if study.until else lost,
         twins=twins,
     )
     scores = [done[r.folder].bits_per_byte for r in runs[study.baseline] if r.folder in done]
@@ -130,6 +186,7 @@ def _under(
                 [done[r.folder] for r in runs[arm] if r.folder in done],
                 differences.get(arm),
                 arm in twins,
+                controls.get(arm),
             )
             | {"planned_tokens": runs[arm][0].tokens}
             | {"differences": {x.run.seed: x.bits_per_byte - b.bits_per_byte for b, x in pairs.get(arm, [])}}
@@ -145,12 +202,17 @@ def _arm(
     done: list[Outcome],
     d: statistics.Difference | None,
     is_twin: bool,
+    control: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     name, arm = run.arm, plan.arms[run.arm]
     if name == study.baseline:
         judgement = says = "baseline"
     elif is_twin:
         judgement, says = "itself", f"{study.baseline} itself: the same shape and recipe"
+    elif control and control["difference"]:
+        d = control["difference"]
+        judgement = "seen" if control["seen"] else "unseen"
+        says = f"positive control: {'worse, as it must be' if control['seen'] else 'not seen to be worse'}"
     elif d:
         judgement, says = str(verdict_text.judge(d)), verdict_text.says(d, study.margin)
     else:
@@ -180,12 +242,6 @@ def _arm(
         "says": says,
         "difference": {k: _plain(v) for k, v in dataclasses.asdict(d).items()} if d else None,
     }  # fmt: skip
-
-
-def _evaluation_error(pairs: Pairs) -> float:
-    """From the choice of documents: NLL differences of each document, averaged over seeds, bootstrapped."""
-    nll = np.mean([arm.documents[0] - base.documents[0] for base, arm in pairs], axis=0)
-    return statistics.evaluation_error(nll, pairs[0][0].documents[1])
 
 
 def _plain(value: Any) -> Any:
@@ -218,15 +274,24 @@ def main_table(verdict: Verdict, protocol: str) -> Table:
             Column("tokens_per_second", "tokens/s", ",.0f", "one run"),
             Column("bits_per_byte", "bits per byte", ".4f", "mean of seeds"),
             Column("difference_mean", "difference", "+.4f", f"to {verdict['baseline']}"),
-            Column("interval", "95 % interval", "s", "paired by seed"),
+            *([Column("difference_n", "seeds", "d")] if verdict.get("until") else []),
+            Column("interval", *_interval(verdict)),
             Column("short", "judgement"),
         ],
         rows(verdict, protocol),
     )
 
 
+def _interval(verdict: Verdict) -> tuple[str, str, str]:
+    if verdict.get("until"):
+        return "95 % sequence", "s", "whenever one stops"
+    return "95 % interval", "s", "paired by seed"
+
+
 def statistics_table(verdict: Verdict, protocol: str) -> Table:
     """Everything behind the judgement."""
+    if verdict.get("until"):
+        return _sequence_table(verdict, protocol)
     return Table(
         [
             Column("arm", "arm"),
@@ -244,6 +309,29 @@ def statistics_table(verdict: Verdict, protocol: str) -> Table:
             Column("difference_total_low", "both: from", "+.4f"),
             Column("difference_total_high", "to", "+.4f"),
             Column("difference_detectable", "detectable", ".4f", "power 0.8"),
+        ],
+        [row for row in rows(verdict, protocol) if row["arm"] != verdict["baseline"]],
+    )
+
+
+def _sequence_table(verdict: Verdict, protocol: str) -> Table:
+    """Everything behind the judgement of a study that adds seeds."""
+    return Table(
+        [
+            Column("arm", "arm"),
+            Column("difference_n", "pairs", "d"),
+            Column("difference_mean", "difference", "+.4f"),
+            Column("difference_low", "95 % from", "+.4f", "this arm alone"),
+            Column("difference_high", "to", "+.4f"),
+            Column("difference_p", "p", ".3g", "whenever one stops"),
+            Column("difference_p_holm", "p", ".3g", "Holm"),
+            Column("difference_together_low", "95 % from", "+.4f", "all comparisons"),
+            Column("difference_together_high", "to", "+.4f"),
+            Column("difference_detectable", "known to", ".4f", "±"),
+            Column("difference_sd", "sd", ".4f", "over seeds"),
+            Column("difference_evaluation_error", "error", ".4f", "documents"),
+            Column("difference_total_low", "both: from", "+.4f"),
+            Column("difference_total_high", "to", "+.4f"),
         ],
         [row for row in rows(verdict, protocol) if row["arm"] != verdict["baseline"]],
     )

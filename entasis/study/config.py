@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,10 +31,13 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import yaml
 from pydantic import Field
 
+from entasis import quantities
 from entasis.configuration import Settings, load_yaml, parse
 from entasis.errors import UserError
 from entasis.shape import specification
 from entasis.study import trunks
+from entasis.study.planned_looks import Spending
+from entasis.study.stopping import Method, Until
 
 Protocol = Literal["params", "flops", "time"]
 
@@ -105,6 +109,10 @@ class Study:
     downstream: Downstream | None = None
     trunks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Named changes to the base, as arms, whose runs arms start from; see `entasis.study.trunks`."""
+    until: Until | None = None
+    """When the study ends, if it adds seeds until it knows; null: all arms get all seeds."""
+    controls: list[str] = field(default_factory=list)
+    """Positive controls: arms with `control: true`, known to be worse, exempt from equal cost and from Holm."""
 
     def base_of(self, name: str) -> dict[str, Any]:
         """What an arm or trunk changes."""
@@ -121,6 +129,8 @@ class Study:
     def to_yaml(self) -> str:
         """What `study.yaml` in the study's folder holds; `read` reads it back."""
         plain = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {}, [])}
+        for name in plain.pop("controls", []):
+            plain["arms"][name] = {"control": True, **plain["arms"][name]}
         return yaml.safe_dump(plain, sort_keys=False, width=110, allow_unicode=True)
 
 
@@ -140,6 +150,15 @@ class _Downstream(Settings):
     tasks: list[str]
     include_path: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class _Until(Settings):
+    seeds: Annotated[int, Field(ge=2, le=10_000)] | None = None
+    detectable: Annotated[float, Field(gt=0)] | None = None
+    method: Method = "anytime"
+    g: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    looks: list[Annotated[int, Field(ge=2, le=10_000)]] = Field(default_factory=list)
+    spending: Spending = "obrien-fleming"
 
 
 class _Written(Settings):
@@ -162,6 +181,7 @@ class _Written(Settings):
     trunks: dict[Any, dict[str, Any] | None] | None = None
     corpora: dict[Any, Any] | None = None
     downstream: dict[str, Any] | None = None
+    until: dict[str, Any] | None = None
     sizes: dict[Any, dict[str, Any] | None] | None = None
     size: str | int | None = None
     extends: str | None = None
@@ -225,7 +245,7 @@ def from_dict(
     """A study from a plain mapping; see `read`. `changes` are dot-keys set after the size is chosen."""
     if not isinstance(source, Mapping):
         raise UserError(f"{where}: must be a mapping with base: and arms:")
-    known = [f.name for f in dataclasses.fields(Study)]
+    known = _known_keys()
     _check_keys(source, [*known, *_OTHER_KEYS], where)
     parse(_Written, dict(source), where)
     own = {"name": name, **copy.deepcopy(dict(source))}
@@ -251,7 +271,9 @@ def from_dict(
             raise UserError(f"{where}: arm {name!r} names a folder; use letters, digits, - and _")
     if both := plain["trunks"].keys() & arms.keys():
         raise UserError(f"{where}: {sorted(both)[0]} is an arm and a trunk; give them different names")
+    plain["controls"] = _controls(plain, where)
     plain["seeds"] = _seeds(plain.get("seeds", 3), f"{where}: seeds")
+    plain["until"], plain["seeds"] = _until(plain.get("until"), plain["seeds"], f"{where}: until")
     plain["protocols"] = _protocols(plain.get("protocols", ["params"]), where)
     plain["sweep"] = _sweep(plain.get("sweep"), plain["seeds"], where)
     plain["downstream"] = _downstream(plain.get("downstream"), f"{where}: downstream")
@@ -304,8 +326,7 @@ def _at_size(source: dict[str, Any], size: str | None, where: str) -> dict[str, 
         raise UserError(f"{where}: there is no size {size!r}{known}")
     over = dict(sizes[size] or {})
     _mapping(over.get("base"), f"{where}: sizes.{size}.base")
-    known_keys = [f.name for f in dataclasses.fields(Study)]
-    _check_keys(over, known_keys, f"{where}: sizes.{size}")
+    _check_keys(over, _known_keys(), f"{where}: sizes.{size}")
     source["base"] = changed(source.get("base") or {}, over.pop("base", {}))
     source["name"] = f"{source['name']}-{size}"
     return {**source, **over}
@@ -322,6 +343,41 @@ def _extended(source: dict[str, Any], size: str | None, where: str) -> dict[str,
     plain["base"] = changed(plain["base"], source.pop("base", {}))
     plain["corpora"] = {**plain.get("corpora", {}), **source.pop("corpora", {})}
     return {**plain, **source}
+
+
+def _known_keys() -> list[str]:
+    """What a study file may hold, but for sizes and what it extends; controls are marked where the arms are."""
+    return [f.name for f in dataclasses.fields(Study) if f.name != "controls"]
+
+
+def _controls(plain: Mapping[str, Any], where: str) -> list[str]:
+    """The arms marked `control: true`, the mark taken off; one that changes nothing gets half of the tokens."""
+    marks = {name: changes.pop("control", False) for name, changes in plain["arms"].items()}
+    for name, mark in marks.items():
+        if not isinstance(mark, bool):
+            raise UserError(f"{where}: arms.{name}.control is {mark!r}; write true, or leave it out")
+        if mark and name == plain["baseline"]:
+            raise UserError(f"{where}: arm {name} is the baseline, and cannot be its own control")
+        if mark and not plain["arms"][name]:
+            if plain["base"].get("tokens") is None:
+                raise UserError(f"{where}: control {name}: base.tokens is not given; say what it changes")
+            plain["arms"][name]["tokens"] = quantities.count(plain["base"]["tokens"], "base.tokens") // 2
+    return [name for name, mark in marks.items() if mark]
+
+
+def _until(value: Any, seeds: list[int], where: str) -> tuple[Until | None, list[int]]:
+    """When the study ends, and all seeds that it may come to: those given, then the next numbers."""
+    if value is None:
+        return None, seeds
+    given = parse(_Until, value, where)
+    most = given.seeds or max(20, len(seeds))
+    until = Until(**{**given.model_dump(), "seeds": most})
+    if until.looks and (until.looks != sorted(set(until.looks)) or until.looks[-1] > most):
+        raise UserError(
+            f"{where}.looks are {until.looks}; write ascending numbers of seeds, no more than seeds, which is {most}"
+        )
+    further = (s for s in itertools.count() if s not in seeds)
+    return until, [*seeds, *itertools.islice(further, max(0, most - len(seeds)))]
 
 
 def _sweep(value: Any, seeds: Sequence[int], where: str) -> Sweep | None:

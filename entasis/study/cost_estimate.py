@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,18 @@ from rich.console import Console
 from entasis import quantities
 from entasis.progress import duration
 from entasis.report.tables import Column, Table
-from entasis.study import held_out, machine, results, runner, statistics, throughput, trunks
+from entasis.study import (
+    growth,
+    held_out,
+    machine,
+    results,
+    rounds,
+    runner,
+    statistics,
+    stopping,
+    throughput,
+    trunks,
+)
 from entasis.study.config import Study
 from entasis.study.executors import launchers, local
 from entasis.study.executors.worker import Place
@@ -34,6 +46,7 @@ def estimate(
     `noise` is the standard deviation of a paired difference in bits per byte; without one the study's own, or
     that of its finished runs, is taken.
     """
+    study, changes = growth.intended(runner.at_home(study), folder)
     vocabulary = runner.vocabulary(study, folder) or next(
         (c.train_tokenizer for c in study.corpora.values() if c.train_tokenizer), None
     )
@@ -47,39 +60,46 @@ def estimate(
         arms,
         Findings(multiplier=found.multiplier, tokens_per_second=found.tokens_per_second or assumed),
     )
+    asked = rounds.wanted(study, plan, folder).runs
     seconds_per_flop, at_once, source = _speeds(study, folder, plan, quick)
 
     def seconds(run: PlannedRun) -> float:
         return seconds_per_flop[run.arm] * (run.flops + _validation_flops(run, arms[run.arm], folder))
 
     def row(name: str, protocol: str, runs: Sequence[PlannedRun]) -> dict[str, Any]:
+        counted = [run for run in runs if run.folder in folders]
         return {
             "arm": name,
             "protocol": protocol,
             "parameters": arms[name].parameters,
             "flops_per_token": runs[0].flops // runs[0].tokens,
             "tokens": runs[0].tokens,
-            "runs": len(runs),
+            "runs": len(counted),
             "flops": runs[0].flops,
             "seconds": seconds(runs[0]),
         }
 
-    first = trunks.needed([*prepared, *plan.runs])
+    first = trunks.needed([*prepared, *asked])
+    left = [r for r in [*first, *prepared, *asked] if not launchers.finished(folder, r)]
+    folders = {run.folder for run in [*first, *asked]}
     rows = [row(name, "trunk", [r for r in first if r.arm == name]) for name in study.trunks]
     rows += [row(name, p, runs) for p, by_arm in plan.grid.items() for name, runs in by_arm.items()]
-    total = sum(r.flops for r in [*first, *prepared, *plan.runs])
+    total = sum(r.flops for r in [*first, *prepared, *asked])
     comparisons = len(set(plan.comparisons(study.baseline).values()))
     factor = statistics.detectable_effect(1.0, len(study.seeds), max(1, comparisons))
     sd, sd_source = _noise(study, folder, noise)
     return {
         "study": study.name,
         "rows": rows,
-        "notes": [f"{name}: {note}" for name, arm in arms.items() for note in arm.notes],
+        "notes": [*changes, *(f"{name}: {note}" for name, arm in arms.items() for note in arm.notes)],
         "trunk_runs": len(first),
         "preparatory_runs": len(prepared),
-        "runs": len(plan.runs),
+        "runs": len(asked),
+        "left": len(left),
+        "until": _until(study, plan, max(1, comparisons), sd),
         "total_flops": total,
-        "hours": sum(map(seconds, [*first, *prepared, *plan.runs])) / at_once / 3600,
+        "hours": sum(map(seconds, [*first, *prepared, *asked])) / at_once / 3600,
+        "hours_left": sum(map(seconds, left)) / at_once / 3600,
         "at_once": at_once,
         "speed_source": source,
         "seeds": len(study.seeds),
@@ -88,6 +108,31 @@ def estimate(
         "noise": sd,
         "noise_source": sd_source,
         "detectable": sd * factor if sd is not None and factor == factor else None,
+    }
+
+
+def _left(estimate: dict[str, Any]) -> str:
+    every = sum(estimate[k] for k in ("runs", "preparatory_runs", "trunk_runs"))
+    if estimate["left"] == every:
+        return ""
+    return (
+        f"; {estimate['left']} of them still to be trained, about {duration(estimate['hours_left'] * 3600)}"
+    )
+
+
+def _until(study: Study, plan: Plan, comparisons: int, sd: float | None) -> dict[str, Any] | None:
+    """Of a study that adds seeds: its looks, the most runs, and how wide the simultaneous sequence is expected to be."""
+    if study.until is None:
+        return None
+    widths = stopping.expected_half_widths(study.until, comparisons)
+    wanted = study.until.detectable
+    return {
+        "method": study.until.method,
+        "looks": list(widths),
+        "most_runs": len([r for r in plan.runs if r.seed in study.seeds[: study.until.seeds]]),
+        "half_width_in_sd": {n: None if math.isinf(w) else w for n, w in widths.items()},
+        "detectable": wanted,
+        "seeds_expected": next((n for n, w in widths.items() if wanted and sd and w * sd <= wanted), None),
     }
 
 
@@ -111,8 +156,8 @@ def show(estimate: dict[str, Any], console: Console) -> None:
     extra += f", {estimate['trunk_runs']} of trunks before them" if estimate["trunk_runs"] else ""
     lines = [
         *estimate["notes"],
-        f"{estimate['runs']} runs{extra}, {estimate['total_flops']:.2e} training FLOPs, about "
-        f"{duration(estimate['hours'] * 3600)} on this device ({estimate['speed_source']})",
+        f"{estimate['runs']} runs{' up to the next look' if estimate['until'] else ''}{extra}, {estimate['total_flops']:.2e} training FLOPs, about "
+        f"{duration(estimate['hours'] * 3600)} on this device ({estimate['speed_source']})" + _left(estimate),
         _showable(estimate),
     ]
     for line in lines:
@@ -120,6 +165,8 @@ def show(estimate: dict[str, Any], console: Console) -> None:
 
 
 def _showable(estimate: dict[str, Any]) -> str:
+    if estimate["until"]:
+        return _showable_in_rounds(estimate)
     if estimate["detectable_in_sd"] is None:
         return "with one seed no interval can be given: take two seeds or more"
     start = (
@@ -129,6 +176,25 @@ def _showable(estimate: dict[str, Any]) -> str:
     if estimate["detectable"] is None:
         return f"{start}; give --noise SD to have it in bits per byte"
     return f"{start}: {estimate['detectable']:.4f} bits per byte (sd {estimate['noise']:.4g}, {estimate['noise_source']})"
+
+
+def _showable_in_rounds(estimate: dict[str, Any]) -> str:
+    until, sd = estimate["until"], estimate["noise"]
+    looks = until["looks"]
+    last = until["half_width_in_sd"][looks[-1]]
+    text = (
+        f"seeds are added until one knows: looks after {', '.join(map(str, looks[:3]))}{', …' if looks[3:] else ''} seeds, "
+        f"{looks[-1]} and {until['most_runs']} runs at most"
+    )
+    if last is None:
+        return f"{text}, too few to say anything"
+    if sd is None:
+        return f"{text}, when a difference is known to ±{last:.2f} sd of a paired one; give --noise SD to have it in bits per byte"
+    text += f", when a difference is known to ±{last * sd:.4f} bits per byte (sd {sd:.4g}, {estimate['noise_source']})"
+    if until["detectable"] is None:
+        return text
+    when = f"after {until['seeds_expected']} seeds" if until["seeds_expected"] else "not with so many"
+    return f"{text}; to ±{until['detectable']:g} {when}"
 
 
 def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[str, float], int, str]:

@@ -29,20 +29,58 @@ KEYS = ("precision", "attention", "compile")
 
 
 def settle(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool) -> str:
-    """Times what is open and writes `machine.json`; returns what was chosen, in a line for each arm."""
+    """Times what is open and writes `machine.json`; returns what was chosen, in a line for each arm.
+
+    Where arms were settled before, only new ones are timed, in the same device and precision; one whose steps are the
+    same work as another's takes its settings.
+    """
     runs = len(study.seeds) * len(study.protocols)
-    jobs = jobs_of(arms)
     wanted = str(study.base.get("device", "auto"))
-    arguments = ([arms[names[0]].timed for names in jobs], [runs * len(names) for names in jobs], wanted)
-    # Where the runs will run: the machine that submits them may be another kind.
-    answers = launchers.call(pool, "choices", measure, *arguments, at_most=runs * len(arms))
-    chosen = decide(jobs, answers)
+    before = results.json_of(folder / FILE) if (folder / FILE).is_file() else None
+    jobs, fixed = jobs_of(arms), {}
+    if before:
+        jobs = _take_over(before, jobs)
+        wanted, fixed = before["device"], {"precision": next(iter(before["arms"].values()))["precision"]}
+    recipes = [arms[names[0]].timed for names in jobs]
+    recipes = [changed(r, fixed) if r.get("precision", "auto") == "auto" else r for r in recipes]
+    chosen: dict[str, Any] = {"arms": {}, "timings": {}}
+    if jobs:
+        # Where the runs will run: the machine that submits them may be another kind.
+        counts = [runs * len(names) for names in jobs]
+        answers = launchers.call(
+            pool, "choices", measure, recipes, counts, wanted, at_most=runs * sum(map(len, jobs))
+        )
+        chosen = decide(jobs, answers)
+    if before:
+        chosen = {**before, **{k: {**before[k], **chosen[k]} for k in ("arms", "timings")}}
     write_text(folder / FILE, json.dumps(chosen, indent=1) + "\n")
     return "\n".join(
         f"{', '.join(names)}: {Settings(**{k: chosen['arms'][names[0]][k] for k in KEYS})}"
         + (f"; one step takes {told(timings)}" if (timings := chosen["timings"][names[0]]) else "")
         for names in jobs
     )
+
+
+def _take_over(before: dict[str, Any], jobs: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Gives new arms the settings of others of the same work; returns the jobs that no settled arm shares."""
+    left = []
+    for names in jobs:
+        known = next((name for name in names if name in before["arms"]), None)
+        if known is None:
+            left.append(names)
+            continue
+        for key in ("arms", "timings"):
+            before[key] |= dict.fromkeys(names, before[key][known])
+    return left
+
+
+def settled(study: Study, folder: Path) -> bool:
+    """Whether every arm and trunk has its settings."""
+    if not (folder / FILE).is_file():
+        return False
+    chosen = results.json_of(folder / FILE)
+    # A folder of an earlier version has one choice for all arms.
+    return "arms" not in chosen or all(name in chosen["arms"] for name in [*study.trunks, *study.arms])
 
 
 def applied(study: Study, folder: Path) -> Study:

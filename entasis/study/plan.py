@@ -37,6 +37,8 @@ class Arm:
     notes: list[str]
     trunk: str | None = None
     """Whose run with the same seed its runs start from."""
+    control: bool = False
+    """A positive control, exempt from equal cost and from Holm."""
 
     @property
     def final_shape(self) -> ModelShape:
@@ -122,7 +124,16 @@ class Plan:
             (protocol, arm): f"{runs[0].folder} - {arms[baseline][0].folder}"
             for protocol, arms in self.grid.items()
             for arm, runs in arms.items()
-            if arm != baseline and arm not in self.twins(protocol, baseline)
+            if arm != baseline and not self.arms[arm].control and arm not in self.twins(protocol, baseline)
+        }
+
+    def controls(self, baseline: str) -> dict[str, tuple[Protocol, str]]:
+        """Comparisons of the positive controls, by their names: each under the first protocol."""
+        protocol, arms = next(iter(self.grid.items()))
+        return {
+            f"{runs[0].folder} - {arms[baseline][0].folder}": (protocol, arm)
+            for arm, runs in arms.items()
+            if self.arms[arm].control
         }
 
 
@@ -143,9 +154,16 @@ def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
     base = arms[study.baseline]
     for name in study.arms:
         arms[name] = _told_apart(arms[name], base)
-        _check_length(study, arms, arms[name])
+        if name in study.controls:
+            arms[name] = dataclasses.replace(arms[name], control=True)
+            if arms[name].recipe == base.recipe:
+                raise UserError(
+                    f"study {study.name}: control {name} is {base.name} itself; say what it changes"
+                )
+        else:
+            _check_length(study, arms, arms[name])
     if "params" in study.protocols:
-        for arm in (arms[name] for name in study.arms):
+        for arm in (arms[name] for name in study.arms if name not in study.controls):
             off = arm.parameters / base.parameters - 1
             if abs(off) > study.tolerance:
                 raise UserError(
@@ -169,7 +187,7 @@ def preparatory(study: Study, arms: Mapping[str, Arm]) -> list[PlannedRun]:
     runs = []
     if study.sweep:
         for seed in study.sweep.seeds:
-            for name in study.arms:
+            for name in (name for name in study.arms if name not in study.controls):
                 changes = {**study.arms[name], **study.sweep.changes}
                 arm = _arm(study, name, changes, arms[name].shape.vocabulary, arms)
                 recipe = changed(arm.recipe, {"evaluation.part": "selection"})
@@ -193,7 +211,7 @@ def lay_out(study: Study, arms: Mapping[str, Arm], findings: Findings) -> Plan:
                 (arm.name, sum(lengths)),
                 arm.name if protocol == study.protocols[0] else f"{arm.name}@{protocol}",
             )
-            multiplier = findings.multiplier.get(arm.name, 1.0)
+            multiplier = findings.multiplier.get(study.baseline if arm.control else arm.name, 1.0)
             plain = _with_rate(_with_lengths(arm.recipe, lengths), multiplier)
             grid[protocol][arm.name] = [
                 _run(arms, arm, plain, seed, f"runs/{folder}/seed-{seed}", "main", lengths, multiplier)
@@ -212,12 +230,14 @@ def stage_tokens_of(
 ) -> list[int]:
     """Tokens of each stage under a protocol, in whole batches: the last one is as long as makes the costs equal.
 
-    What the arm's trunk costs is spent already. Raises `UserError` where nothing would be left for the last stage.
+    What the arm's trunk costs is spent already. A control's length stays in proportion to the baseline's. Raises `UserError` where nothing would be left for the last stage.
     """
     base = arms[study.baseline]
     *before, last = arm.stage_tokens
     batch, wanted = arm.stages[-1].batch_tokens, float(last)
-    if protocol == "flops" and arm.name != base.name:
+    if arm.control:
+        wanted *= tokens_of(study, arms, base, protocol, findings) / sum(base.stage_tokens)
+    elif protocol == "flops" and arm.name != base.name:
         spent = before_run(arms, arm)[1] + arm.flops([*before, 0])
         limit = before_run(arms, base)[1] + base.flops(base.stage_tokens)
         wanted = (limit - spent) / arm.stages[-1].flops_per_token
@@ -226,7 +246,7 @@ def stage_tokens_of(
                 f"study {study.name}: arm {arm.name} cannot be matched by flops: what comes before its last stage takes "
                 f"{spent:.3e} of the {limit:.3e} FLOPs that {base.name} has, which leaves less than one batch"
             )
-    if protocol == "time":
+    if protocol == "time" and not arm.control:
         speed = findings.tokens_per_second
         seconds = sum(base.stage_tokens) / speed[base.name] if study.hours is None else study.hours * 3600
         wanted = seconds * speed[arm.name]

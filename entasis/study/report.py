@@ -14,7 +14,7 @@ from entasis.progress import duration
 from entasis.report import charts, silhouettes
 from entasis.report.page import Page
 from entasis.report.tables import Column, Table
-from entasis.study import analysis, downstream, results
+from entasis.study import analysis, downstream, results, trajectory
 from entasis.study.analysis import Verdict
 from entasis.study.config import Study
 from entasis.study.plan import Plan, PlannedRun
@@ -56,6 +56,17 @@ def write(
         )
     if study.sweep:
         page.section("Learning rates", *_sweep(page, study, prepared, folder))
+    if verdict["planned_first"]:
+        first = verdict["planned_first"]
+        planned = {
+            "seeds": ", ".join(map(str, first["seeds"])),
+            "arms": ", ".join(first["arms"]),
+            "judged by": "the t test for this number of seeds"
+            if first["until"] is None
+            else str(first["until"]),
+        }
+        said = "This study has grown after its first runs. What is claimed above is judged as it is now."
+        page.section("What was planned first", page.facts(planned), page.note(said))
     if verdict["failed"]:
         page.section("Failed runs", page.facts(verdict["failed"]))
     page.section("To repeat this", *_repeat(page, study, done))
@@ -67,7 +78,13 @@ def write(
 
 def _subtitle(study: Study, verdict: Verdict) -> str:
     runs = f"{verdict['finished']} of {verdict['runs']} runs finished · " if not verdict["complete"] else ""
-    return f"{runs}{len(study.arms)} arms × {len(study.seeds)} seeds · baseline {study.baseline} · lower is better"
+    return f"{runs}{len(study.arms)} arms × {_seeds(study, verdict)} seeds · baseline {study.baseline} · lower is better"
+
+
+def _seeds(study: Study, verdict: Verdict) -> str:
+    if study.until is None:
+        return str(len(study.seeds))
+    return f"up to {len(verdict['seeds'])} of {study.until.seeds}"
 
 
 def _columns(page: Page, study: Study, plan: Plan, folder: Path) -> list[str]:
@@ -110,7 +127,7 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
         blocks += [
             page.chart(chart),
             page.note(
-                f"Dot: mean difference. Thick line: 95 % interval over seeds, paired (t). Thin line: with the error "
+                f"Dot: mean difference. Thick line: {_interval(study)}. Thin line: with the error "
                 f"from the choice of evaluation documents added. Ticks: single seeds. Grey band: ±{study.margin:g}, "
                 "smaller than what matters here."
             ),
@@ -119,6 +136,7 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
     blocks += [
         page.table(_save(main, folder, f"results-{protocol}")),
         *_noise(page, study, part, verdict["comparisons"]),
+        *(trajectory.chart(page, study, verdict, protocol, folder) if study.until else []),
     ]
     points = [
         {"arm": name, "seed": f"seed {seed}", "score": score, "place": i}
@@ -135,7 +153,15 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
         page.table(_save(analysis.statistics_table(verdict, protocol), folder, f"statistics-{protocol}")),
         page.table(_save(analysis.seeds_table(verdict, protocol), folder, f"seeds-{protocol}")),
     ]
+    if study.until:
+        tables.append(page.table(_save(trajectory.table(verdict, protocol), folder, f"looks-{protocol}")))
     return [*blocks, page.folded("All statistics, and every run's score", *tables)]
+
+
+def _interval(study: Study) -> str:
+    if study.until is None:
+        return "95 % interval over seeds, paired (t)"
+    return "95 % interval that holds whenever one stops adding seeds (none: too few seeds yet)"
 
 
 def _noise(page: Page, study: Study, part: dict[str, Any], comparisons: int) -> list[str]:
@@ -144,9 +170,14 @@ def _noise(page: Page, study: Study, part: dict[str, Any], comparisons: int) -> 
     seen = max(
         (a["difference"]["detectable"] or 0 for a in part["arms"].values() if a["difference"]), default=0
     )
-    text = (
+    noise = (
         f"Noise: sd of {study.baseline} over seeds {part['baseline_sd']:.4f}, of a paired difference "
-        f"{part['paired_sd']:.4f} (pooled over arms). With {len(study.seeds)} seeds and {comparisons} "
+        f"{part['paired_sd']:.4f} (pooled over arms)."
+    )
+    if study.until:
+        return [page.note(noise)]
+    text = (
+        f"{noise} With {len(study.seeds)} seeds and {comparisons} "
         f"{'comparison' if comparisons == 1 else 'comparisons'} (Holm), a true difference of {seen:.4f} would be found with probability 0.8."
     )
     return [page.note(text)]

@@ -129,7 +129,7 @@ def sweep_scores(done: Iterable[Outcome], arm: str, sweep: Sweep | None) -> dict
 
 
 def paired(
-    plan_runs: dict[str, list[PlannedRun]], done: dict[str, Outcome], arm: str, baseline: str
+    plan_runs: Mapping[str, list[PlannedRun]], done: Mapping[str, Outcome], arm: str, baseline: str
 ) -> list[tuple[Outcome, Outcome]]:
     """(baseline's run, arm's run) for every seed that both have finished.
 

@@ -21,10 +21,20 @@ from rich.console import Console
 
 from entasis import signals
 from entasis.errors import Damaged, Failure, UserError
-from entasis.files import write_text
-from entasis.study import analysis, downstream, held_out, live_table, machine, results, throughput, trunks
+from entasis.study import (
+    analysis,
+    downstream,
+    growth,
+    held_out,
+    live_table,
+    machine,
+    results,
+    rounds,
+    throughput,
+    trunks,
+)
 from entasis.study.analysis import Verdict
-from entasis.study.config import Study, read
+from entasis.study.config import Study
 from entasis.study.executors import launchers, local
 from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Arm, Plan, PlannedRun, lay_out, preparatory, solve
@@ -48,7 +58,7 @@ def run(
     Raises `UserError` for a folder that holds another study, `Failure` when no run could be finished.
     """
     folder = folder.resolve()
-    study = _at_home(study)
+    study = at_home(study)
     place = launchers.find(launcher)(folder / "logs", study.threads, options or {})
     try:
         return _run(study, folder, console, place)
@@ -64,8 +74,11 @@ def _run(
     console: Console,
     place: contextlib.AbstractContextManager[Pool],
 ) -> Verdict:
-    begin(study, folder)
+    growth.intended(study, folder)  # refused before anything is touched
     with local.only_one(folder), place as pool:
+        study, notes = growth.begin(study, folder)
+        for note in notes:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
         _prepare(study, folder, console)
         study = _settled(study, folder, console, pool)
         arms = held_out.agree(study, folder, solve(study, vocabulary(study, folder)))
@@ -76,7 +89,9 @@ def _run(
             console.print("measuring the throughput of all arms in turn", markup=False, highlight=False)
             throughput.measure(study, folder, arms, pool)
         plan = _lay_out(study, folder, arms, prepared)
-        _train(study, folder, plan.runs, console, study.title, pool)
+        rounds.train(
+            study, plan, folder, lambda runs: _train(study, folder, runs, console, study.title, pool)
+        )
         if study.downstream:
             found = results.outcomes(folder, plan.runs)
             downstream.score(study.downstream, list(found.values()), console)
@@ -90,34 +105,12 @@ def _run(
 def report(folder: Path, console: Console) -> Verdict:
     """Judges and reports what is in a study's folder, without running anything."""
     folder = folder.resolve()
-    study = machine.applied(stored(folder), folder)
+    study = machine.applied(growth.stored(folder), folder)
     arms = held_out.agree(study, folder, solve(study, vocabulary(study, folder)))
     prepared = preparatory(study, arms)
     _recognise(folder, arms, [*trunks.needed(prepared), *prepared])
     plan = _lay_out(study, folder, arms, prepared)
     return _report(study, plan, folder, analysis.judge(study, plan, folder), prepared, console)
-
-
-def stored(folder: Path) -> Study:
-    """The study that a folder holds. Raises `UserError`."""
-    path = folder / "study.yaml"
-    if not path.is_file():
-        raise UserError(f"{folder}: holds no study (no study.yaml)")
-    return read(path)
-
-
-def begin(study: Study, folder: Path) -> None:
-    """Writes `study.yaml`, or recognises the same study. Raises `UserError` for another one."""
-    path = folder / "study.yaml"
-    if path.is_file():
-        there, here = dataclasses.asdict(stored(folder)), dataclasses.asdict(study)
-        for key in here:
-            if there[key] != here[key]:
-                raise UserError(f"{folder} holds another study ({key} differs); choose another --output")
-        return
-    if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no study; choose another --output")
-    write_text(path, study.to_yaml())
 
 
 def vocabulary(study: Study, folder: Path) -> int | None:
@@ -142,16 +135,16 @@ def summary(verdict: Verdict, console: Console) -> None:
     console.print(verdict["sentence"], markup=False, highlight=False, style="bold")
 
 
-def _at_home(study: Study) -> Study:
+def at_home(study: Study) -> Study:
     """Paths outside the study's folder made absolute, as the folder and the caller's place may differ."""
     own = tuple(f"corpora/{name}/" for name in study.corpora)
 
-    def at_home(value: Any, key: str = "") -> Any:
+    def absolute(value: Any, key: str = "") -> Any:
         """`value`, which stands at the dot-key `key` of a recipe, with its paths made absolute."""
         if isinstance(value, dict):
-            return {k: at_home(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+            return {k: absolute(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
         if isinstance(value, list):
-            return [at_home(v, key) for v in value]
+            return [absolute(v, key) for v in value]
         if isinstance(value, str) and _PATH.fullmatch(key) and not (own and value.startswith(own)):
             return str(Path(value).absolute())
         return value
@@ -168,9 +161,9 @@ def _at_home(study: Study) -> Study:
         tasks = dataclasses.replace(tasks, include_path=str(Path(tasks.include_path).absolute()))
     return dataclasses.replace(
         study,
-        base=at_home(study.base),
-        arms={name: at_home(changes) for name, changes in study.arms.items()},
-        trunks={name: at_home(changes) for name, changes in study.trunks.items()},
+        base=absolute(study.base),
+        arms={name: absolute(changes) for name, changes in study.arms.items()},
+        trunks={name: absolute(changes) for name, changes in study.trunks.items()},
         corpora=corpora,
         downstream=tasks,
     )
@@ -187,7 +180,7 @@ def _prepare(study: Study, folder: Path, console: Console) -> None:
 
 def _settled(study: Study, folder: Path, console: Console, pool: Pool) -> Study:
     """The study with what it leaves to the machine settled for all its runs, once."""
-    if not (folder / machine.FILE).is_file():
+    if not machine.settled(study, folder):
         console.print("timing the settings left to auto", markup=False, highlight=False)
         arms = solve(study, vocabulary(study, folder))
         console.print(machine.settle(study, folder, arms, pool), markup=False, highlight=False)
@@ -220,7 +213,7 @@ def _train(
 def _lay_out(study: Study, folder: Path, arms: dict[str, Arm], prepared: Sequence[PlannedRun]) -> Plan:
     found = results.findings(study, folder, prepared, throughput.speeds(folder))
     for arm in study.arms:
-        if study.sweep and arm not in found.multiplier:
+        if study.sweep and arm not in study.controls and arm not in found.multiplier:
             raise Failure(f"study {study.name}: no run of the learning-rate sweep of {arm} was finished")
         if "time" in study.protocols and arm not in found.tokens_per_second:
             raise Failure(f"study {study.name}: the throughput of {arm} could not be measured")

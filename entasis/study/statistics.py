@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -55,11 +55,19 @@ class Difference:
     noise: float
     """The pooled standard deviation of a paired difference."""
     detectable: float = math.nan
-    """The smallest true difference the study would show with power 0.8, after Holm's first step."""
+    """The smallest true difference the study would show with power 0.8, after Holm's first step; where seeds are added
+    until one knows, half the width of the simultaneous sequence."""
     length_error: float = 0.0
     """At equal time: what the error of the measured speed is worth, half a 95 % interval; NaN if unknown."""
     margin: float = math.inf
     """With a length error: what it is compared with before sameness is claimed."""
+    method: Literal["fixed", "anytime", "looks"] = "fixed"
+    """Whether intervals and p are of a number of seeds fixed beforehand, or hold whenever one stops (`stopping`)."""
+    together_low: float = math.nan
+    """Of the simultaneous sequence over all comparisons."""
+    together_high: float = math.nan
+    inside: bool = False
+    """Whether the simultaneous sequence lies within ±margin."""
 
 
 def paired_interval(
@@ -79,6 +87,12 @@ def paired_interval(
     mean, error = float(d.mean()), float(d.std(ddof=1)) / math.sqrt(d.size)
     low, high = stats.t.interval(confidence, d.size - 1, loc=mean, scale=error)
     return mean, float(low), float(high), 2 * float(stats.t.sf(abs(mean) / error, d.size - 1))
+
+
+def one_sided_p(differences: ArrayLike) -> float:
+    """p of the t test that the mean is not above zero."""
+    mean, _, _, p = paired_interval(differences)
+    return p / 2 if mean > 0 else 1 - p / 2
 
 
 def equivalence_p(differences: ArrayLike, margin: float) -> float:

@@ -12,6 +12,7 @@ dropping the seed would compare survivors.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from entasis.errors import UserError
 from entasis.study import planned_looks, sequential
 from entasis.study.planned_looks import Spending
 from entasis.study.sequential import Look
-from entasis.study.statistics import ALPHA, holm
+from entasis.study.statistics import ALPHA, Difference, holm
 
 K = TypeVar("K", bound=Hashable)
 Method = Literal["anytime", "looks"]
@@ -121,12 +122,70 @@ def needed(
     return counts
 
 
+def needed_to_see(differences: Sequence[float], until: Until, comparisons: int, most: int) -> int:
+    """How many seeds a positive control has to have: until it is seen, and no more than `most`, what others have."""
+    if until.detectable is None:
+        return most
+    seen = sees(follow(differences, until, comparisons))
+    for n in schedule(until, comparisons):
+        if n >= most or len(differences) < n or (seen is not None and seen <= n):
+            return min(n, most)
+    return most
+
+
 def sees(looks: Sequence[Look]) -> int | None:
     """The number of seeds at which a positive control was seen to be worse; None: not yet.
 
     One comparison by itself, at the level α. Its p is that of both sides: a little strict for one.
     """
     return next((look.n for look in looks if look.p <= ALPHA and look.mean > 0), None)
+
+
+def expected_half_widths(until: Until, comparisons: int) -> dict[int, float]:
+    """Half width of the simultaneous sequence at each look, in sd of a paired difference; infinite where it says nothing."""
+    from scipy import stats
+
+    alpha, at = ALPHA / comparisons, schedule(until, comparisons)
+    if until.method == "anytime":
+        return {n: sequential.half_width(n, alpha=alpha, g=until.g) for n in at}
+    found = planned_looks.levels(tuple(at), alpha=alpha, spending=until.spending)
+    return {
+        n: float(stats.t.isf(level / 2, n - 1)) / math.sqrt(n) if level > 0 else math.inf
+        for n, level in zip(at, found, strict=True)
+    }
+
+
+def restated(d: Difference, standing: Standing, until: Until, margin: float) -> Difference:
+    """A comparison with what holds whenever one stops in place of what holds for a fixed number of seeds."""
+    alone = standing.alone[-1] if standing.alone else None
+    together = standing.together[-1] if standing.together else None
+    inside = together is not None and _inside(together, margin)
+    error = 1.96 * d.evaluation_error
+    total = math.hypot(alone.half_width, error) - alone.half_width if alone else math.inf
+    return dataclasses.replace(
+        d,
+        method=until.method,
+        low=alone.low if alone else -math.inf,
+        high=alone.high if alone else math.inf,
+        total_low=alone.low - total if alone else -math.inf,
+        total_high=alone.high + total if alone else math.inf,
+        p=alone.p if alone else math.nan,
+        p_holm=standing.p_holm,
+        p_pooled=math.nan,
+        p_pooled_holm=math.nan,
+        p_equivalent=math.nan,
+        p_equivalent_pooled=math.nan,
+        p_equivalent_holm=math.nan,
+        p_equivalent_pooled_holm=math.nan,
+        detectable=together.half_width if together else math.inf,
+        together_low=together.low if together else -math.inf,
+        together_high=together.high if together else math.inf,
+        inside=inside,
+    )
+
+
+def _inside(look: Look, margin: float) -> bool:
+    return look.low <= look.high and -margin < look.low and look.high < margin
 
 
 _Followed = tuple[list[Look], list[Look]]
@@ -158,12 +217,12 @@ def _at(
 
 
 def _answer(together: Sequence[Look], p_holm: float, until: Until, margin: float) -> Answer | None:
-    if p_holm <= ALPHA:
+    if p_holm < ALPHA:
         return "differs"
     if not together:
         return None
     last = together[-1]
-    if math.isfinite(last.half_width) and -margin < last.low and last.high < margin:
+    if _inside(last, margin):
         return "same"
     if until.detectable is not None and last.half_width <= until.detectable:
         return "precise"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from entasis.study.config import Protocol
 from entasis.study.statistics import ALPHA, Difference
+from entasis.study.stopping import Until
 
 Judgement = Literal["better", "worse", "same", "undecided", "unjudged", "itself"]
 UNIT = "bits per byte"
@@ -20,6 +21,8 @@ SHORT: dict[str, str] = {
     "unjudged": "one seed",
     "itself": "the baseline itself",
     "missing": "no finished run",
+    "seen": "control: seen",
+    "unseen": "control: NOT seen",
 }
 """A judgement in a table's cell."""
 EQUAL = {
@@ -38,7 +41,7 @@ def judge(d: Difference) -> Judgement:
     `same` is a demonstrated equivalence (TOST within the margin), `undecided` no difference detected, `unjudged`
     too few seeds for any statement.
     """
-    if math.isnan(d.p_holm):
+    if d.method == "fixed" and math.isnan(d.p_holm):
         return "unjudged"
     if hidden_by_speed(d):
         return "undecided"
@@ -69,6 +72,8 @@ def says(d: Difference, margin: float) -> str:
             f"not established: its {d.n} seeds agree on {signed(d.mean)} (sd {amount(d.sd)}) more closely than the "
             f"noise of all arms (sd {amount(d.noise)}) lets one rely on; add seeds"
         )
+    if d.method != "fixed":
+        return _known(d)
     hint = " (single interval excludes zero, not after Holm's correction)" if d.p < ALPHA else ""
     return f"no difference detected{hint}; this study could have seen {amount(d.detectable)} {UNIT}"
 
@@ -98,7 +103,6 @@ def verdict(
             f"{listed(same)} {_is(same)} no different from {baseline} within ±{amount(margin)} {UNIT}"
         )
     if undecided := groups.get("undecided"):
-        seen = max(differences[name].detectable for name in undecided)
         only = len(undecided) == len(differences)
         whom = (
             f"{listed(undecided, 'or')} and {baseline}"
@@ -107,7 +111,7 @@ def verdict(
         )
         start = "no difference detected between" if only else "between"
         end = "" if only else " no difference was detected"
-        parts.append(f"{start} {whom}{end}; this study could have seen {amount(seen)} {UNIT}")
+        parts.append(f"{start} {whom}{end}; {_could(differences, undecided)}")
     for name in groups.get("undecided", []):
         if hidden_by_speed(differences[name]):
             parts.append(
@@ -148,7 +152,56 @@ def _speed_error(d: Difference) -> str:
     return f"the error of its measured speed alone is worth {amount(d.length_error)} {UNIT}"
 
 
+def _known(d: Difference) -> str:
+    """What is known of a comparison that is neither decided nor shown to be without a difference."""
+    if d.together_low > d.together_high:
+        return (
+            "not established: the intervals of its seeds contradict one another, as one study in twenty may"
+        )
+    if math.isinf(d.detectable):
+        return f"nothing can be said after {d.n} {'seed' if d.n == 1 else 'seeds'}"
+    return f"no difference detected; known to ±{amount(d.detectable)} {UNIT}"
+
+
+def _could(differences: Mapping[str, Difference], undecided: Sequence[str]) -> str:
+    most = max(differences[name].detectable for name in undecided)
+    if all(differences[name].method == "fixed" for name in undecided):
+        return f"this study could have seen {amount(most)} {UNIT}"
+    if math.isinf(most):
+        return "the seeds are too few, or contradict one another"
+    return f"known to ±{amount(most)} {UNIT}"
+
+
+def control(
+    name: str, baseline: str, mean: float | None, p: float | None, *, seen: bool, margin: float
+) -> str:
+    """What the study says of its positive control, an arm that must be worse."""
+    if mean is None:
+        return f"Its positive control {name} has no finished pair, so what this study can see is not known."
+    if seen:
+        return (
+            f"The positive control {name} is worse than {baseline} by {amount(mean)} {UNIT} ({mean / margin:.1f} margins), "
+            "as it must be."
+        )
+    told = "" if p is None else f", one-sided p {p:.2g}"
+    return (
+        f"This study cannot see anything: not even that its positive control {name} is worse than {baseline} (it differs by "
+        f"{signed(mean)}{told}). Where no difference was detected, one may well be there."
+    )
+
+
+def method(until: Until, seeds: tuple[int, int], first: int | None) -> str:
+    """How a study that adds seeds is judged; `first` is how many it was planned with before it was grown."""
+    used = f"{seeds[0]}" if seeds[0] == seeds[1] else f"{seeds[0]} to {seeds[1]}"
+    if until.method == "looks":
+        return f"Judged at planned looks, after {used} seeds."
+    grown = f"; planned with {first} seeds, of which no p is claimed" if first is not None else ""
+    return f"Judged by the anytime-valid t after {used} seeds{grown}."
+
+
 def _within(d: Difference) -> bool:
+    if d.method != "fixed":
+        return d.inside
     return d.p_equivalent_holm < ALPHA and d.p_equivalent_pooled_holm < ALPHA
 
 
