@@ -121,7 +121,7 @@ def _same_but_for_growth(there: Study, here: Study, folder: Path) -> None:
             raise UserError(
                 f"{folder} holds another study: it has an arm {name}, this one has not; choose another --output"
             )
-        if (name in there.controls and name not in here.controls) or changes != here.arms[name]:
+        if (name in there.controls) != (name in here.controls) or changes != here.arms[name]:
             raise UserError(
                 f"{folder} holds another arm {name}: {_told(changes, here.arms[name])}; give it another name"
             )

@@ -154,7 +154,7 @@ def test_another_study_is_kept_out(
     finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
 ) -> None:
     other = config.from_dict(source(text, margin=0.5), name="s")
-    with pytest.raises(UserError, match=r"holds another study \(margin differs\)"):
+    with pytest.raises(UserError, match=r"holds another study: margin is 0\.01 there and 0\.5 here"):
         runner.run(other, finished[0], Console(file=io.StringIO()))
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and holds no study"):

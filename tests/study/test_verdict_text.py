@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from entasis.study import statistics, verdict_text
+from entasis.study import statistics, stopping, verdict_text
+from entasis.study.stopping import Until
 
 
 def difference(values: list[float], margin: float = 0.01, error: float = 0.0) -> statistics.Difference:
@@ -115,3 +116,48 @@ def test_missing_numbers_never_reach_a_sentence() -> None:
     assert "nan" not in verdict_text.says(d, 0.01) + verdict_text.verdict(
         {"a": d}, baseline="b", protocol="time", margin=0.01
     )
+
+
+def in_rounds(values: Any, comparisons: int = 1, margin: float = 0.01) -> statistics.Difference:
+    until = Until(seeds=30)
+    standing = stopping.standings({"a": values}, until, comparisons=comparisons, margin=margin)["a"]
+    return stopping.restated(statistics.compare({"a": values}, margin=margin)["a"], standing, until, margin)
+
+
+def test_a_study_that_adds_seeds_says_how_well_it_knows() -> None:
+    noise = np.random.default_rng(3).normal(0, 0.004, 12)
+    assert verdict_text.judge(in_rounds(noise - 0.03)) == "better"
+    assert verdict_text.judge(in_rounds(noise)) == "same"
+    open_ = in_rounds(noise + 0.004, margin=0.002)
+    assert verdict_text.judge(open_) == "undecided"
+    assert (
+        verdict_text.says(open_, 0.002)
+        == f"no difference detected; known to ±{open_.detectable:.4f} bits per byte"
+    )
+    text = verdict_text.verdict({"a": open_}, baseline="b", protocol="params", margin=0.002)
+    assert text.endswith(
+        f"no difference detected between a and b; known to ±{open_.detectable:.4f} bits per byte."
+    )
+
+
+def test_too_few_seeds_say_nothing_whatever_they_show() -> None:
+    d = in_rounds([0.5, 0.5001, 0.4999])
+    assert verdict_text.judge(d) == "undecided"
+    assert verdict_text.says(d, 0.01) == "nothing can be said after 3 seeds"
+
+
+def test_holm_counts_what_was_planned_when_seeds_are_added_too() -> None:
+    values = np.random.default_rng(4).normal(0.005, 0.004, 12)
+    alone, among = in_rounds(values), in_rounds(values, comparisons=9)
+    assert alone.p_holm < 0.05 < among.p_holm
+    assert verdict_text.judge(alone) == "worse" and verdict_text.judge(among) == "undecided"
+
+
+def test_a_control_is_told_in_margins() -> None:
+    text = verdict_text.control("half", "plain", 0.123, 0.001, seen=True, margin=0.01)
+    assert (
+        text
+        == "The positive control half is worse than plain by 0.1230 bits per byte (12.3 margins), as it must be."
+    )
+    text = verdict_text.control("half", "plain", 0.01, 0.2, seen=False, margin=0.01)
+    assert text.startswith("This study cannot see anything") and "one-sided p 0.2" in text

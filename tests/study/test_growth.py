@@ -1,0 +1,155 @@
+"""Studies that grow: which folder takes which study, and what is planned anew. Nothing is trained here."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from entasis.errors import UserError
+from entasis.study import config, growth
+from entasis.study.config import Study
+from entasis.study.plan import Findings, lay_out, solve
+from entasis.study.stopping import Until
+
+
+def study(**changes: Any) -> Study:
+    plain = {
+        "base": {
+            "shape": {"profile": "isotropic", "budget": "40k", "layers": 4, "d_model": 32, "head_dim": 8,
+                      "vocabulary": 512, "tied_embeddings": True, "context": 32},
+            "data": {"train": "/c/train", "validation": "/c/validation", "sequence": 32},
+            "tokens": 4096,
+            "batch": {"tokens": 256},
+        },
+        "arms": {"plain": {}, "slope": {"shape.profile": "vanilla"}},
+        "seeds": 3,
+    } | changes  # fmt: skip
+    return config.from_dict(plain, name="s")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder whose study has a finished run."""
+    growth.begin(study(), tmp_path / "s")
+    (tmp_path / "s/runs/plain/seed-0").mkdir(parents=True)
+    (tmp_path / "s/runs/plain/seed-0/result.json").write_text("{}")
+    return tmp_path / "s"
+
+
+def test_until_takes_the_next_seeds_and_comes_back_from_the_study_file(tmp_path: Path) -> None:
+    s = study(seeds=[3, 5], until={"detectable": 0.01, "seeds": 5})
+    assert s.seeds == [3, 5, 0, 1, 2] and s.until == Until(seeds=5, detectable=0.01)
+    growth.begin(s, tmp_path / "s")
+    assert growth.stored(tmp_path / "s") == s
+
+
+@pytest.mark.parametrize(
+    ("until", "message"),
+    [
+        ({"detectable": 0}, "detectable"),
+        ({"method": "peeking"}, "method"),
+        ({"sedes": 5}, "did you mean|seeds"),
+        ({"looks": [6, 4]}, "ascending"),
+        ({"looks": [6, 40], "seeds": 20}, "no more than seeds, which is 20"),
+        ({"g": -1}, "g"),
+    ],
+)
+def test_what_until_gets_wrong_is_said_in_a_line(until: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        study(until=until)
+
+
+def test_more_seeds_before_the_first_result_are_planned_anew(tmp_path: Path) -> None:
+    growth.begin(study(), tmp_path)
+    grown, notes = growth.begin(study(seeds=8), tmp_path)
+    assert grown.until is None and notes == ["planned anew: no run is finished yet"]
+    assert not (tmp_path / growth.FIRST).exists() and growth.stored(tmp_path).seeds == list(range(8))
+
+
+def test_more_seeds_after_it_are_judged_by_the_valid_sequence(folder: Path) -> None:
+    grown, notes = growth.begin(study(seeds=8), folder)
+    assert grown.until == Until(seeds=8) and grown.seeds == list(range(8))
+    assert "no p of a fixed number of seeds is claimed" in notes[1]
+    first = growth.first(folder)
+    assert first == study() and growth.stored(folder) == grown
+    # The first command still means this study; a second growth keeps what was first.
+    assert growth.intended(study(), folder)[0] == grown
+    again, _ = growth.begin(study(until={"detectable": 0.01, "seeds": 20}), folder)
+    assert again.until == Until(seeds=20, detectable=0.01) and growth.first(folder) == first
+    # The most may be lowered, what is there stays.
+    fewer, _ = growth.begin(study(until={"detectable": 0.01, "seeds": 12}), folder)
+    assert fewer.until == Until(seeds=12, detectable=0.01) and fewer.seeds == again.seeds
+
+
+def test_a_new_arm_leaves_a_fixed_study_fixed(folder: Path) -> None:
+    arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}, "taper": {"shape.profile": "taper"}}
+    grown, notes = growth.begin(study(arms=arms), folder)
+    assert grown.until is None and list(grown.arms) == list(arms) and notes == ["new: taper"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"plain": {}, "slope": {"shape.profile": "crown"}}},
+         "holds another arm slope: shape.profile is vanilla there and crown here; give it another name"),
+        ({"arms": {"plain": {}, "steep": {"shape.profile": "vanilla"}}}, "it has an arm slope, this one has not"),
+        ({"arms": {"plain": {}, "slope": {"shape.profile": "vanilla", "control": True}}}, "control"),
+        ({"margin": 0.5}, "margin is 0.01 there and 0.5 here"),
+        ({"seeds": 2}, "more than 2; what is planned is not taken away: write seeds=3"),
+        ({"seeds": [4, 5, 6]}, r"holds seeds \[0, 1, 2\], not \[4, 5, 6\]"),
+        ({"until": {"g": 4.0}}, "looks and until.g are planned before the first run"),
+        ({"until": {"method": "looks"}}, "looks and until.g are planned before the first run"),
+    ],
+)  # fmt: skip
+def test_what_is_not_growth_is_refused_with_both_values(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    before = (folder / growth.FILE).read_text()
+    with pytest.raises(UserError, match=message):
+        growth.begin(study(**changes), folder)
+    assert (folder / growth.FILE).read_text() == before
+
+
+def test_planned_looks_stay_as_planned_or_give_way_to_the_anytime_valid_t(tmp_path: Path) -> None:
+    looks = {"method": "looks", "detectable": 0.01, "seeds": 12}
+    growth.begin(study(until=looks), tmp_path)
+    (tmp_path / "runs/plain/seed-0").mkdir(parents=True)
+    (tmp_path / "runs/plain/seed-0/result.json").write_text("{}")
+    with pytest.raises(UserError, match=r"until.seeds is 12 there and 20 here.*until.method=anytime"):
+        growth.intended(study(until=looks | {"seeds": 20}), tmp_path)
+    grown, notes = growth.begin(study(until={"detectable": 0.01, "seeds": 20}), tmp_path)
+    assert grown.until == Until(seeds=20, detectable=0.01) and "no p of the looks is claimed" in notes[-1]
+
+
+def test_a_control_is_half_as_long_and_exempt_from_equal_cost_and_from_the_family() -> None:
+    arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}, "half": {"control": True},
+            "thin": {"shape.budget": "38k", "control": True}}  # fmt: skip
+    s = study(arms=arms, protocols=["params", "flops", "time"], hours=0.5)
+    assert s.controls == ["half", "thin"] and s.arms["half"] == {"tokens": 2048}
+    solved = solve(s)
+    # Under time the baseline gets 1.8 M tokens, and the control half of them.
+    plan = lay_out(s, solved, Findings(tokens_per_second=dict.fromkeys(s.arms, 1000.0)))
+    assert plan.grid["params"]["half"][0].tokens == 2048 and plan.grid["params"]["thin"][0].tokens == 4096
+    assert plan.grid["flops"]["half"][0] == plan.grid["params"]["half"][0]
+    assert plan.grid["time"]["half"][0].tokens == pytest.approx(
+        plan.grid["time"]["plain"][0].tokens / 2, abs=256
+    )
+    assert {arm for _, arm in plan.comparisons("plain")} == {"slope"}
+    assert {arm for _, arm in plan.controls("plain").values()} == {"half", "thin"}
+
+
+def test_controls_must_be_what_they_say() -> None:
+    with pytest.raises(UserError, match=r"arms.slope.control is 'yes'; write true, or leave it out"):
+        study(arms={"plain": {}, "slope": {"control": "yes"}})
+    with pytest.raises(UserError, match="is the baseline, and cannot be its own control"):
+        study(arms={"plain": {"control": True}, "slope": {}})
+    with pytest.raises(UserError, match="control same is plain itself"):
+        solve(study(arms={"plain": {}, "same": {"control": True, "tokens": 4096}}))
+
+
+def test_a_study_file_keeps_its_controls(tmp_path: Path) -> None:
+    s = study(arms={"plain": {}, "half": {"control": True}})
+    growth.begin(s, tmp_path / "s")
+    assert growth.stored(tmp_path / "s") == s
+    assert dataclasses.replace(s, controls=[]) != s
