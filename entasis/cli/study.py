@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "resume":
             _add_launcher(action)
         action.add_argument("--json", action="store_true", help="print the verdict as JSON")
-    action = actions.add_parser("compare", help="set two studies side by side")
+    action = actions.add_parser(
+        "compare", help="set two studies side by side, and say what differs between them"
+    )
     action.add_argument("folders", type=Path, nargs=2, metavar="DIR")
     action.add_argument("--json", action="store_true", help="print the rows as JSON")
     action = actions.add_parser("scale", help="fit studies of growing budgets: compute multipliers")

@@ -205,17 +205,30 @@ def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
 
 def test_two_studies_side_by_side(finished: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     folder = finished[0]
-    rows, table, notes = compare.compare(folder, folder)
+    plain, table, notes = compare.compare(folder, folder)
+    rows = plain["arms"]
     assert {r["arm"] for r in rows} == {"plain", "slope"} and all(r["difference"] == 0 for r in rows)
-    assert "a_perplexity" in rows[0] and "perplexity" in table.csv() and len(notes) == 1
+    assert "a_perplexity" in rows[0] and "perplexity" in table.csv() and plain["differences"] == []
+    out = io.StringIO()
+    Console(file=out, width=80).print(table.rich())
+    assert max(map(len, out.getvalue().splitlines())) <= 80 and "…" not in out.getvalue()
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     for path in other.rglob("result.json"):
         result = json.loads(path.read_text())
         result["data"]["tokenizer"] = "another"
         path.write_text(json.dumps({key: value for key, value in result.items() if key != SEAL}))
-    rows, _, notes = compare.compare(folder, other)
-    assert "a_perplexity" not in rows[0] and "perplexities are not shown" in notes[1]
+    plain, _, notes = compare.compare(folder, other)
+    assert "a_perplexity" not in plain["arms"][0] and "perplexities are not shown" in notes[-1]
+    assert [(d["what"], d["b"], d["arms"]) for d in plain["differences"]] == [
+        ("data.tokenizer (fingerprint)", "another", "all")
+    ]
+    recipe = other / "runs/slope/seed-0/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("lr: 0.005", "lr: 0.001"))
+    shutil.rmtree(other / "runs/plain")
+    plain, _, _ = compare.compare(folder, other)
+    found = {d["what"]: (d["a"], d["b"]) for d in plain["differences"]}
+    assert found["arms of its own"] == (["plain"], []) and found["optimizer.lr"] == (0.005, 0.001)
     for path in other.rglob("result.json"):
         result = json.loads(path.read_text())
         result["validation"]["bytes"] += 1
