@@ -51,6 +51,13 @@ HERE = "\x00"
 
 Count = Annotated[int, BeforeValidator(lambda value: quantities.count(value, HERE))]
 """393216, 393_216, "200k", "5B"."""
+TokenCount = Annotated[
+    int | str,
+    BeforeValidator(
+        lambda value: value if quantities.is_share(value, HERE) else quantities.count(value, HERE)
+    ),
+]
+"""A number of tokens, or a share of all: "200k", "33%"."""
 Size = Annotated[int, BeforeValidator(lambda value: quantities.size(value, HERE))]
 """Bytes: "8GiB", "500MB"."""
 Steps = Annotated[

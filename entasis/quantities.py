@@ -41,6 +41,20 @@ def steps(value: object, total: int, where: str) -> int:
     raise UserError(f"{where} is {value!r}; write a number of steps (100) or a share of them (2%)")
 
 
+def is_share(value: object, where: str) -> bool:
+    """Whether a value is written as a share, `"33%"`. Raises `UserError` for one that is none from 0 to 1."""
+    return isinstance(value, str) and value.strip().endswith("%") and share(value, where) >= 0
+
+
+def tokens(value: object, total: int | None, batch: int, where: str) -> int:
+    """How many tokens: a number (`200k`), or a share (`"33%"`) of `total` in whole batches. Raises `UserError`."""
+    if not is_share(value, where):
+        return count(value, where)
+    if total is None:
+        raise UserError(f"{where} is {value!r}, a share of tokens, which says nothing; give tokens a number")
+    return max(1, round(share(value, where) * total / batch)) * batch
+
+
 def share(value: object, where: str) -> float:
     """A part of the whole: 0.05 or `"5%"`; from 0 to 1. Raises `UserError`."""
     text = str(value).strip()

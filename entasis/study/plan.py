@@ -351,18 +351,10 @@ def _check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
 
 
 def _share_tokens(plain: dict[str, Any]) -> None:
-    """An arm's own stages take the place of the base's tokens, or the last one takes what the others leave of them."""
-    *before, last = plain.get("stages") or [{}]
-    given = [stage.get("tokens") for stage in before]
+    """An arm's own stages take the place of the base's tokens, unless they are parts of them (see `Stage.tokens`)."""
+    last = (plain.get("stages") or [{}])[-1]
     if last.get("tokens") is not None:
         plain["tokens"] = None
-    elif before and None not in given and plain.get("tokens") is not None:
-        counts = [quantities.count(n, f"stages[{i}].tokens") for i, n in enumerate(given)]
-        last["tokens"] = quantities.count(plain["tokens"], "tokens") - sum(counts)
-        if last["tokens"] <= 0:
-            raise UserError(
-                f"the stages before the last take {sum(counts):,} tokens, no fewer than there are"
-            )
 
 
 def _told_apart(arm: Arm, baseline: Arm) -> Arm:

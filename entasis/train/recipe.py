@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 
-from entasis.configuration import HERE, Count, Settings, Size, Steps, load_yaml, parse, read_yaml
+from entasis.configuration import HERE, Count, Settings, Size, Steps, TokenCount, load_yaml, parse, read_yaml
 from entasis.data.held_out import Part
 from entasis.errors import UserError
 from entasis.train.schedule import Schedule
@@ -183,7 +183,8 @@ class Stage(Settings):
 
     trainable: str | list[str] = "all"
     """What learns, in the language of `entasis.shape.selectors`: `all`, `blocks[2:].attention`, `not embedding`."""
-    tokens: Count | None = None
+    tokens: TokenCount | None = None
+    """A number, or a share of the recipe's ("33%") in whole batches; the last stage may take what the others leave."""
     schedule: Schedule | None = None
     lr: Annotated[float, Field(ge=0, le=1000)] | None = None
     """Short for optimizer.lr."""

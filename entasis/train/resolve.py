@@ -124,12 +124,18 @@ def _resolve_stages(recipe: Recipe) -> tuple[list[ResolvedStage], int]:
     """The stages with their tokens and schedules, and all tokens."""
     stages, total = [], 0
     for i, stage in enumerate(recipe.stages or (Stage(),)):
-        tokens = stage.tokens
-        if tokens is None and len(recipe.stages) <= 1:
-            tokens = recipe.tokens
-        if tokens is None:
+        given = stage.tokens
+        if given is None and recipe.tokens is not None and i + 1 >= len(recipe.stages):
+            given = recipe.tokens - total
+            if given <= 0:
+                raise UserError(
+                    f"recipe: the stages before the last take {total:,} tokens, no fewer than there are"
+                )
+        if given is None:
             missing = f"stages[{i}].tokens" if recipe.stages else "tokens"
             raise UserError(f"recipe: {missing} is missing; say how many tokens to train on, such as 5M")
+        batch = (stage.batch or recipe.batch).tokens
+        tokens = quantities.tokens(given, recipe.tokens, batch, f"recipe: stages[{i}].tokens")
         stages.append(
             stage.narrowed(ResolvedStage, tokens=tokens, schedule=stage.schedule or recipe.schedule)
         )

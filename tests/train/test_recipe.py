@@ -78,6 +78,7 @@ def test_overrides_reach_the_shape_and_numbered_stages(path):
         ("schedule.warmup=half", "schedule.warmup is 'half'; write a number of steps (100) or a share"),
         ("stages=[{grow: {operator: stack}}]", "unknown key stages[0].grow"),
         ("stages=[{lroa: {rank: 8}}]", "unknown key stages[0].lroa; did you mean stages[0].lora?"),
+        ("stages=[{tokens: 101%}]", "stages[0].tokens is '101%'; write a share such as 0.05 or 5%"),
         ("seed=zero", "seed is 'zero'; it must be a whole number"),
         ("data=3", "data is 3; it must be a mapping"),
     ],

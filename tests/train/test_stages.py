@@ -12,6 +12,7 @@ from entasis.evaluate.loading import load
 from entasis.shape import cost
 from entasis.shape.selectors import select
 from entasis.train.metrics import records
+from entasis.train.resolve import resolve
 from entasis.train.run import train
 
 WIDER = [
@@ -188,3 +189,17 @@ def test_a_start_that_does_not_fit_is_refused_before_training(recipe, tmp_path, 
         data = {"train": str(tmp_path / "other" / "train"), "validation": None}
         train(recipe(shape=None, start=start, data=data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_stages_take_shares_of_the_tokens_and_the_last_what_is_left(recipe, corpora):
+    stages = [{"tokens": "33%"}, {"tokens": "30%"}, {}]
+    resolved, _, _ = resolve(recipe(tokens=512 * 10, stages=stages), 257)
+    assert [s.tokens for s in resolved.stages] == [512 * 3, 512 * 3, 512 * 4]
+    with pytest.raises(
+        UserError, match=r"stages\[0\].tokens is '33%', a share of tokens, which says nothing"
+    ):
+        resolve(recipe(tokens=None, stages=stages), 257)
+    with pytest.raises(
+        UserError, match="the stages before the last take 5,120 tokens, no fewer than there are"
+    ):
+        resolve(recipe(tokens=512 * 10, stages=[{"tokens": "100%"}, {}]), 257)
