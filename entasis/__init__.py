@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path, **options: Any) -> Loaded:
-    """A model with `.shape`, `.tokenizer`, `.logits` and `.generate`; see `entasis.evaluate.loading.load`."""
+    """A model with `.shape`, `.tokenizer`, `.logits`, `.hidden_states`, `.generate` and `.save`; see `entasis.evaluate.loading.load`."""
     from entasis.evaluate.loading import load as load_model  # torch only when it is needed
 
     return load_model(path, **options)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from entasis import files
 from entasis.data.tokenizer import Tokenizer
 from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import Damaged, UserError
@@ -58,9 +61,15 @@ class Loaded:
         """fp32 logits [tokens, vocabulary]: row t is the model's opinion on the token after t."""
         return self.model(torch.tensor([self.encode(text)], device=self.device))[0].float()
 
+    @torch.no_grad()
+    def hidden_states(self, text: str | Iterable[int]) -> torch.Tensor:
+        """The fp32 residual stream [layers + 1, tokens, d_model]: in front of each layer, and after the last."""
+        states = self.model.hidden_states(torch.tensor([self.encode(text)], device=self.device))
+        return torch.cat(states).float()
+
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         *,
         tokens: int = 128,
         temperature: float = 0.8,
@@ -68,15 +77,41 @@ class Loaded:
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int = 0,
-    ) -> str | list[int]:
-        """The continuation of a prompt: text for text, ids for ids."""
+    ) -> str | list[int] | list[str] | list[list[int]]:
+        """The continuation of a prompt: text for text, ids for ids; of a list of prompts, read together, a list.
+
+        Choosing greedily (temperature 0), a prompt is continued as it would be alone.
+        """
+        alone = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+        prompts: list[Any] = [prompt] if alone else list(prompt)
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        steps = generate(self.model, [self.encode(prompt)], tokens=tokens, sampling=sampling, stop=self.stop)
-        ids = [step[0] for step in steps if step[0] is not None]
-        if isinstance(prompt, str):
-            assert self.tokenizer is not None
-            return self.tokenizer.decode(ids)
-        return ids
+        ids: list[list[int]] = [[] for _ in prompts]
+        encoded = [self.encode(p) for p in prompts]
+        for step in generate(self.model, encoded, tokens=tokens, sampling=sampling, stop=self.stop):
+            for answer, token in zip(ids, step, strict=True):
+                if token is not None:
+                    answer.append(token)
+        answers: list[Any] = [
+            self.tokenizer.decode(answer) if isinstance(p, str) and self.tokenizer else answer
+            for p, answer in zip(prompts, ids, strict=True)
+        ]
+        return answers[0] if alone else answers
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a new folder that `load` and every command open: weights, shape, tokenizer, chat template.
+
+        Raises `UserError` for a folder that is not empty.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is not empty; name another folder")
+        with files.new_folder(folder) as partial:
+            if self.tokenizer is not None:
+                self.tokenizer.save(partial / weights.TOKENIZER)
+            if self.chat is not None:
+                told = {"chat_template": self.chat.template, **self.chat.special}
+                files.write_text(partial / "tokenizer_config.json", json.dumps(told, indent=1), locked=True)
+            weights.save(self.model, partial)
 
 
 def choose_device(name: str) -> str:

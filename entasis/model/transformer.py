@@ -82,6 +82,17 @@ class Transformer(nn.Module):
             x_BTD = self.blocks[index](x_BTD, rotation, mask_BTS=mask_BTS, cache=cache)
         return x_BTD
 
+    def hidden_states(
+        self, tokens_BT: torch.Tensor, *, document_ids_BT: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """The residual stream x [B, T, D] in front of each layer, and last of all what the final norm reads."""
+        rotation = self.rotation(0, tokens_BT.shape[1], tokens_BT.device)
+        mask_BTS = attention_mask(0, tokens_BT.shape[1], document_ids_BT, tokens_BT.device, self.attention)
+        states = [self.embed(tokens_BT)]
+        for index in range(len(self.blocks)):
+            states.append(self.run_layers(states[-1], rotation, index, index + 1, mask_BTS=mask_BTS))
+        return states
+
     def embed(self, tokens_BT: torch.Tensor, start: int = 0) -> torch.Tensor:
         """x [B, T, D] in front of the first block."""
         if self.shape.positions == "learned" and start + tokens_BT.shape[1] > self.shape.context:

@@ -10,6 +10,7 @@ A specification is a mapping, as under `shape:` in a recipe or as options of `en
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -98,7 +99,7 @@ _NULLABLE = {"rope_scaling", "attention_scale"}
 def number(value: Any, where: str) -> int:
     """`180M`, `1.5B`, `4_000` or a plain number. Raises `UserError`."""
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([kKMBGT]?)", str(value).strip())
-    if isinstance(value, bool) or not match:
+    if isinstance(value, bool) or not match or math.isinf(float(match[1].replace("_", ""))):
         raise UserError(f"shape: {where} is {value!r}; write a number such as 180M or 1.5B")
     scale = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}[match[2]]
     return round(float(match[1].replace("_", "")) * scale)
