@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -144,8 +144,11 @@ def test_two_processes_killed_and_gone_on_with_alone_train_as_one(mixed, tmp_pat
         not list(checkpoints.glob("step-*3/complete")) and both.poll() is None and time.monotonic() < deadline
     ):
         time.sleep(0.02)
-    os.killpg(both.pid, signal.SIGKILL)
+    launcher = psutil.Process(both.pid)
+    for process in [*launcher.children(recursive=True), launcher]:  # ranks have sessions of their own
+        process.kill()
     both.communicate()
+    assert not (tmp_path / "two" / "result.json").exists(), "it was killed too late"
     assert list(checkpoints.glob("step-*/complete")), "it was killed before it had saved"
     done = subprocess.run(
         [sys.executable, *entasis], env=environment, capture_output=True, text=True, timeout=240
