@@ -45,7 +45,7 @@ class Growth:
     bytes: int
     """Of the written weights."""
     memory: int
-    """About the most bytes of tensors held at once for a plan without a fit: a tensor, its sources and their sum."""
+    """About the most bytes of tensors held at once: one, its sources and their sum, or what an operator fits."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,7 +68,8 @@ def plan_growth(source: str | Path, operators: Sequence[Operator]) -> Growth:
         shapes.append(plan.shape)
     width = stored.dtypes["norm.weight"].itemsize
     sizes = [width * torch.Size(size).numel() for size in layout.sizes(shapes[-1]).values()]
-    return Growth(tuple(shapes), tuple(operators), lineage, sum(sizes), 4 * max(sizes))
+    fits = [operator.memory(shape) for operator, shape in zip(operators, shapes, strict=False)]
+    return Growth(tuple(shapes), tuple(operators), lineage, sum(sizes), max(4 * max(sizes), *fits))
 
 
 def grow_folder(

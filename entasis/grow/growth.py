@@ -118,6 +118,10 @@ class Operator(Transition):
         """What every layer of the new model is made of. Raises `UserError`."""
         raise AssertionError("each operator has its own")
 
+    def memory(self, shape: ModelShape) -> int:
+        """About the most bytes that is held to fit something to a model of `shape`."""
+        return 0
+
     def make(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every parameter that the plan leaves to the operator, in any order."""
         return iter(())

@@ -138,3 +138,11 @@ def test_what_has_no_common_basis_is_refused_by_name():
     spoilt = [torch.full((M, N), float("nan")), *independent()[1:]]
     with pytest.raises(UserError, match="not finite"):
         fit_network(spoilt)
+
+
+def test_the_memory_that_is_told_is_that_of_eight_billion_parameters_within_eight_gb():
+    """Of Llama-3-8B; measured by benchmarks/growth_scale.py."""
+    layer = LayerShape(32, 8, 14336)
+    shape = ModelShape(d_model=4096, head_dim=128, vocabulary=128256, layers=(layer,) * 32)
+    assert 6e9 < read_operator("lesa_ridge", {"after": "15..30"}, "grow").memory(shape) < 8e9
+    assert read_operator("average", {"after": "15..30"}, "grow").memory(shape) == 0

@@ -28,6 +28,9 @@ class AlignedAverage(Operator):
         places = positions.resolve(self.after, shape.n_layers, between=True, where="grow: aligned_average")
         return insert(shape, {i: GrownLayer(((i, 0.5), (i + 1, 0.5)), is_new=True) for i in places})
 
+    def memory(self, shape: ModelShape) -> int:
+        return matching_memory(shape)
+
     def weights(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         from entasis.grow import alignment, symmetry
 
@@ -45,6 +48,12 @@ class AlignedAverage(Operator):
             self.told(done + 1, len(new))
         self.diagnostics["alignment"] = matched
         yield from resize.apply(dataclasses.replace(plan, parameters=kept), read)
+
+
+def matching_memory(shape: ModelShape) -> int:
+    """About the most bytes that are held to match two layers: scores of all pairs of units, and the units."""
+    d_ff = max(layer.d_ff for layer in shape.layers)
+    return 28 * d_ff**2 + 24 * d_ff * shape.d_model
 
 
 def shape_before(plan: Plan) -> ModelShape:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Literal
 from entasis.grow import positions, resize
 from entasis.grow.growth import OPERATORS, GrownLayer, Operator, insert, name_of
 from entasis.grow.network_settings import NetworkSettings
-from entasis.grow.operators.aligned import shape_before
+from entasis.grow.operators.aligned import matching_memory, shape_before
 from entasis.grow.positions import Positions
 from entasis.grow.resize import Plan, Read
 from entasis.grow.transitions import Init
+from entasis.shape import layout
 from entasis.shape.shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ class _Predicted(Operator):
         places = positions.resolve(self.after, shape.n_layers, between=True, where=f"grow: {name}")
         between = {i: GrownLayer(((i, 0.5), (i + 1, 0.5)), is_new=True, made="matrices") for i in places}
         return insert(shape, between)
+
+    def memory(self, shape: ModelShape) -> int:
+        sizes = [p.size for p in layout.layer_parameters(shape, 0) if p.is_matrix]
+        return max(self.held(M, N) + 24 * M * N for M, N in sizes)
+
+    def held(self, M: int, N: int) -> int:
+        """Bytes of what is fitted to a matrix [M, N]: here the shared basis with its inverse, eigenvectors and their scaling."""
+        return 32 * M * M
 
     def weights(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         old = {name: entry for name, entry in plan.parameters.items() if not plan.is_new(name)}
@@ -82,6 +91,9 @@ class Lesa(_Predicted, NetworkSettings):
 class LesaRidge(_Predicted):
     """As `lesa`, with ridge regression in closed form instead of the network; its strength is chosen on held-out layers."""
 
+    def held(self, M: int, N: int) -> int:
+        return max(16 * M * M, 28 * N * N)
+
     def fit(self) -> Fit:
         from entasis.grow import ridge
 
@@ -93,6 +105,12 @@ class AlignedLesa(Lesa):
     """As `lesa` or `lesa_ridge`, after heads and FFN units of all layers were matched, each layer to the one before."""
 
     predictor: Literal["network", "ridge"] = "network"
+
+    def memory(self, shape: ModelShape) -> int:
+        return max(super().memory(shape), matching_memory(shape))
+
+    def held(self, M: int, N: int) -> int:
+        return max(16 * M * M, 28 * N * N) if self.predictor == "ridge" else super().held(M, N)
 
     def aligned(self, plan: Plan, read: Read, init: Init) -> Read:
         from entasis.grow import alignment, symmetry
