@@ -17,7 +17,8 @@ L is the number of layers; the factor 1/2L is GPT-2's. LayerNorm scaling replace
 
 Every parameter draws from a generator of its own, seeded by (seed, its name): a parameter of the same name and
 shape has the same initial values in any two models, whatever the rest of them looks like. That pairs the arms of a
-study.
+study. With `nested` (`init: nested` in a recipe) every row of a head or FFN unit has a generator of its own, seeded by its number
+too: a layer with fewer of them then begins as the first of a wider one's.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def init_weights(
     base_width: int | None = None,
     tokenizer: Path | None = None,
     tables_of: Transformer | None = None,
+    nested: bool = False,
 ) -> None:
     """Fills every parameter of `model` in place; drawn on the CPU in fp32, so the device does not matter.
 
@@ -55,7 +57,8 @@ def init_weights(
     """
     shape, parameters = model.shape, dict(model.named_parameters())
     drawn = [*layout.learnable(shape), *([FULL] if isinstance(shape.interface, Random) else [])]
-    for name, value in draw(shape, drawn, seed, parametrisation=parametrisation, base_width=base_width):
+    values = draw(shape, drawn, seed, parametrisation=parametrisation, base_width=base_width, nested=nested)
+    for name, value in values:
         parameters[name].copy_(value)
     if tables_of is not None:
         for name in parameters.keys() - drawn:
@@ -71,10 +74,15 @@ def draw(
     *,
     parametrisation: str = "standard",
     base_width: int | None = None,
+    nested: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, initial value) of these parameters of a model, one at a time, in fp32 on the CPU."""
+    """(name, initial value) of these parameters of a model, one at a time, in fp32 on the CPU.
+
+    With `nested` each head's and each FFN unit's numbers depend on its place alone, not on how many there are.
+    """
     described = rules.describe(shape, parametrisation, base_width=base_width)
     sizes = layout.sizes(shape)
+    axes = {p.name: p.axes for p in layout.parameters(shape) if p.layer is not None} if nested else {}
     branch_scaled = shape.norm_scaling or shape.residual_scale != 1.0
     depth = 1.0 if branch_scaled else 1 / math.sqrt(2 * shape.n_layers)
     for name in names:
@@ -87,12 +95,26 @@ def draw(
             yield name, torch.full(sizes[name], 0.0 if name.endswith("bias") else 1.0)
             continue
         std = STD * rule.init * (depth if rule.writes else 1.0)
-        yield name, draw_normal(sizes[name], seed, name) * std
+        normal = (
+            draw_nested(sizes[name], axes[name], seed, name)
+            if name in axes
+            else draw_normal(sizes[name], seed, name)
+        )
+        yield name, normal * std
 
 
 def draw_normal(size: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
     """Standard normal numbers in fp32 that depend on nothing but these three."""
     return torch.randn(size, generator=generator(seed, name))
+
+
+def draw_nested(size: tuple[int, ...], axes: tuple[str, ...], seed: int, name: str) -> torch.Tensor:
+    """Standard normal numbers of a layer's matrix, drawn for each row of its heads or FFN units apart: those of a narrower
+    layer are the first of a wider one's."""
+    across = next(i for i, axis in enumerate(axes) if axis != "residual")
+    rest = size[1 - across]
+    rows = [torch.randn(rest, generator=generator(seed, f"{name}/{unit}")) for unit in range(size[across])]
+    return torch.stack(rows, dim=across)
 
 
 def generator(seed: int, name: str) -> torch.Generator:

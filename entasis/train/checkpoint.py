@@ -29,6 +29,7 @@ from entasis.errors import Damaged
 from entasis.model import weights
 from entasis.model.transformer import Transformer
 from entasis.train import moments, parallel, sharding
+from entasis.train.averaging import WeightAverage
 
 MARK, STATE = "complete", "state.json"
 
@@ -50,6 +51,7 @@ def save(
     optimizers: Iterable[torch.optim.Optimizer],
     state: dict[str, Any],
     *,
+    average: WeightAverage | None = None,
     keep_last: int,
     keep_every: int | None,
 ) -> Path:
@@ -62,7 +64,7 @@ def save(
     partial = final.with_name(final.name + ".partial")
     kept = bool(keep_every and step % keep_every == 0)
     optimizers = list(optimizers)
-    tensors = _tensors(model, optimizers)
+    tensors = _tensors(model, optimizers, average)
     try:
         if parallel.is_main():
             _discard(partial)
@@ -139,10 +141,15 @@ def state_of(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load(folder: Path, model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Puts a sound checkpoint of this very run into the model and optimizers, in place."""
+def load(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizers: Iterable[torch.optim.Optimizer],
+    average: WeightAverage | None = None,
+) -> None:
+    """Puts a sound checkpoint of this very run into the model, its average and the optimizers, in place."""
     optimizers = list(optimizers)
-    tensors = _tensors(model, optimizers)
+    tensors = _tensors(model, optimizers, average)
     try:
         with _quiet():
             dcp.load(tensors, checkpoint_id=folder, no_dist=parallel.world() == 1)
@@ -161,9 +168,12 @@ def mark(folder: Path) -> None:
     files.write_json(folder / MARK, {"files": _hashes(sorted(folder.iterdir()))}, locked=True)
 
 
-def _tensors(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Any]:
+def _tensors(
+    model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], average: WeightAverage | None
+) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, list(optimizers))
-    return {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state()}
+    averaged = {} if average is None else {"average": average.state()}
+    return {"model": model_state, "optimizer": optimizer_state, "rng": torch.get_rng_state(), **averaged}
 
 
 @contextlib.contextmanager

@@ -60,6 +60,9 @@ class Display:
             )
             if not self._shown and event["step"] % max(1, event["steps"] // 10) == 0:
                 self._say(f"step {event['step']}/{event['steps']}  {figures}")
+        elif kind == "samples" and not (self._table and self._shown):
+            for text in event["texts"]:
+                self._say(f"step {event['step']}: {text!r}")
         elif kind == "validation" and not (self._table and self._shown):
             each = "".join(f", {name} {score:.4f}" for name, score in event["by_corpus"].items())
             self._say(f"step {event['step']}: validation {event['bits_per_byte']:.4f} bits per byte{each}")

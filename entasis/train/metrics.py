@@ -95,6 +95,8 @@ class MetricsWriter:
         if self._tensorboard:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, record["step"])
+            for i, text in enumerate(record.get("samples", [])):
+                self._tensorboard.add_text(f"sample {i}", text, record["step"])
         if self._wandb:
             self._wandb.log(numbers, step=record["step"])
 

@@ -94,10 +94,7 @@ def load(folder: Path) -> tuple[Moments, dict[str, int]]:
             tensors = {entry: file.get_tensor(entry) for entry in file.keys()}  # noqa: SIM118  it is no mapping
         positions = {str(k): int(v) for k, v in told["positions"].items()}
     except FileNotFoundError as error:
-        raise UserError(
-            f"recipe: start.optimizer_state is keep, but {folder} holds no {OPTIMIZER}; finished runs and kept "
-            "checkpoints do, imported models do not: use reset"
-        ) from error
+        raise _missing(folder) from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"damaged: {path} does not hold an optimizer's moments ({error})") from error
     if "content" in told and told["content"] != _content(tensors, positions):
@@ -106,6 +103,19 @@ def load(folder: Path) -> tuple[Moments, dict[str, int]]:
         key, _, name = entry.partition(":")
         result.setdefault(name, {})[key] = x
     return result, positions
+
+
+def require(folder: Path) -> None:
+    """Raises `UserError` where a folder to start from holds no moments."""
+    if not (folder / OPTIMIZER).is_file():
+        raise _missing(folder)
+
+
+def _missing(folder: Path) -> UserError:
+    return UserError(
+        f"recipe: start.optimizer_state is keep, but {folder} holds no {OPTIMIZER}; finished runs and kept "
+        "checkpoints do (a run with averaged weights in its raw/), imported models do not: use reset"
+    )
 
 
 def _content(tensors: Mapping[str, torch.Tensor], positions: Mapping[str, int]) -> str:

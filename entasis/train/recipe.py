@@ -124,6 +124,27 @@ class Evaluation(Settings):
     """`selection`: a third of the documents, drawn by hash, to choose settings by; `test`: the others."""
 
 
+class Average(Settings):
+    """Averaged weights, by `ema` or by `last`; see `entasis.train.averaging`."""
+
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential average, over steps."""
+    last: Positive | None = None
+    """The mean of so many, `every` steps apart, up to the end of the stage."""
+    every: Steps = "1%"
+
+
+class Samples(Settings):
+    """Texts that the model writes as it learns, into `metrics.jsonl` and TensorBoard."""
+
+    every: Steps
+    prompts: list[str] = Field(default_factory=lambda: [""], min_length=1)
+    """An empty one begins a document."""
+    tokens: Positive = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """0 takes the likeliest token; else drawn by the recipe's seed, alike each time."""
+
+
 class Checkpoint(Settings):
     every: Steps | None = "10%"
     keep_last: Positive = 2
@@ -218,6 +239,8 @@ class Recipe(Settings):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    init: Literal["independent", "nested"] = "independent"
+    """`nested`: a narrow layer's initial values are the first heads and FFN units of a wider one's."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     attention: Literal["auto", "sdpa", "plain", "flex"] = "auto"
@@ -227,6 +250,8 @@ class Recipe(Settings):
     """Most bytes ("8GiB") that the layers of one micro-batch may keep for the backward pass; the costliest layers
     go under activation checkpointing (are computed twice) to stay within it. Null keeps everything."""
     evaluation: Evaluation = Evaluation()
+    average: Average | None = None
+    samples: Samples | None = None
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     start: Start | None = None

@@ -16,9 +16,11 @@ from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
 from entasis.train.recipe import Optimizer, Recipe, Stage, Start
 from entasis.train.resolved_recipe import (
+    ResolvedAverage,
     ResolvedCheckpoint,
     ResolvedEvaluation,
     ResolvedRecipe,
+    ResolvedSamples,
     ResolvedStage,
     steps,
 )
@@ -56,6 +58,11 @@ def resolve(
         tokens=tokens,
         evaluation=recipe.evaluation.narrowed(
             ResolvedEvaluation, every=_every(recipe.evaluation.every, total, "evaluation.every")
+        ),
+        average=_average(recipe, total),
+        samples=recipe.samples
+        and recipe.samples.narrowed(
+            ResolvedSamples, every=_every(recipe.samples.every, total, "samples.every")
         ),
         checkpoint=recipe.checkpoint.narrowed(
             ResolvedCheckpoint, every=_every(recipe.checkpoint.every, total, "checkpoint.every")
@@ -143,6 +150,17 @@ def _resolve_stages(recipe: Recipe) -> tuple[list[ResolvedStage], int]:
     if recipe.tokens is not None and recipe.tokens != total:
         raise UserError(f"recipe: tokens is {recipe.tokens}, but the stages add up to {total}; leave one out")
     return stages, total
+
+
+def _average(recipe: Recipe, total: int) -> ResolvedAverage | None:
+    average = recipe.average
+    if average is None:
+        return None
+    if (average.ema is None) == (average.last is None):
+        raise UserError(
+            "recipe: average takes one of ema (a decay, such as 0.99) and last (a number, such as 5)"
+        )
+    return average.narrowed(ResolvedAverage, every=_every(average.every, total, "average.every"))
 
 
 def _every(value: int | str | None, total: int, where: str) -> int | None:

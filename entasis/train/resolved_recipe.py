@@ -16,7 +16,18 @@ from pydantic import Field
 
 from entasis.configuration import Count, parse, read_yaml
 from entasis.errors import UserError
-from entasis.train.recipe import BatchSize, Checkpoint, Data, Evaluation, Optimizer, Positive, Recipe, Stage
+from entasis.train.recipe import (
+    Average,
+    BatchSize,
+    Checkpoint,
+    Data,
+    Evaluation,
+    Optimizer,
+    Positive,
+    Recipe,
+    Samples,
+    Stage,
+)
 from entasis.train.schedule import Schedule
 
 
@@ -27,6 +38,14 @@ class ResolvedStage(Stage):
 
 class ResolvedEvaluation(Evaluation):
     every: Positive | None
+
+
+class ResolvedAverage(Average):
+    every: Positive
+
+
+class ResolvedSamples(Samples):
+    every: Positive
 
 
 class ResolvedCheckpoint(Checkpoint):
@@ -40,6 +59,8 @@ class ResolvedRecipe(Recipe):
     """With every field and the list of layers: `ModelShape.to_dict`."""
     tokens: Count
     evaluation: ResolvedEvaluation
+    average: ResolvedAverage | None = None
+    samples: ResolvedSamples | None = None
     checkpoint: ResolvedCheckpoint
     stages: Annotated[tuple[ResolvedStage, ...], Field(strict=False, min_length=1)]
 

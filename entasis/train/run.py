@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 
 from entasis import files, signals
 from entasis.data.corpus import Corpus
+from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import Failure, Stopped, UserError
 from entasis.evaluate.bits_per_byte import Score
+from entasis.grow.provenance import PROVENANCE
 from entasis.grow.transitions import Init
 from entasis.model import weights
 from entasis.shape import cost
@@ -43,12 +45,14 @@ from entasis.train.device import choose_device
 from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.metrics import METRICS, MetricsWriter, records
 from entasis.train.moments import Moments
-from entasis.train.recipe import Recipe, held_out_of
+from entasis.train.recipe import Recipe, Samples, held_out_of
 from entasis.train.run_folder import OpenedFolder
 from entasis.train.stage_runner import StageRunner
 from entasis.train.training_data import TrainingData, describe_data, planned_epochs
 from entasis.train.validation import Validation
 
+RAW = "raw"
+"""Of a run with averaged weights, the folder of those that were trained."""
 Reporter = Callable[[dict[str, Any]], None]
 _WARMING = 5
 """Steps after a start that do not count as steady: compilation, allocation, caches."""
@@ -180,7 +184,7 @@ class Run:
             found = moments.resized(found, plan)
         runner = StageRunner(span, self.recipe, self.device, tensors=tensors, loads=resumes is not None)
         if resumes is not None:
-            checkpoint.load(resumes, runner.model, runner.optimizers)
+            checkpoint.load(resumes, runner.model, runner.optimizers, runner.average)
         elif found:
             runner.take_moments(found)
         return runner
@@ -216,6 +220,8 @@ class Run:
             due = _due(recipe.evaluation.every, self.step) or self.step == span.stop
             if due and self.step < self.steps and (found := self.validate(runner)):
                 record |= found.metrics()
+            if (samples := recipe.samples) and (_due(samples.every, self.step) or self.step == self.steps):
+                record["samples"] = self.write_samples(runner, samples)
             if self.metrics:
                 self.metrics.write(record)
             self.report("step", **record)
@@ -269,6 +275,15 @@ class Run:
         self.report("validation", **found.event())
         return found
 
+    def write_samples(self, runner: StageRunner, samples: Samples) -> list[str]:
+        """Texts that the model continues the recipe's prompts to, the prompts included."""
+        tokenizer = load_tokenizer(self.folder / weights.TOKENIZER)
+        prompts = [tokenizer.encode(text) or [tokenizer.end_of_text or 0] for text in samples.prompts]
+        answers = runner.write(prompts, samples)
+        texts = [p + tokenizer.decode(answer) for p, answer in zip(samples.prompts, answers, strict=True)]
+        self.report("samples", texts=texts)
+        return texts
+
     def save(self, runner: StageRunner) -> None:
         state = {
             "step": self.step,
@@ -288,6 +303,7 @@ class Run:
             runner.model,
             runner.optimizers,
             state,
+            average=runner.average,
             keep_last=self.recipe.checkpoint.keep_last,
             keep_every=self.recipe.checkpoint.keep_every,
         )
@@ -296,16 +312,13 @@ class Run:
     def finish(self, runner: StageRunner) -> dict[str, Any]:
         """Validates, writes weights and moments, and last of all `result.json`."""
         validation = self.validate(runner)
-        model, found = runner.gathered(), runner.moments()
+        hashes: dict[str, str | None] = {}
+        self.save_weights(runner, hashes)
         if not parallel.is_main():
             parallel.barrier()
             return parallel.broadcast_object({})
         assert self.metrics is not None, "the main rank keeps it"
-        hashes: dict[str, str | None] = {METRICS: self.metrics.mark()["hash"]}
-        weights.save(model, self.folder)
-        hashes[weights.WEIGHTS] = None  # its own metadata says
-        moments.save(self.folder, found, self.positions)
-        hashes[moments.OPTIMIZER] = files.hash_of(self.folder / moments.OPTIMIZER)
+        hashes[METRICS] = self.metrics.mark()["hash"]
         if validation is not None:
             score = validation.whole
             path = self.folder / "validation.safetensors"
@@ -318,6 +331,34 @@ class Run:
         result = files.write_json(self.folder / run_folder.RESULT, result, locked=True)
         parallel.barrier()
         return parallel.broadcast_object(result)
+
+    def save_weights(self, runner: StageRunner, hashes: dict[str, str | None]) -> None:
+        """Writes weights and moments. With an average the weights are the average's, and those that were trained lie in
+        `raw/` with the moments, which are theirs. All ranks call it."""
+        raw = self.folder / RAW if runner.average is not None else self.folder
+        model, found = runner.gathered(), runner.moments()
+        if parallel.is_main():
+            raw.mkdir(exist_ok=True)
+            if raw != self.folder:
+                tokenizer = (self.folder / weights.TOKENIZER).read_bytes()
+                files.write_bytes(raw / weights.TOKENIZER, tokenizer, locked=True)
+                files.write_json(raw / PROVENANCE, {"layers": provenance(self.span)}, locked=True)
+            weights.save(model, raw)
+            moments.save(raw, found, self.positions)
+            for name in (weights.WEIGHTS, moments.OPTIMIZER):
+                path = raw / name
+                # The metadata of weights say themselves what they were.
+                hashes[str(path.relative_to(self.folder))] = (
+                    files.hash_of(path) if name == moments.OPTIMIZER else None
+                )
+        parallel.barrier()
+        if raw != self.folder:
+            with runner.averaged():
+                model = runner.gathered()
+                if parallel.is_main():
+                    weights.save(model, self.folder)
+                    hashes[weights.WEIGHTS] = None
+                parallel.barrier()
 
     def result(self, validation: Validation | None) -> dict[str, Any]:
         rows = records(self.folder)

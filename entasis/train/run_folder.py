@@ -28,7 +28,7 @@ from entasis.errors import Damaged, UserError
 from entasis.model import weights
 from entasis.shape.interfaces import Glyph
 from entasis.shape.shapes import ModelShape
-from entasis.train import auto_settings, checkpoint, parallel
+from entasis.train import auto_settings, checkpoint, moments, parallel
 from entasis.train import device as devices
 from entasis.train.environment import describe_environment
 from entasis.train.recipe import (
@@ -224,6 +224,8 @@ def check_data(recipe: Recipe) -> Corpus:
                 f"data: {first} was made with another tokenizer than the model in {recipe.start.folder} "
                 f"has; prepare it with --tokenizer {tokenizer}"
             )
+        if "keep" in (recipe.start.optimizer_state, recipe.start.data_position):
+            moments.require(Path(recipe.start.folder))
     for path, opened in corpora.items():
         if corruption := opened.corruption:
             if recipe.data.allow_corruption:

@@ -5,8 +5,9 @@ Built in a fixed order: weights, activation checkpointing, sharding, what is tra
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,17 @@ import torch
 from entasis.data.corpus import TOKENIZER, Corpus
 from entasis.errors import Failure, UserError
 from entasis.evaluate.bits_per_byte import Score, evaluate
+from entasis.evaluate.generation import Sampling, generate
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import activations
 from entasis.train import adapters, failure_diagnosis, moments, optimizers, parallel, schedule, sharding
+from entasis.train.averaging import WeightAverage
 from entasis.train.compilation import compiled
 from entasis.train.dataloader import Batch
 from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.moments import Moments
-from entasis.train.recipe import mixture_of
+from entasis.train.recipe import Samples, mixture_of
 from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.stages import StageSpan
 
@@ -102,6 +105,10 @@ class StageRunner:
         )
         self.warming = {p for name, p in self.model.named_parameters() if name in newest}
         self.gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else self.trainable)
+        self.average: WeightAverage | None = None
+        if recipe.average is not None:
+            learning = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            self.average = WeightAverage(learning, recipe.average, stop=span.stop)
         self.frozen_outputs: FrozenOutputs | None = None
         """Set by the run where the stage has `cache_frozen`."""
         self.loss: Callable[..., torch.Tensor] = compiled(self.model) if recipe.compile else self.model.loss
@@ -118,6 +125,7 @@ class StageRunner:
                 parametrisation=scheme.parametrisation,
                 base_width=scheme.base_width,
                 tokenizer=Path(next(iter(mixture_of(self.span.data.train).values())).path) / TOKENIZER,
+                nested=recipe.init == "nested",
             )
             return model
         with torch.device("meta"):
@@ -152,6 +160,8 @@ class StageRunner:
         if not (abs(mean) < float("inf") and size < float("inf")):
             raise failure_diagnosis.non_finite(self.model, step + 1, mean, batch.tokens_BT, self.micro)
         self.step(norm)
+        if self.average is not None:
+            self.average.update(step + 1)
         return mean, size, interrupted > 0
 
     def accumulate(
@@ -227,23 +237,41 @@ class StageRunner:
     ) -> Score:
         """The score of a held-out corpus, each rank doing a share of it."""
         wanted = self.recipe.evaluation
-        score = evaluate(
-            self.gathered(),
-            corpus,
-            sequence=sequence,
-            batch=self.micro,
-            device=self.device,
-            autocast=self.autocast,
-            max_tokens=wanted.tokens,
-            max_bytes=wanted.bytes,
-            part=wanted.part,
-            document_masking=self.recipe.data.document_masking,
-            rank=parallel.rank(),
-            world=parallel.world(),
-            progress=progress,
-        )
+        with self.averaged():
+            score = evaluate(
+                self.gathered(),
+                corpus,
+                sequence=sequence,
+                batch=self.micro,
+                device=self.device,
+                autocast=self.autocast,
+                max_tokens=wanted.tokens,
+                max_bytes=wanted.bytes,
+                part=wanted.part,
+                document_masking=self.recipe.data.document_masking,
+                rank=parallel.rank(),
+                world=parallel.world(),
+                progress=progress,
+            )
         nll = parallel.sum_over_ranks(torch.from_numpy(score.document_nll)).numpy()
         return Score(nll, score.document_bytes, score.document_tokens, score.document_hashes)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model holds the averaged weights, where the recipe asks for them."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+    def write(self, prompts: Sequence[Sequence[int]], samples: Samples) -> list[list[int]]:
+        """What the model continues these prompts with. All ranks call it."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        sampling = Sampling(samples.temperature, seed=self.recipe.seed)
+        with self.averaged():
+            model = self.gathered()
+            if parallel.is_main():
+                for step in generate(model, prompts, tokens=samples.tokens, sampling=sampling):
+                    for answer, token in zip(answers, step, strict=True):
+                        answer.extend([] if token is None else [token])
+            parallel.barrier()
+        return answers
 
     def check_merge(self, tokens_BT: torch.Tensor) -> float:
         """How far merging LoRA's adapters moves fp32 logits, beside the largest. Raises `Failure` beyond 1e-5."""
