@@ -342,7 +342,7 @@ class Run:
             if raw != self.folder:
                 tokenizer = (self.folder / weights.TOKENIZER).read_bytes()
                 files.write_bytes(raw / weights.TOKENIZER, tokenizer, locked=True)
-                files.write_json(raw / PROVENANCE, {"layers": provenance(self.span)}, locked=True)
+                files.write_json(raw / PROVENANCE, {"layers": self.span.provenance()}, locked=True)
             weights.save(model, raw)
             moments.save(raw, found, self.positions)
             for name in (weights.WEIGHTS, moments.OPTIMIZER):

@@ -43,19 +43,18 @@ def test_the_saved_weights_are_the_exponential_average_of_the_trained_ones(recip
 
 def test_the_mean_of_the_last_ones_is_validated_and_saved(recipe, tmp_path, capsys):
     train(recipe(checkpoint=KEPT), tmp_path / "plain")
-    result = train(recipe(average={"last": 3, "every": 2}), tmp_path / "run")
+    whole = {"tokens": None}
+    result = train(recipe(average={"last": 3, "every": 2}, evaluation=whole), tmp_path / "run")
     some = after(tmp_path / "plain", (4, 6, 8))
     found = of(tmp_path / "run")
     for name, x in found.items():
         assert torch.allclose(x, sum(w[name] for w in some) / 3, rtol=1e-5, atol=1e-7)
     # Whoever opens the folder gets what was validated.
     held_out = recipe().data.validation
-    assert (
-        cli.main(["evaluate", str(tmp_path / "run"), "--text", held_out, "--tokens", "4000", "--json"]) == 0
-    )
+    assert cli.main(["evaluate", str(tmp_path / "run"), "--text", held_out, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["text"]["bits_per_byte"] == pytest.approx(result["validation"]["bits_per_byte"], abs=1e-6)
-    raw = cli.main(["evaluate", str(tmp_path / "run/raw"), "--text", held_out, "--tokens", "4000", "--json"])
+    raw = cli.main(["evaluate", str(tmp_path / "run/raw"), "--text", held_out, "--json"])
     assert raw == 0 and json.loads(capsys.readouterr().out)["bits_per_byte"] != told["text"]["bits_per_byte"]
 
 
