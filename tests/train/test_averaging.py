@@ -55,7 +55,10 @@ def test_the_mean_of_the_last_ones_is_validated_and_saved(recipe, tmp_path, caps
     told = json.loads(capsys.readouterr().out)
     assert told["text"]["bits_per_byte"] == pytest.approx(result["validation"]["bits_per_byte"], abs=1e-6)
     raw = cli.main(["evaluate", str(tmp_path / "run/raw"), "--text", held_out, "--json"])
-    assert raw == 0 and json.loads(capsys.readouterr().out)["bits_per_byte"] != told["text"]["bits_per_byte"]
+    assert (
+        raw == 0
+        and json.loads(capsys.readouterr().out)["text"]["bits_per_byte"] != told["text"]["bits_per_byte"]
+    )
 
 
 @pytest.mark.parametrize("average", [{"ema": 0.75}, {"last": 3, "every": 2}])
