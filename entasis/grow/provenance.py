@@ -63,7 +63,7 @@ def read(folder: str | Path, n_layers: int) -> Lineage:
 
     A folder that says nothing has no past. Raises `Damaged`.
     """
-    rows = _rows(Path(folder))
+    rows = read_rows(folder)
     if rows is None:
         return begin(n_layers)
     try:
@@ -84,7 +84,9 @@ def read(folder: str | Path, n_layers: int) -> Lineage:
     return found
 
 
-def _rows(folder: Path) -> Any:
+def read_rows(folder: str | Path) -> Any:
+    """The record of the layers in a folder as it stands, None where there is none. Raises `Damaged`."""
+    folder = Path(folder)
     for name, path in (("result.json", ()), (PROVENANCE, ()), ("state.json", ("provenance",))):
         if (folder / name).is_file():
             content: Any = files.read_json(folder / name)

@@ -17,6 +17,7 @@ import torch
 
 from entasis.errors import UserError
 from entasis.files import new_folder
+from entasis.grow import provenance
 from entasis.interop import model_card
 from entasis.interop.transforms import ShapedWeights, fold_scales
 from entasis.model import weights
@@ -80,9 +81,11 @@ def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32
     need = None if to == "padded" else own * DTYPES.get(dtype, torch.int8).itemsize
     with new_folder(output, need=need) as aside:
         written = write(request, aside)
+        rows = provenance.read_rows(source)
         answer = {"format": to, "dtype": dtype, "model_parameters": own, **written}
         (aside / "README.md").write_text(model_card.write(source, model.shape, answer), encoding="utf-8")
         (aside / "entasis.json").write_text(
-            json.dumps({"shape": model.shape.to_dict(), **answer}, indent=1) + "\n", encoding="utf-8"
+            json.dumps({"shape": model.shape.to_dict(), **answer, "layers": rows}, indent=1) + "\n",
+            encoding="utf-8",
         )
     return {"output": str(output), **answer}

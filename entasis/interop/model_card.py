@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from entasis.files import SEAL, read_json
+from entasis.grow.provenance import read
+from entasis.grow.resize import Origin
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
 
@@ -23,25 +25,36 @@ def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
         "",
         "## Layers",
         "",
-        "| layer | heads | KV heads | FFN | |",
-        "|---|---|---|---|---|",
+        "| layer | heads | KV heads | FFN | | from |",
+        "|---|---|---|---|---|---|",
     ]
+    origins = read(source, shape.n_layers).origins
     most = max(cost.layer_parameters(shape, i) for i in range(shape.n_layers))
     for i in reversed(range(shape.n_layers)):
         layer = shape.layers[i]
         bar = "█" * max(1, round(24 * cost.layer_parameters(shape, i) / most))
-        lines.append(f"| {i} | {layer.n_heads} | {layer.n_kv_heads} | {layer.d_ff} | {bar} |")
+        lines.append(
+            f"| {i} | {layer.n_heads} | {layer.n_kv_heads} | {layer.d_ff} | {bar} | {_from(origins[i], i)} |"
+        )
     lines += _study(source)
     for name, heading in (("result.json", "Training"), ("provenance.json", "Origin")):
         path = source / name
         if path.is_file():
             record = read_json(path)
-            hidden = {SEAL, "files", "busy"}
+            hidden = {SEAL, "files", "busy", "layers", "diagnostics"}
             if record.get("busy") or record.get("mfu", 0) > 1:
                 hidden.add("mfu")  # its ceiling was measured while other work took the processor
             lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
             lines += [f"| {key} | {_plain(value)} |" for key, value in record.items() if key not in hidden]
     return "\n".join(lines) + "\n"
+
+
+def _from(origin: Origin, index: int) -> str:
+    """What the last transition made a layer of."""
+    if origin.operator is None:
+        return "" if origin.sources == (index,) else f"{origin.sources[0]}"
+    sources = f" of {' and '.join(map(str, origin.sources))}" if origin.sources else ""
+    return f"{origin.operator}{sources}{' (new)' if origin.is_new else ''}"
 
 
 def _study(source: Path) -> list[str]:

@@ -343,3 +343,44 @@ def test_predicted_layers_come_with_their_diagnostics_and_a_warning(model, tmp_p
         norm = "attention_norm.weight"
         mean = (near[f"blocks.1.{norm}"] + near[f"blocks.2.{norm}"]) / 2
         torch.testing.assert_close(first[f"blocks.2.{norm}"], mean)
+
+
+PLAIN = replace(EQUAL, d_model=64, head_dim=16, vocabulary=384, norm_eps=1e-6)
+
+
+@pytest.mark.parametrize("to", ["hf", "padded"])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": "full", "norm_placement": "reordered"}])
+def test_a_grown_model_opens_in_transformers(model, tmp_path, to, changes):
+    from transformers import AutoModelForCausalLM
+
+    source, out = model(replace(PLAIN, **changes)), tmp_path / "out"
+    grow(source, tmp_path / "grown", "--operator", "zero_average", "--after", "0,2")
+    assert main(["export", str(tmp_path / "grown"), "--to", to, "--output", str(out)]) == 0
+    opened = AutoModelForCausalLM.from_pretrained(out).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(opened(IDS).logits, logits(tmp_path / "grown"), atol=1e-4, rtol=1e-5)
+    rows = json.loads((out / "entasis.json").read_text())["layers"]
+    assert [row["new"] for row in rows] == [False, True, False, False, True, False]
+    assert "| zero_average of 0 and 1 (new) |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "shape", [PLAIN, replace(PLAIN, layers=(LayerShape(4, 2, 64), LayerShape(2, 1, 96)) * 2)]
+)
+def test_a_grown_model_opens_in_llama_cpp(model, tmp_path, shape):
+    pytest.importorskip("xllamacpp", reason="llama.cpp's wheel xllamacpp is not installed")
+    from tests.interop import judge_llama_cpp as llama_cpp
+
+    source, out = model(shape), tmp_path / "out"
+    grow(source, tmp_path / "grown", "--operator", "half_step", "--after", "1")
+    assert main(["export", str(tmp_path / "grown"), "--to", "gguf", "--output", str(out)]) == 0
+    # llama.cpp gives no log-probabilities of a token that is only part of a character.
+    decode = tokenizer.load(source / "tokenizer.json").decode
+    prompts = (
+        (p, logits(tmp_path / "grown", p)[0, -1].log_softmax(-1)) for p in (IDS[:1, :n] for n in range(8, 40))
+    )
+    ids, ours = next((p, o) for p, o in prompts if decode([int(o.argmax())]) not in ("", "\ufffd"))
+    server = llama_cpp.open_server(next(out.glob("*.gguf")))
+    theirs = llama_cpp.log_probabilities(server, ids[0].tolist(), 5)
+    assert len(set(theirs) & set(ours.topk(5).indices.tolist())) >= 4
+    assert max(abs(ours[i].item() - value) for i, value in theirs.items()) < 5e-3
