@@ -207,7 +207,8 @@ def _print(answer: dict[str, Any]) -> None:
     )
     print(
         f"weights {_size(answer['bytes'])}; memory to grow about {_size(memory['growing'])} (beside torch), to train without "
-        f"activations {_size(memory['training_all'])}, only new layers {_size(memory['training_new'])}"
+        f"activations {_size(memory['training_all'])}"
+        + (f", only new layers {_size(memory['training_new'])}" if count["new_layers"] else "")
     )
     for name, found in answer["diagnostics"].items():
         growth_diagnostics.show(name, found, console)

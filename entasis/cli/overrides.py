@@ -16,12 +16,12 @@ def accept(parser: argparse.ArgumentParser, *, dashes: bool = True) -> None:
 
     def parse_overrides(args: Any = None, namespace: Any = None) -> Any:
         # argparse takes free positionals in one block only; as options overrides may stand anywhere.
-        spelt = [
-            f"--set={a.removeprefix('--')}"
-            if _OVERRIDE.fullmatch(a) and (dashes or not a.startswith("-"))
-            else a
-            for a in args or []
-        ]
+        valued = {s for a in parser._actions if a.nargs is None for s in a.option_strings}
+        spelt, before = [], ""
+        for word in args or []:
+            free = before not in valued and (dashes or not word.startswith("-"))
+            spelt.append(f"--set={word.removeprefix('--')}" if free and _OVERRIDE.fullmatch(word) else word)
+            before = word
         return parse(spelt, namespace)
 
     parser.parse_known_args = parse_overrides  # type: ignore[method-assign]

@@ -54,7 +54,11 @@ class Growth:
 
     @property
     def keeps_function(self) -> bool:
-        return all(operator.keeps_function for operator in self.operators)
+        """Whether the grown model computes what the old one did."""
+        return all(
+            operator.computes_the_same(shape)
+            for operator, shape in zip(self.operators, self.shapes, strict=False)
+        )
 
 
 def plan_growth(source: str | Path, operators: Sequence[Operator]) -> Growth:

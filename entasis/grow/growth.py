@@ -95,7 +95,7 @@ class Operator(Transition):
 
     keeps_moments: ClassVar[bool] = True
     keeps_function: ClassVar[bool] = False
-    """Whether the grown model computes what the old one did."""
+    """Whether every grown model computes what the old one did."""
     _diagnostics: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     _tell: Callable[[int, int], None] | None = PrivateAttr(default=None)
@@ -113,6 +113,10 @@ class Operator(Transition):
     def diagnostics(self) -> dict[str, Any]:
         """What `make` found out, as plain data."""
         return self._diagnostics
+
+    def computes_the_same(self, shape: ModelShape) -> bool:
+        """Whether the model that becomes of one of `shape` computes what that did."""
+        return self.keeps_function
 
     def layers(self, shape: ModelShape) -> list[GrownLayer]:
         """What every layer of the new model is made of. Raises `UserError`."""

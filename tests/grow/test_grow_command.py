@@ -155,7 +155,9 @@ def test_a_dry_run_writes_nothing(model, tmp_path, capsys):
         and answer["memory_bytes"]["training_new"] > 0
     )
     grow(source, tmp_path / "grown", "--operator", "stack", "--dry-run")
-    assert "8 kB" not in capsys.readouterr().err
+    assert "computes something else" in capsys.readouterr().out
+    grow(source, "--operator", "reshape", "d_ff=65", "--dry-run")
+    assert "computes something else" not in capsys.readouterr().out
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -68,6 +68,10 @@ class Reshape(Operator):
             for i, new in enumerate(wanted)
         ]
 
+    def computes_the_same(self, shape: ModelShape) -> bool:
+        grown = zip(shape.layers, self.plan(shape).shape.layers, strict=True)
+        return not any(_narrower(old, new) for old, new in grown)
+
     def check(self, where: str, old: LayerShape, new: LayerShape) -> None:
         """Raises `UserError`, which begins with `where`, for what is not this operator's to do."""
 
