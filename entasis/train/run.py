@@ -169,7 +169,8 @@ class Run:
             before.close()
         elif start is not None and resumes is None:
             folder = Path(start.folder)
-            tensors = dict(weights.load(folder, dtype=torch.float32).named_parameters())
+            loaded = weights.load(folder, dtype=torch.float32)
+            tensors = {name: p.detach() for name, p in loaded.named_parameters()}
             keeps = {start.optimizer_state, start.data_position or start.optimizer_state}
             if "keep" in keeps:
                 there, positions = moments.load(folder)

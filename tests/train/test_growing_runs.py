@@ -123,6 +123,16 @@ def test_a_grown_folder_knows_its_newest_layers(growing, recipe, tmp_path):
     assert not torch.equal(first["blocks.2.feedforward.up.weight"], last["blocks.2.feedforward.up.weight"])
 
 
+@pytest.mark.parametrize("operator", ["average", "lesa", "lesa_ridge", "aligned_lesa"])
+def test_a_run_that_starts_from_weights_grows_before_its_first_step(growing, recipe, tmp_path, operator):
+    shape = {**recipe().shape, "layers": EQUAL[:1] * 5}
+    train(recipe(shape=shape, tokens=512), tmp_path / "small")
+    stage = {**grown(operator, after=[1]), "tokens": 512}
+    start = {"from": str(tmp_path / "small")}
+    result = train(recipe(shape=None, tokens=None, stages=[stage], start=start), tmp_path / "run")
+    assert [x["new"] for x in result["layers"]] == [False, False, True, False, False, False]
+
+
 def test_a_layer_silenced_behind_a_reordered_norm_learns_at_a_sane_pace(growing, recipe, tmp_path):
     """Its norm's weight is 0, so what its first gradient touches is that alone; nothing is multiplied by 1/sqrt(eps)."""
     shape = {**recipe().shape, "layers": EQUAL, "norm_placement": "reordered", "qk_norm": "full"}
