@@ -77,22 +77,25 @@ def choose_checkpointed_layers(
     sequence: int,
     precision: Literal["fp32", "bf16"],
     attention: Literal["sdpa", "plain", "flex"],
+    first: int = 0,
 ) -> list[int]:
     """The layers to put under activation checkpointing so that `tokens` tokens at once need at most `limit` bytes.
 
     The costliest are taken first, until it suffices; then those that it also suffices without are left out again.
-    Raises `UserError` when checkpointing every layer does not suffice.
+    Layers below `first` are frozen and keep nothing. Raises `UserError` when checkpointing every layer does not suffice.
     """
     sizes = [
         layer_bytes_per_token(shape, i, sequence, precision=precision, attention=attention)
+        if i >= first
+        else 0
         for i in range(shape.n_layers)
     ]
-    costliest = sorted(range(shape.n_layers), key=lambda i: (-sizes[i], i))
+    costliest = sorted(range(first, shape.n_layers), key=lambda i: (-sizes[i], i))
 
     def need(chosen: Collection[int]) -> int:
         return peak_bytes_per_token(sizes, chosen, shape.d_model) * tokens
 
-    for count in range(shape.n_layers + 1):
+    for count in range(len(costliest) + 1):
         chosen = set(costliest[:count])
         if need(chosen) <= limit:
             for i in sorted(chosen, reverse=True):

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 
 from entasis import files
+from entasis.train import parallel
 
-NAME = "frozen-outputs.scratch"
+NAME = "frozen-outputs-{rank}.scratch"
 
 
 class FrozenOutputs:
     """Residual streams [T, D] by the number of their window. Raises `DiskFull` where they do not fit on the disk."""
 
     def __init__(self, folder: Path, *, windows: int, sequence: int, width: int) -> None:
-        self.path = folder / NAME
+        self.path = folder / NAME.format(rank=parallel.rank())
         self.path.unlink(missing_ok=True)
         need = 4 * windows * sequence * width
         if shutil.disk_usage(folder).free < need:

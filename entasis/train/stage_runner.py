@@ -51,6 +51,7 @@ def checkpointed_layers(span: StageSpan, recipe: SettledRecipe) -> list[int]:
         sequence=span.data.sequence,
         precision=recipe.precision,
         attention=recipe.attention,
+        first=span.first_trained,
     )
 
 
