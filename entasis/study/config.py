@@ -351,7 +351,7 @@ def _known_keys() -> list[str]:
 
 
 def _controls(plain: Mapping[str, Any], where: str) -> list[str]:
-    """The arms marked `control: true`, the mark taken off; one that changes nothing gets half of the tokens."""
+    """The arms marked `control: true`, the mark taken off; one that changes nothing is the baseline at half its tokens."""
     marks = {name: changes.pop("control", False) for name, changes in plain["arms"].items()}
     for name, mark in marks.items():
         if not isinstance(mark, bool):
@@ -359,9 +359,13 @@ def _controls(plain: Mapping[str, Any], where: str) -> list[str]:
         if mark and name == plain["baseline"]:
             raise UserError(f"{where}: arm {name} is the baseline, and cannot be its own control")
         if mark and not plain["arms"][name]:
-            if plain["base"].get("tokens") is None:
-                raise UserError(f"{where}: control {name}: base.tokens is not given; say what it changes")
-            plain["arms"][name]["tokens"] = quantities.count(plain["base"]["tokens"], "base.tokens") // 2
+            like = plain["arms"][plain["baseline"]]
+            tokens = like.get("tokens", plain["base"].get("tokens"))
+            if tokens is None or "stages" in like:
+                raise UserError(
+                    f"{where}: control {name}: {plain['baseline']} has no tokens to halve; say what it changes"
+                )
+            plain["arms"][name] = {**like, "tokens": quantities.count(tokens, "base.tokens") // 2}
     return [name for name, mark in marks.items() if mark]
 
 

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ONLY_PARSED = {
     "entasis study run quickstart": "minutes",
-    "entasis study run quickstart seeds=8 --output studies/quickstart-8": "minutes",
+    "entasis study run quickstart until.detectable=0.01 until.seeds=30": "minutes",
+    "entasis study run quickstart 'arms.reverse={shape.profile: reverse}'": "minutes",
+    "entasis study run my-study.yaml until.detectable=0.01 until.seeds=20": "a study of one's own, and minutes",
     "entasis study run FILE --launcher slurm --option slurm_partition=gpu --option gpus_per_node=1 "
     "--option timeout_min=600": "a SLURM cluster",
     "entasis study run FILE --launcher ray --option address=auto --option gpus=1": "a Ray cluster with GPUs",

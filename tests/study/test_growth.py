@@ -153,3 +153,14 @@ def test_a_study_file_keeps_its_controls(tmp_path: Path) -> None:
     growth.begin(s, tmp_path / "s")
     assert growth.stored(tmp_path / "s") == s
     assert dataclasses.replace(s, controls=[]) != s
+
+
+@pytest.mark.parametrize("name", config.shipped())
+def test_shipped_studies_have_a_control_at_every_size(name: str) -> None:
+    for size in [None] if name == "quickstart" else ["nano", "small", "paper"]:
+        s = config.read(name, size=size)
+        assert s.controls
+        arms = solve(s, 50_304)
+        assert sum(arms[s.controls[0]].stage_tokens) == pytest.approx(
+            sum(arms[s.baseline].stage_tokens) / 2, rel=0.01
+        )

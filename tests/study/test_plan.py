@@ -29,10 +29,10 @@ def study(**changes: Any) -> config.Study:
 
 def test_quickstart_meets_its_budget_within_half_a_percent() -> None:
     arms = plan.solve(config.read("quickstart"))
-    assert list(arms) == ["isotropic", "vanilla", "framed", "reverse", "crown"]
+    assert list(arms) == ["isotropic", "crown", "half"]
     sizes = [arm.parameters for arm in arms.values()]
     assert max(sizes) / min(sizes) < 1.005
-    assert len({arm.shape.layers for arm in arms.values()}) == 5
+    assert len({arm.shape.layers for arm in arms.values()}) == 2
 
 
 def test_arms_of_unequal_size_are_refused_under_params_and_not_under_flops() -> None:
