@@ -31,7 +31,7 @@ def size(value: object, where: str) -> int:
     return round(result)
 
 
-def steps(value: object, total: int, where: str) -> int:
+def steps(value: object, total: float, where: str) -> int:
     """A number of steps (100), or a share (`"2%"`) of `total`. Raises `UserError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", str(value).strip())
     if match and match[2] and float(match[1]) <= 100:

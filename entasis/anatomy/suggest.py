@@ -1,4 +1,4 @@
-"""Suggestions from the importance of layers: a shape, or a recipe that trains layers in stages.
+"""Suggestions from the importance of layers: a shape, or a recipe with a training plan.
 
 Both are suggestions to be tried against a plain arm in a study, not findings: that a layer matters in a trained model does
 not say that a wider one there trains better.
@@ -6,6 +6,7 @@ not say that a wider one there trains better.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,11 @@ from entasis.shape import fields, specification
 from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
 from entasis.train import recipe as recipes
-from entasis.train.recipe import Data, Recipe, Stage
+from entasis.train.recipe import Data, Recipe
 
 SPREAD = 0.3
 SMALLEST_LOSS = 1e-4
 """Nats per token: changes in loss below it are no more apart than noise, and the logarithm needs an end."""
-GROUPS = 3
-FINAL_SHARE = 0.4
 
 
 def rank_importance(frame: pd.DataFrame, quantity: str | None = None) -> tuple[str, np.ndarray]:
@@ -100,20 +99,19 @@ def _kv(shape: ModelShape) -> dict[str, int]:
     raise UserError("--suggest profile: the layers differ in KV heads and in query heads per KV head")
 
 
-def suggest_stages(shape: ModelShape, values: np.ndarray, *, tokens: str | int, data: Data) -> str:
-    """A staged recipe as YAML: the most important third of the layers first, then the next, then all together.
+def suggest_plan(shape: ModelShape, values: np.ndarray, *, tokens: str | int, data: Data) -> str:
+    """A recipe as YAML whose training plan trains the most important third of the layers first, then the next, then all."""
+    plan = {"importance_groups": {"importance": [float(f"{v:.6g}") for v in values]}}
+    return recipes.to_yaml(
+        Recipe(
+            shape=shape.to_dict(),
+            data=data,
+            tokens=quantities.count(tokens, "--budget"),
+            training_plan=plan,
+        )
+    )
 
-    Each third gets an equal part of 60 % of the tokens, the final stage over everything the rest; embeddings, norms and head
-    learn in every stage.
-    """
-    total = quantities.count(tokens, "--budget")
-    order = np.argsort(-values, kind="stable")
-    groups = [g for g in np.array_split(order, GROUPS) if len(g)]
-    each = round(total * (1 - FINAL_SHARE) / len(groups))
-    always = ["embedding.*", "norm.*"] + ([] if shape.tied_embeddings else ["head.*"])
-    stages = [
-        Stage(trainable=[*always, *(f"blocks.{i}.*" for i in sorted(int(i) for i in group))], tokens=each)
-        for group in groups
-    ]
-    stages.append(Stage(trainable="all", tokens=total - each * len(groups)))
-    return recipes.to_yaml(Recipe(shape=shape.to_dict(), data=data, stages=tuple(stages)))
+
+def write_importance(quantity: str, values: np.ndarray) -> str:
+    """JSON that a training plan's `importance:` reads."""
+    return json.dumps({"quantity": quantity, "importance": [float(f"{v:.6g}") for v in values]}) + "\n"

@@ -6,6 +6,7 @@ examples:
   entasis anatomy imported/smollm2 --text books/ --layers 8,11,14 --measures recovery --sequence 128
   entasis anatomy runs/tiny --text book.txt --suggest profile --budget 180M
   entasis anatomy runs/tiny --text corpora/stdlib/validation --suggest plan --budget 5M
+  entasis anatomy runs/tiny --text corpora/stdlib/validation --suggest importance > importance.json
 
 Prints a table of the layers; with --output also anatomy.json and report.html, and what is done is kept there, so the
 same command goes on where it was stopped. The model is a finished run, an imported model, a Hugging Face folder or a
@@ -58,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR")
     parser.add_argument(
         "--suggest",
-        choices=["profile", "plan"],
-        help="a shape whose widths follow the layers' importance, or a recipe that trains the important layers first",
+        choices=["profile", "plan", "importance"],
+        help="a shape whose widths follow the layers' importance, a recipe that trains the important layers first, or the "
+        "importance itself as a training plan reads it",
     )
     parser.add_argument("--budget", help="of the suggestion: parameters of a profile, tokens of a plan")
     parser.add_argument("--importance", metavar="QUANTITY", help="what the suggestion follows (skip)")
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from entasis.evaluate.loading import load
     from entasis.shape import fields
 
-    if args.suggest and not args.budget:
+    if args.suggest in ("profile", "plan") and not args.budget:
         what = "parameters, such as 180M" if args.suggest == "profile" else "tokens, such as 5M"
         raise UserError(f"--suggest {args.suggest} needs --budget: a number of {what}")
     if args.suggest and args.layers:
@@ -152,6 +154,8 @@ def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -
     from entasis.train.recipe import Data
 
     quantity, values = suggest.rank_importance(frame, args.importance)
+    if args.suggest == "importance":
+        return suggest.write_importance(quantity, values), ()
     notes = [f"follows {quantity}; a suggestion to be tried against equal layers in a study"]
     if args.suggest == "profile":
         wanted, solution = suggest.suggest_profile(
@@ -167,7 +171,7 @@ def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -
         train, validation = Path(args.text), None
         if train.name == "validation" and (train.parent / "train").is_dir():
             train, validation = train.parent / "train", str(train)
-        text = suggest.suggest_stages(
+        text = suggest.suggest_plan(
             shape, values, tokens=args.budget,
             data=Data(train=str(train), validation=validation, sequence=min(1024, shape.context)),
         )  # fmt: skip

@@ -48,6 +48,9 @@ class Display:
             self._say(f"note: {event['text']}")
         elif kind == "start":
             self._start(event)
+        elif kind == "importance":
+            order = sorted(range(len(event["layers"])), key=lambda i: -event["layers"][i])
+            self._say(f"layers by importance: {', '.join(map(str, order))}")
         elif kind == "stage":
             self._say(_told_of_stage(event))
         elif kind == "merged":

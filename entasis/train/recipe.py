@@ -225,6 +225,14 @@ class Stage(Settings):
     """Most parameters that may learn ("105M"); a stage that trains more is refused."""
     lora: Lora | None = None
     """Adapters learn too; `trainable` is then what learns beside them."""
+    schedule_part: (
+        Annotated[
+            tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]],
+            Field(strict=False),
+        ]
+        | None
+    ) = None
+    """The stage is this part of one schedule that runs over several stages ([0.2, 0.5]); null: it has one of its own."""
     cache_frozen: bool = False
     """Keeps on disk what the frozen layers below the first that learns make of each window, for when it is read again."""
 
@@ -255,6 +263,8 @@ class Recipe(Settings):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     start: Start | None = None
+    training_plan: dict[str, Any] | None = None
+    """Which layers learn when, in shares; instead of `stages`. See `entasis.train.training_plans`."""
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = ()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from entasis import quantities
+from entasis.configuration import parse
 from entasis.errors import UserError
 from entasis.files import read_json
 from entasis.shape import specification
@@ -25,6 +26,7 @@ from entasis.train.resolved_recipe import (
     steps,
 )
 from entasis.train.stages import StageSpan, lay_out
+from entasis.train.training_plans import plan as training_plans
 
 
 def resolve(
@@ -49,7 +51,15 @@ def resolve(
                 "recipe: compile is true and a stage has cache_frozen, which is eager; leave one out"
             )
         recipe = recipe.replaced(compile=False)
-    stages, tokens = _resolve_stages(recipe)
+    if recipe.training_plan is not None:
+        recipe = _with_plan(recipe, solution.shape)
+        assert recipe.tokens is not None
+        stages, tokens = (
+            [stage.narrowed(ResolvedStage, schedule=recipe.schedule) for stage in recipe.stages],
+            recipe.tokens,
+        )
+    else:
+        stages, tokens = _resolve_stages(recipe)
     total = sum(steps(stage.tokens, (stage.batch or recipe.batch).tokens) for stage in stages)
     result = recipe.narrowed(
         ResolvedRecipe,
@@ -70,6 +80,36 @@ def resolve(
     )
     lay_out(result, solution.shape, before.lineage if before else None)
     return result, solution.shape, list(solution.notes)
+
+
+def _with_plan(recipe: Recipe, shape: ModelShape) -> Recipe:
+    """The recipe with its plan's options spelt out and its stages, up to the plan's first measurement. Raises `UserError`."""
+    assert recipe.training_plan is not None
+    if recipe.tokens is None:
+        raise UserError("recipe: tokens is missing; say how many tokens to train on, such as 5M")
+    plan = training_plans.read(recipe.training_plan)
+    stages = stages_of_plan(recipe, shape)
+    if recipe.stages and tuple(s.replaced(schedule=None) for s in recipe.stages) != stages:
+        raise UserError("recipe: gives both training_plan and stages; leave one out")
+    name = next(iter(recipe.training_plan))
+    return recipe.replaced(training_plan={name: plan.model_dump()}, stages=stages)
+
+
+def stages_of_plan(
+    recipe: Recipe, shape: ModelShape, measured: training_plans.Measured = ()
+) -> tuple[Stage, ...]:
+    """The stages of a recipe's training plan, as far as they are known from what it has measured. Raises `UserError`."""
+    assert recipe.training_plan is not None and recipe.tokens is not None
+    found = training_plans.lay_out(
+        training_plans.read(recipe.training_plan),
+        shape,
+        steps=steps(recipe.tokens, recipe.batch.tokens),
+        batch_tokens=recipe.batch.tokens,
+        sequence=recipe.data.sequence,
+        seed=recipe.seed,
+        measured=measured,
+    )
+    return tuple(parse(Stage, stage, "recipe: training_plan") for stage in found)
 
 
 def _solve(recipe: Recipe, vocabulary: int, weights: ModelShape | None) -> Solution:

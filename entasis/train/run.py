@@ -45,9 +45,11 @@ from entasis.train.device import choose_device
 from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.metrics import METRICS, MetricsWriter, records
 from entasis.train.moments import Moments
+from entasis.train.online_importance import measure_importance
 from entasis.train.recipe import Recipe, Samples, held_out_of
 from entasis.train.run_folder import OpenedFolder
 from entasis.train.stage_runner import StageRunner
+from entasis.train.timeline import Timeline
 from entasis.train.training_data import TrainingData, describe_data, planned_epochs
 from entasis.train.validation import Validation
 
@@ -110,8 +112,8 @@ class Run:
         self, opened: OpenedFolder, folder: Path, device: torch.device, reporter: Reporter | None
     ) -> None:
         self.recipe, self.folder, self.device = opened.recipe, folder, device
-        self.spans = stages.lay_out(opened.recipe, opened.shape)
-        for span in self.spans:
+        self.timeline = Timeline(opened.recipe, opened.shape, [])
+        for span in self.timeline.spans:
             if span.sequences % parallel.world():
                 raise UserError(
                     f"recipe: batch.tokens {span.batch_tokens} is {span.sequences} sequences, which "
@@ -125,10 +127,10 @@ class Run:
             torch.set_num_threads(opened.environment["threads"])
         held_out = held_out_of(opened.recipe.data.validation)
         self.held_out = {name: Corpus(path) for name, path in held_out.items()}
-        self.step, self.steps = 0, opened.recipe.total_steps
+        self.step = 0
         self.positions: dict[str, int] = {}
         """Sequences read of each corpus at each length of sequence."""
-        self.span = self.spans[0]
+        self.span = self.timeline.spans[0]
         self.metrics: MetricsWriter | None = None
         self.started_at = 0
 
@@ -144,18 +146,36 @@ class Run:
         self.positions = dict(state["positions"]) if last else {}
         if parallel.is_main():
             self.metrics = MetricsWriter(self.folder, self.recipe.logging, state)
+        self.timeline = Timeline(self.recipe, self.timeline.shape, state.get("measured", []))
         runner: StageRunner | None = None
-        for span in self.spans[state["stage"] :]:
-            self.span = span
-            resumes = span.index == state["stage"]
+        index = state["stage"]
+        while self.has_stage(runner, index):
+            span = self.span = self.timeline.spans[index]
+            resumes = index == state["stage"]
+            index += 1
             runner = self.begin(runner, last if resumes else None)
             if resumes:
                 self.report_start(runner)
-            if len(self.spans) > 1 or span.own.active_parameters is not None:
+            if len(self.timeline.spans) > 1 or span.own.active_parameters is not None:
                 self.report("stage", **self.describe_stage(span))
             self.train_stage(runner)
         assert runner is not None, "a recipe has a stage"
         return self.finish(runner)
+
+    @property
+    def steps(self) -> int:
+        return self.timeline.steps
+
+    def has_stage(self, runner: StageRunner | None, index: int) -> bool:
+        """Whether there is a stage of this number; measures what it takes to know."""
+        while index >= len(self.timeline.spans) and (wanted := self.timeline.missing):
+            assert runner is not None
+            done = self.span.steps * self.span.sequences
+            data = TrainingData(self.span.data, self.recipe.seed, self.positions, done)
+            found = measure_importance(runner, data, done, wanted)
+            self.report("importance", layers=found)
+            self.timeline = self.timeline.after(found)
+        return index < len(self.timeline.spans)
 
     def begin(self, before: StageRunner | None, resumes: Path | None) -> StageRunner:
         """The runner of this stage: from its checkpoint, from the stage before, from other weights, or drawn."""
@@ -218,7 +238,9 @@ class Run:
             done += span.sequences
             self.positions |= data.positions(done)
             record = self.record(loss, norm, lr, batch.waited, time.perf_counter() - begun)
-            due = _due(recipe.evaluation.every, self.step) or self.step == span.stop
+            due = _due(recipe.evaluation.every, self.step) or (
+                self.step == span.stop and self.timeline.plan is None
+            )
             if due and self.step < self.steps and (found := self.validate(runner)):
                 record |= found.metrics()
             if (samples := recipe.samples) and (_due(samples.every, self.step) or self.step == self.steps):
@@ -248,7 +270,7 @@ class Run:
         ceiling = self.environment["matmul_flops_per_second"]
         return {
             "step": self.step,
-            **({"stage": span.index} if len(self.spans) > 1 else {}),
+            **({"stage": span.index} if len(self.timeline.spans) > 1 else {}),
             "tokens": span.tokens(self.step),
             "loss": loss,
             "lr": lr,
@@ -290,6 +312,7 @@ class Run:
             "step": self.step,
             "stage": self.span.index,
             "positions": self.positions,
+            "measured": self.timeline.measured,
             "tokens": self.span.tokens(self.step),
             "metrics": self.metrics.mark() if self.metrics else None,
             "provenance": {
@@ -366,11 +389,12 @@ class Run:
         speed = metrics.steady_median(rows, "tokens_per_second")
         return {
             "parameters": cost.parameters(self.span.shape),
-            "flops_per_token": stages.flops_per_token(self.spans),
-            "stages": [self.stage_result(span, rows, validation) for span in self.spans],
+            "flops_per_token": stages.flops_per_token(self.timeline.spans),
+            "stages": [self.stage_result(span, rows, validation) for span in self.timeline.spans],
             "tokens": self.span.tokens(self.step),
             "steps": self.steps,
             "layers": self.span.provenance(),
+            **self.timeline.describe_importance(),
             "validation": validation.result() if validation else None,
             "loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
             "seconds": sum(row["seconds"] for row in rows),
@@ -380,7 +404,7 @@ class Run:
             "data_wait": metrics.steady_median(rows, "data_wait"),
             "peak_memory_bytes": max(row["memory_bytes"] for row in rows),
             "seed": self.recipe.seed,
-            "epochs": planned_epochs(self.spans, self.recipe.seed, self.positions, self.step),
+            "epochs": planned_epochs(self.timeline.spans, self.recipe.seed, self.positions, self.step),
             **{
                 k: self.environment[k]
                 for k in ("device", "precision", "compile", "attention", "versions", "data")
@@ -395,21 +419,21 @@ class Run:
         return {
             **self.describe_stage(span),
             "tokens": span.tokens(span.stop) - span.tokens_before,
-            "bits_per_byte": last.whole.bits_per_byte if last and span is self.spans[-1] else found,
+            "bits_per_byte": last.whole.bits_per_byte if last and span is self.timeline.spans[-1] else found,
         }
 
     def describe_stage(self, span: stages.StageSpan) -> dict[str, Any]:
         """What a stage trains, and what it costs."""
         return {
             "stage": span.index,
-            "stages": len(self.spans),
+            "stages": len(self.timeline.spans),
             **{f"{use}_parameters": count for use, count in dataclasses.asdict(span.counts).items()},
             "most_active_parameters": span.own.active_parameters,
             "flops_per_token": span.flops_per_token,
         }
 
     def report_start(self, runner: StageRunner) -> None:
-        epochs = planned_epochs(self.spans, self.recipe.seed, self.positions, self.step)
+        epochs = planned_epochs(self.timeline.spans, self.recipe.seed, self.positions, self.step)
         often = [f"{path} is read {n:.2f} times" for path, n in epochs.items() if n > 1]
         self.report(
             "start",

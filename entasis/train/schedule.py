@@ -39,26 +39,26 @@ class Schedule(Settings):
 
 
 @SCHEDULES.register("warmup-stable-decay")
-def warmup_stable_decay(step: int, steps: int, *, decay: int, min_lr_factor: float) -> float:
+def warmup_stable_decay(step: float, steps: float, *, decay: int, min_lr_factor: float) -> float:
     """The peak, then linear over the last `decay` steps; reaches `min_lr_factor` one step after the last."""
     left = steps - step
     return 1.0 if left >= decay else min_lr_factor + (1 - min_lr_factor) * left / decay
 
 
 @SCHEDULES.register("cosine")
-def cosine(step: int, steps: int, *, decay: int, min_lr_factor: float) -> float:
+def cosine(step: float, steps: float, *, decay: int, min_lr_factor: float) -> float:
     """Half a cosine over all that is left after the warm-up; reaches `min_lr_factor` one step after the last."""
     return min_lr_factor + (1 - min_lr_factor) * (1 + math.cos(math.pi * (step / max(1, steps)))) / 2
 
 
 @SCHEDULES.register("constant")
-def constant(step: int, steps: int, *, decay: int, min_lr_factor: float) -> float:
+def constant(step: float, steps: float, *, decay: int, min_lr_factor: float) -> float:
     """The peak to the end."""
     return 1.0
 
 
-def factor(schedule: Schedule, step: int, steps: int) -> float:
-    """What the peak learning rate is multiplied by at `step` (from 0) of `steps`.
+def factor(schedule: Schedule, step: float, steps: float) -> float:
+    """What the peak learning rate is multiplied by at `step` (from 0) of `steps`, which are whole but for parts of schedules.
 
     Warm-up is linear and reaches 1 at its last step. Raises `UserError` for a schedule that is not registered.
     """

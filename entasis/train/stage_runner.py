@@ -223,7 +223,11 @@ class StageRunner:
 
     def lr_factor(self, step: int) -> float:
         """What the schedule multiplies the learning rate by."""
-        return schedule.factor(self.span.schedule, step - self.span.start, self.span.steps)
+        span = self.span
+        begin, end = span.own.schedule_part or (0.0, 1.0)
+        # A part of a longer schedule: the steps that all of it would have at this stage's pace.
+        steps = round(span.steps / (end - begin), 6)
+        return schedule.factor(span.schedule, begin * steps + step - span.start, steps)
 
     def _set_rates(self, step: int) -> None:
         factor, done = self.lr_factor(step), step - self.span.start + 1

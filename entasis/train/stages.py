@@ -136,7 +136,7 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
             shape, lineage = plan.shape, lineage.after(plan)
         _check_lengths(batch, data.sequence, shape, "recipe" if len(recipe.stages) == 1 else where)
         steps = count_steps(stage.tokens, batch)
-        _check_schedule(stage.schedule, steps)
+        _check_schedule(stage, steps, where)
         names = selectors.select(shape, stage.trainable, newest=lineage.newest, where=f"{where}.trainable")
         adapted = _adapted(stage, shape, lineage, names, where)
         beside = layout.adapters(shape, dict.fromkeys(adapted, stage.lora.rank if stage.lora else 0))
@@ -239,7 +239,13 @@ def _check_frozen(span: StageSpan, where: str) -> None:
         raise UserError(f"{where}: cache_frozen is true, but no layer is frozen below the first that learns")
 
 
-def _check_schedule(schedule: Schedule, steps: int) -> None:
+def _check_schedule(stage: ResolvedStage, steps: int, where: str) -> None:
+    schedule = stage.schedule
+    if stage.schedule_part is not None:
+        begin, end = stage.schedule_part
+        if begin >= end:
+            raise UserError(f"{where}.schedule_part is {[begin, end]}; write [begin, end], as in [0.2, 0.5]")
+        steps = round(steps / (end - begin))
     warmup = quantities.steps(schedule.warmup, steps, "recipe: schedule.warmup")
     decay = quantities.steps(schedule.decay, steps, "recipe: schedule.decay")
     if schedule.name == "warmup-stable-decay" and warmup + decay > steps:

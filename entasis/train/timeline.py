@@ -1,0 +1,58 @@
+"""The stages of a run, one after another, as far as they are known: a training plan may measure before it goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from entasis.shape.shapes import ModelShape
+from entasis.train import stages
+from entasis.train.resolve import stages_of_plan
+from entasis.train.resolved_recipe import ResolvedRecipe, ResolvedStage
+from entasis.train.resolved_recipe import steps as count_steps
+from entasis.train.training_plans import plan as training_plans
+
+
+class Timeline:
+    """The stages of a resolved recipe, given what its training plan, if it has one, has measured."""
+
+    def __init__(self, recipe: ResolvedRecipe, shape: ModelShape, measured: list[list[float]]) -> None:
+        """`measured` holds a number for each layer, as often as the plan has measured the importance of layers.
+
+        Raises `UserError`.
+        """
+        self.recipe, self.shape, self.measured = recipe, shape, measured
+        wanted = recipe.training_plan
+        self.plan = None if wanted is None else training_plans.read(wanted)
+        if measured:
+            planned = stages_of_plan(recipe, shape, measured)
+            recipe = recipe.replaced(
+                stages=tuple(s.narrowed(ResolvedStage, schedule=recipe.schedule) for s in planned)
+            )
+        self.spans = stages.lay_out(recipe, shape)
+
+    @property
+    def missing(self) -> training_plans.Measurement | None:
+        """The measurement without which nothing is known of what comes after the spans; None where they are all."""
+        if self.plan is None or len(self.measured) >= self.plan.measurements:
+            return None
+        return self.plan.measurement
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run. Before the last measurement a guess: what the recipe's tokens make, and more than is known."""
+        known = self.spans[-1].stop
+        if self.missing is None:
+            return known
+        return max(known + 1, count_steps(self.recipe.tokens, self.recipe.batch.tokens))
+
+    def after(self, measured: list[float]) -> Timeline:
+        """What is known after one more measurement."""
+        return Timeline(self.recipe, self.shape, [*self.measured, measured])
+
+    def describe_importance(self) -> dict[str, Any]:
+        """What was measured, and what it took; nothing where nothing was."""
+        if self.plan is None or self.plan.measurement is None:
+            return {}
+        each = training_plans.measurement_flops(self.plan, self.shape, self.recipe.data.sequence)
+        found = {"layers": self.measured, "flops": each * len(self.measured)}
+        return {"importance": {"measure": self.plan.measurement.measure, **found}}

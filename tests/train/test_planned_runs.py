@@ -1,0 +1,99 @@
+"""Runs whose layers learn by a training plan."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from entasis.cli import main
+from entasis.errors import Stopped, UserError
+from entasis.shape import cost
+from entasis.train import recipe as recipes
+from entasis.train.metrics import records
+from entasis.train.run import train
+
+SCHEDULE = {"name": "warmup-stable-decay", "warmup": 3, "decay": "40%"}
+ONLINE = {"importance": {"measure": "skip", "tokens": 512, "after": 0.3}, "groups": 2, "final": 0.3}
+
+
+def losses(folder):
+    return [r["loss"] for r in records(folder)]
+
+
+def test_a_plan_in_which_all_layers_learn_is_a_plain_run_to_the_bit(recipe, tmp_path):
+    """Stages that join: moments, schedule and data go on as if there were none."""
+    train(recipe(tokens=512 * 12, schedule=SCHEDULE), tmp_path / "plain")
+    plan = {"lisa": {"layers": 2, "every": 3}}
+    train(recipe(tokens=512 * 12, schedule=SCHEDULE, training_plan=plan), tmp_path / "planned")
+    assert losses(tmp_path / "planned") == losses(tmp_path / "plain")
+    assert [r["lr"] for r in records(tmp_path / "planned")] == [r["lr"] for r in records(tmp_path / "plain")]
+
+
+def test_at_equal_flops_a_measuring_run_ends_at_the_budget_and_says_what_it_measured(recipe, tmp_path):
+    wanted = recipe(
+        tokens=512 * 20,
+        training_plan={"importance_groups": {**ONLINE, "spend": "flops", "always": ["head", "final_norm"]}},
+    )
+    result = train(wanted, tmp_path)
+    budget = 512 * 20 * cost.flops_per_token(shape_of(tmp_path), 64)
+    spent = result["tokens"] * result["flops_per_token"] + result["importance"]["flops"]
+    assert spent == pytest.approx(budget, rel=0.03)
+    assert result["tokens"] > 512 * 20
+    (layers,) = result["importance"]["layers"]
+    assert len(layers) == 2 and result["importance"]["measure"] == "skip"
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 9])
+def test_a_measuring_run_goes_on_as_if_it_had_not_been_stopped(recipe, tmp_path, stop_at):
+    """Step 6 is the end of the stage before the measurement."""
+    wanted = recipe(tokens=512 * 20, training_plan={"importance_groups": ONLINE}, checkpoint={"every": 3})
+    whole = train(wanted, tmp_path / "whole")
+    assert whole["stages"][0]["tokens"] == 512 * 6
+
+    def interrupt(event):
+        if event["event"] == "checkpoint" and event["step"] == stop_at:
+            raise Stopped("now")
+
+    with pytest.raises(Stopped):
+        train(wanted, tmp_path / "stopped", reporter=interrupt)
+    again = train(wanted, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert again["importance"] == whole["importance"]
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_the_recipe_in_the_folder_repeats_the_run(recipe, tmp_path):
+    wanted = recipe(tokens=512 * 8, training_plan={"freezeout": {"t0": 0.5}})
+    train(wanted, tmp_path / "run")
+    stored = recipes.read(tmp_path / "run" / "recipe.yaml")
+    train(stored, tmp_path / "again")
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+    with pytest.raises(UserError, match="gives both training_plan and stages"):
+        train(stored.replaced(tokens=512 * 9), tmp_path / "other")
+
+
+def test_the_command_takes_a_plan_and_names_mistakes(recipe, tmp_path, capsys):
+    text = recipes.to_yaml(recipe(tokens=512 * 4))
+    (tmp_path / "recipe.yaml").write_text(text)
+    folder, path = str(tmp_path / "run"), str(tmp_path / "recipe.yaml")
+    assert (
+        main(["train", path, "training_plan={autofreeze: {looks: 2, tokens: 128}}", "--output", folder]) == 0
+    )
+    assert "layers by importance: " in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "run" / "result.json").read_text())["importance"]["layers"]) == 2
+    for plan, says in (
+        ("{lisa: {layers: 3}}", "layers is 3; the model has 2 layers"),
+        ("{liza: {}}", "did you mean lisa?"),
+        ("{importance_groups: {importance: {measure: skill}}}", "skill"),
+        ("{lisa: {always: [blockz]}}", "blockz"),
+    ):
+        assert main(["train", path, f"training_plan={plan}", "--output", str(tmp_path / "bad")]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
+def shape_of(folder):
+    from entasis.model.weights import read_shape
+
+    return read_shape(folder)
