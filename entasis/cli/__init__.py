@@ -43,8 +43,13 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The verb and its options; nothing is done yet. Raises `UserError`."""
-    if any("\0" in argument for argument in argv):
-        raise UserError("an argument holds a NUL character")
+    for argument in argv:
+        if "\0" in argument:
+            raise UserError("an argument holds a NUL character")
+        try:
+            os.fsencode(argument)
+        except UnicodeEncodeError as error:
+            raise UserError("an argument holds a lone surrogate, which no name has") from error
     parser = _Parser(
         prog="entasis",
         description="Design, train, dissect and serve language models whose layers differ.",

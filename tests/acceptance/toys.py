@@ -78,7 +78,15 @@ def lay_in_stock() -> None:
     import entasis
 
     must(
-        "data", "prepare", "stdlib", "--limit", "1M", "--train-tokenizer", "512", "--output", "corpora/stdlib"
+        "data",
+        "prepare",
+        "stdlib",
+        "--limit",
+        "600k",
+        "--train-tokenizer",
+        "512",
+        "--output",
+        "corpora/stdlib",
     )
     must("train", "tiny", *toy("entasis train tiny"), "--output", "runs/tiny")
     for name in ("models/SmolLM2-135M", "Llama-3.2-1B"):
@@ -119,7 +127,9 @@ def lay_in_stock() -> None:
 
 
 TOYS = {
-    "entasis data prepare stdlib": ["--limit", "1M"],
+    "entasis data prepare stdlib": ["--limit", "400k"],
+    "entasis study plan where-capacity-belongs": ["--quick"],
+    "entasis study plan quickstart": ["--quick"],
     "entasis train": ["tokens=10k", "batch.tokens=2048", "evaluation.tokens=5k", *FIXED],
     "entasis bench": ["--steps", "2", "batch.tokens=2048", *FIXED],
     "entasis anatomy": ["--tokens", "600", "--sequence", "64"],
@@ -153,6 +163,10 @@ def supply(stock: Path, argv: list[str]) -> None:
 def main(stock: Path, pages: dict[str, list[list[str]]], results: Path) -> None:
     import entasis
 
+    if hasattr(
+        os, "sched_setaffinity"
+    ):  # on one core a study has one worker: starting a second takes longer than a toy
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     stock.mkdir()
     os.chdir(stock)
     lay_in_stock()

@@ -5,6 +5,12 @@ from entasis.anatomy import intervals
 from entasis.anatomy.intervals import change_by_chance, correlate_ranks, find_harmful, loss_change
 
 
+@pytest.fixture(autouse=True)
+def uncollected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """statsmodels collects garbage at every call, which takes longer than all the rest."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
 def test_the_value_is_the_mean_per_token() -> None:
     clean, changed = np.array([10.0, 20.0]), np.array([[11.0, 23.0], [10.0, 20.0]])
     found = loss_change(changed, clean, np.array([5, 15]))

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
 Command = Callable[..., tuple[int, str, str]]
 MODULES = ("argparse", "ast", "difflib", "inspect", "tarfile", "typing", "zipfile", "shutil", "calendar", "cgitb",
            "cmd", "codecs", "copy", "csv", "dis", "enum", "glob", "gzip")  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_core() -> Iterator[None]:
+    """A study of toys has one worker then: starting a second takes longer than they do."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="session")
