@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,6 @@ def _refuse_too_small(folder: Path, aside: Path, need: int) -> None:
 
 def _joined(first: Lineage, then: Lineage) -> Lineage:
     """The lineage over two operators: sources are the first model's, and what either added is new."""
-    from dataclasses import replace
-
     origins = []
     for origin in then.origins:
         through = [first.origins[i] for i in origin.sources]

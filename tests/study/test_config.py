@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from entasis.errors import UserError
 from entasis.study import config
@@ -60,8 +61,8 @@ def test_shipped_studies_are_valid_and_survive_writing(tmp_path: Path) -> None:
     assert "quickstart" in config.shipped()
     for name in config.shipped():
         text = Path(config.__file__).parent.joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
-        sized = "\nsizes:" in text or "\nextends:" in text
-        sizes = ["nano", "small", "paper"] if sized else [None]
+        sizes = list(yaml.safe_load(text).get("sizes") or ["nano", "small", "paper"])
+        sizes = sizes if "\nsizes:" in text or "\nextends:" in text else [None]
         for size in sizes:
             study = config.read(name, size=size)
             stored = tmp_path / f"{name}.yaml"
