@@ -137,7 +137,7 @@ def _survey(
     names: list[str] = []
     bytes_of: list[int] = []
     signatures: list[tuple[np.ndarray, np.ndarray]] = []
-    seen = 0
+    seen, size = 0, text.size()
     losses = Losses()
     for document in text.documents(losses):
         names.append(document.name)
@@ -145,7 +145,7 @@ def _survey(
         if validation:
             signatures.append(dedup.signature(document.text))
         seen += bytes_of[-1]
-        report("survey", seen, 0)
+        report("survey", seen, size)
     if not names:
         raise UserError(f"no text in {', '.join(text.sources)}{_told(losses)}")
     sizes = np.array(bytes_of, np.int64)

@@ -53,6 +53,12 @@ class TextSources:
                 result[str(file.path)] = [status.st_size, status.st_mtime_ns]
         return result
 
+    def size(self) -> int:
+        """Bytes of the files; 0 where rows, compression or the hub keep the size of the text unknown until it is read."""
+        files = self.state()
+        known = not any(s.startswith("hf:") for s in self.sources) and not any(ending(Path(f)) for f in files)
+        return sum(size for size, _ in files.values()) if known else 0
+
     def _files(self, source: str, losses: Losses) -> Iterator[SourceFile]:
         """The files of a source, in order of name."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from entasis.cli import main
@@ -136,7 +137,6 @@ def test_two_processes_killed_and_gone_on_with_alone_train_as_one(mixed, tmp_pat
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
     )
     checkpoints = tmp_path / "two" / "checkpoints"
     deadline = time.monotonic() + 240
@@ -212,3 +212,21 @@ def test_the_documented_mixture_trains(verse, corpora, tmp_path, monkeypatch, ca
     result = json.loads(capsys.readouterr().out)
     assert set(result["validation"]["by_corpus"]) == {"prose", "code"}
     assert np.isfinite(result["loss"])
+
+
+def test_arms_of_a_study_may_differ_in_the_mixture_and_are_judged_on_one_corpus(mixed, tmp_path, capsys):
+    base = yaml.safe_load(to_yaml(mixed()))
+    base |= {"tokens": 4096, "stages": []}
+    held_out = base["data"]["validation"]
+    base["data"]["validation"] = held_out["code"]
+    study = {
+        "base": base,
+        "arms": {"even": {}, "tilted": {"data.train.prose.weight": 0.1}},
+        "baseline": "even",
+    }
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))
+    assert main(["study", "plan", str(tmp_path / "s.yaml"), "--quick"]) == 0
+    base["data"]["validation"] = held_out
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))
+    assert main(["study", "plan", str(tmp_path / "s.yaml"), "--quick"]) == 2
+    assert "arm even has several corpora in data.validation; a study judges on one" in capsys.readouterr().err
