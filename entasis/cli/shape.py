@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="beside each shape, the one of equal layers that costs the same",
     )
     parser.add_argument(
-        "--sequence", type=whole(1), default=1024, help="length at which FLOPs are counted (1024)"
+        "--sequence", type=whole(1), help="length at which FLOPs are counted (the budget's own, or 1024)"
     )
     parser.add_argument(
         "--attended",
@@ -86,13 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.list:
         return _list(args.json)
-    if args.sequence < 1:
-        raise UserError(f"--sequence is {args.sequence}; it must be at least 1")
     named = [(_label(name), read_shape(name)) for name in args.shapes]
     if own := _own(args):
         named.append((str(own.get("profile", "own")), specification.resolve(own)))
     if not named:
         raise UserError("name a shape (entasis shape --list shows the presets) or give --profile")
+    if args.sequence is None:  # what is shown is counted as the budget was
+        budgets = [s.budget for _, s in named if s.budget and s.budget.kind == "flops_per_token"]
+        args.sequence = budgets[0].sequence if budgets else 1024
     if args.isotropic:
         named = [
             pair
@@ -264,6 +265,8 @@ def _own(args: argparse.Namespace) -> dict[str, Any]:
     if args.budget:
         kind, equals, _ = args.budget.partition("=")
         pairs.append(f"budget.{args.budget}" if equals and kind else f"budget={args.budget}")
+        if kind == "flops_per_token" and equals and args.sequence:
+            pairs.append(f"budget.sequence={args.sequence}")
     if not pairs and not args.set:
         return {}
     return read_pairs([*pairs, *(["tied_embeddings=true"] if args.tied else []), *args.set])

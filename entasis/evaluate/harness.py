@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from typing import Any
+from unittest import mock
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -193,7 +194,7 @@ def run(
     fewshot: int | None = None,
 ) -> dict[str, Any]:
     """lm-eval's results for `tasks`, in its own form. Raises `UserError` for unknown tasks."""
-    import lm_eval
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path)
@@ -202,14 +203,19 @@ def run(
             raise UserError(
                 f"task {task!r} is not known to lm-eval; --include-path names a folder with tasks"
             )
-    results = lm_eval.simple_evaluate(
-        model=Harness(loaded),
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        num_fewshot=fewshot,
-        bootstrap_iters=1000,
-        log_samples=False,
+    # lm-eval asks git about the current folder, which complains where it is none of its own, and pip about all there is.
+    silent = mock.patch.multiple(
+        evaluator, get_git_commit_hash=lambda: None, add_env_info=lambda storage: None
     )
+    with silent:
+        results = evaluator.simple_evaluate(
+            model=Harness(loaded),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=fewshot,
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
     assert results is not None
     return results

@@ -44,7 +44,7 @@ def silhouette(shape: ModelShape, *, scale: int | None = None) -> str:
 
 
 def figure(shapes: Sequence[tuple[str, ModelShape]]) -> str:
-    """SVG of several columns side by side with their names: for a paper."""
+    """SVG of several columns side by side with their names, numbers and a legend: for a paper."""
     scale = widest([shape for _, shape in shapes])
     tallest = max(shape.n_layers for _, shape in shapes) * (_BAR + _GAP) + 2 * _MARGIN
     parts = []
@@ -55,15 +55,44 @@ def figure(shapes: Sequence[tuple[str, ModelShape]]) -> str:
             f'<svg x="{k * _WIDTH:g}" y="{tallest - height:g}" width="{_WIDTH:g}" height="{height:g}" ',
             1,
         )
-        label = (
-            f'<text x="{(k + 0.5) * _WIDTH:g}" y="{tallest + 13:g}" text-anchor="middle" '
-            f'font-family="sans-serif" font-size="10">{html.escape(name)}</text>'
+        lines = [(name, 10.0), *((line, 7.0) for line in _numbers(shape))]
+        labels = [
+            _text((k + 0.5) * _WIDTH, tallest + 13 + 10 * i, line, size)
+            for i, (line, size) in enumerate(lines)
+        ]
+        parts.append(inner + "".join(labels))
+    width, height = len(shapes) * _WIDTH, tallest + 62
+    for i, kind in enumerate(_COLOURS):
+        x = width / 2 - 45 + 50 * i
+        parts.append(
+            f'<rect fill="{_COLOURS[kind]}" x="{x:g}" y="{height - 10:g}" width="7" height="7" rx="1.2"/>'
         )
-        parts.append(inner + label)
-    width, height = len(shapes) * _WIDTH, tallest + 20
+        parts.append(
+            _text(x + 10, height - 4, {"attention": "attention", "ffn": "FFN"}[kind], 7.0, anchor="start")
+        )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
         f'viewBox="0 0 {width:g} {height:g}">{"".join(parts)}</svg>\n'
+    )
+
+
+def _numbers(shape: ModelShape) -> list[str]:
+    """What stands under a column: its parameters, its size, and what its layers span."""
+
+    def span(values: Sequence[int]) -> str:
+        return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,}–{max(values):,}"
+
+    return [
+        f"{cost.parameters(shape):,} parameters",
+        f"{shape.n_layers} layers, d_model {shape.d_model:,}",
+        f"FFN {span([x.d_ff for x in shape.layers])}, heads {span([x.n_heads for x in shape.layers])}",
+    ]
+
+
+def _text(x: float, y: float, text: str, size: float, anchor: str = "middle") -> str:
+    return (
+        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-family="sans-serif" font-size="{size:g}" '
+        f'fill="#555555">{html.escape(text)}</text>'
     )
 
 

@@ -40,6 +40,9 @@ DESIGN = {
     "aspect": "d_model / layers, when the budget has to find both",
 }
 
+DEFAULT_VOCABULARY = 50_304
+"""GPT-2's, padded to a multiple of 64."""
+
 Whole = Annotated[int, Field(ge=1, le=MOST)] | None
 Numbers = dict[str, Any] | None
 
@@ -121,12 +124,43 @@ def _design(source: Mapping[str, Any]) -> Solution:
     silhouettes = [_silhouette(source, n, d) for n, d in _candidates(source, depth, width)]
     if budget is None:
         shape = silhouettes[0].shape()
-        return Solution(shape, notes=tuple(flattened(silhouettes[0], shape)))
-    found = nearest(silhouettes, budget, scale)
+        return Solution(
+            shape, notes=(*flattened(silhouettes[0], shape), *_too_few_layers(source, shape.n_layers))
+        )
+    try:
+        found = nearest(silhouettes, budget, scale)
+    except UserError as error:
+        if "vocabulary" in source or budget.kind == "kv_bytes_per_token":
+            raise
+        raise UserError(
+            f"{error}; the vocabulary was left at its default of {DEFAULT_VOCABULARY:,} rows, give your own"
+        ) from error
+    notes = _too_few_layers(source, found.shape.n_layers)
     if depth is None or width is None:
-        note = f"found {found.shape.n_layers} layers of d_model {found.shape.d_model}"
-        return dataclasses.replace(found, notes=(note, *found.notes))
-    return found
+        notes.insert(0, f"found {found.shape.n_layers} layers of d_model {found.shape.d_model}")
+    return dataclasses.replace(found, notes=(*notes, *found.notes))
+
+
+def _too_few_layers(source: Mapping[str, Any], n: int) -> list[str]:
+    """What is to be said of profiles whose `n` layers span less than half of what many would."""
+    notes = []
+    for kind, name in _profiles_of(source).items():
+        options = source.get("ffn_multipliers" if kind == "ffn" else "head_multipliers") or {}
+        try:
+            ours, many = (profiles.multipliers(name, k, kind, options) for k in (n, 64))
+        except UserError:  # a list of values has one length
+            continue
+        if max(ours) - min(ours) < (max(many) - min(many)) / 2:
+            notes.append(
+                f"{n} layers are too few for {name}: its {kind} multipliers go from {min(ours):.3g} to {max(ours):.3g}, "
+                f"over 64 layers from {min(many):.3g} to {max(many):.3g}"
+            )
+    return notes
+
+
+def _profiles_of(source: Mapping[str, Any]) -> Mapping[str, str]:
+    profile = source["profile"]
+    return profile if isinstance(profile, Mapping) else {"ffn": profile, "heads": profile}
 
 
 def _candidates(source: Mapping[str, Any], depth: Any, width: Any) -> list[tuple[int, int]]:
@@ -145,15 +179,14 @@ def _candidates(source: Mapping[str, Any], depth: Any, width: Any) -> list[tuple
 
 
 def _silhouette(source: Mapping[str, Any], n: int, d_model: int) -> Silhouette:
-    profile = source["profile"]
-    names = profile if isinstance(profile, Mapping) else {"ffn": profile, "heads": profile}
+    names = _profiles_of(source)
     ratio, fixed = source.get("q_per_kv"), source.get("n_kv_heads")
     if ratio is not None and fixed is not None:
         raise UserError("shape: give q_per_kv (a ratio) or n_kv_heads (a number), not both")
     template = ModelShape(
         **{
             "head_dim": 64,
-            "vocabulary": 50_304,
+            "vocabulary": DEFAULT_VOCABULARY,
             **_fields(source),
             "d_model": d_model,
             "layers": (LayerShape(1, 1, 1),),

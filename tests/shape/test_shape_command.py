@@ -5,6 +5,10 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
+import pytest
+
+from entasis.cli import main
+
 
 def entasis(*arguments):
     return subprocess.run([sys.executable, "-m", "entasis", *arguments], capture_output=True, text=True)
@@ -50,7 +54,11 @@ def test_options_describe_a_shape_and_its_isotropic_twin():
 def test_a_figure_is_an_svg_and_nothing_is_overwritten(tmp_path):
     target = tmp_path / "columns.svg"
     assert entasis("shape", "crown-paper/crown-18", "--svg", str(target)).returncode == 0
-    assert ElementTree.parse(target).getroot().tag.endswith("svg")
+    figure = ElementTree.parse(target).getroot()
+    assert figure.tag.endswith("svg")
+    told = [text.text for text in figure.iter("{http://www.w3.org/2000/svg}text")]
+    assert told[1:4] == ["181,906,688 parameters", "18 layers, d_model 768", "FFN 768–3,072, heads 9–12"]
+    assert told[4:] == ["attention", "FFN"]
     again = entasis("shape", "crown-paper/crown-18", "--svg", str(target))
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
 
@@ -86,3 +94,35 @@ def test_neither_help_nor_shape_imports_torch():
     ):
         done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
         assert done.stdout.rstrip().endswith("[]"), done.stdout[-300:] + done.stderr
+
+
+def test_a_budget_that_the_default_vocabulary_alone_exceeds_names_it(capsys):
+    own = ["--profile", "crown", "--layers", "4", "--d-model", "256", "--budget", "5M"]
+    assert main(["shape", *own]) == 2
+    assert "vocabulary was left at its default of 50,304 rows" in capsys.readouterr().err
+    assert main(["shape", *own, "--vocabulary", "50304"]) == 2
+    assert "left at its default" not in capsys.readouterr().err
+
+
+def test_a_profile_with_too_few_layers_to_show_is_told(capsys):
+    own = ["--d-model", "64", "--vocabulary", "100", "--json", "--profile"]
+    assert main(["shape", *own, "crown", "--layers", "2"]) == 0
+    assert "2 layers are too few for crown: its ffn multipliers go from" in str(
+        json.loads(capsys.readouterr().out)["notes"]
+    )
+    for profile, layers in (("crown", "9"), ("isotropic", "1"), ("vanilla", "2")):
+        assert main(["shape", *own, profile, "--layers", layers]) == 0
+        assert "too few" not in str(json.loads(capsys.readouterr().out)["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sequence"),
+    [(["--sequence", "256"], 256), (["--set", "budget.sequence=512"], 512), ([], 1024)],
+)
+def test_a_budget_of_flops_and_what_is_printed_are_counted_at_one_length(capsys, options, sequence):
+    own = ["--profile", "isotropic", "--layers", "4", "--d-model", "64", "--vocabulary", "100", "--json"]
+    assert main(["shape", *own, "--budget", "flops_per_token=5M", *options]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["sequence"] == sequence
+    assert told["flops_per_token"] == pytest.approx(5e6, rel=0.02)
+    assert told["miss"] == pytest.approx(told["flops_per_token"] / 5e6 - 1, abs=1e-9)
