@@ -20,7 +20,8 @@ from entasis.study.config import Protocol, Study, changed
 from entasis.train import recipe as recipes
 from entasis.train.resolve import resolve, shape_of, with_mup_scales
 from entasis.train.stages import StageSpan, flops_per_token
-from entasis.train.stages import lay_out as lay_out_stages
+from entasis.train.timeline import Timeline
+from entasis.train.training_plans import plan as training_plans
 
 Kind = Literal["main", "sweep", "trunk"]
 
@@ -61,8 +62,20 @@ class Arm:
         return [stage.steps * stage.batch_tokens for stage in self.stages]
 
     def flops(self, tokens: Sequence[int]) -> int:
-        """Training FLOPs of a run with so many tokens in each stage."""
-        return sum(n * stage.flops_per_token for n, stage in zip(tokens, self.stages, strict=True))
+        """Training FLOPs of a run with so many tokens in each stage, what its plan measures included."""
+        trained = sum(n * stage.flops_per_token for n, stage in zip(tokens, self.stages, strict=True))
+        if (wanted := self.recipe.get("training_plan")) is None:
+            return trained
+        plan, sequence = training_plans.read(wanted), self.stages[0].data.sequence
+        return trained + round(
+            plan.measurements * training_plans.measurement_flops(plan, self.shape, sequence)
+        )
+
+    @property
+    def spends(self) -> str | None:
+        """What its training plan spends, `tokens` or `flops`; None without a plan."""
+        wanted = self.recipe.get("training_plan")
+        return None if wanted is None else training_plans.read(wanted).spend
 
     @property
     def timed(self) -> dict[str, Any]:
@@ -212,7 +225,7 @@ def lay_out(study: Study, arms: Mapping[str, Arm], findings: Findings) -> Plan:
                 arm.name if protocol == study.protocols[0] else f"{arm.name}@{protocol}",
             )
             multiplier = findings.multiplier.get(study.baseline if arm.control else arm.name, 1.0)
-            plain = _with_rate(_with_lengths(arm.recipe, lengths), multiplier)
+            plain = _with_rate(_with_lengths(arm, lengths), multiplier)
             grid[protocol][arm.name] = [
                 _run(arms, arm, plain, seed, f"runs/{folder}/seed-{seed}", "main", lengths, multiplier)
                 for seed in study.seeds
@@ -233,6 +246,8 @@ def stage_tokens_of(
     What the arm's trunk costs is spent already. A control's length stays in proportion to the baseline's. Raises `UserError` where nothing would be left for the last stage.
     """
     base = arms[study.baseline]
+    if arm.spends is not None:
+        return _planned_tokens(arms, arm, base, protocol)
     *before, last = arm.stage_tokens
     batch, wanted = arm.stages[-1].batch_tokens, float(last)
     if arm.control:
@@ -251,6 +266,21 @@ def stage_tokens_of(
         seconds = sum(base.stage_tokens) / speed[base.name] if study.hours is None else study.hours * 3600
         wanted = seconds * speed[arm.name]
     return [*before, max(1, round(wanted / batch)) * batch]
+
+
+def _planned_tokens(arms: Mapping[str, Arm], arm: Arm, base: Arm, protocol: Protocol) -> list[int]:
+    """Tokens of each stage of an arm with a training plan, all longer or shorter alike.
+
+    A plan that spends FLOPs gets those of the baseline, its measurements included.
+    """
+    factor = 1.0
+    if protocol == "flops":
+        left = before_run(arms, base)[1] + base.flops(base.stage_tokens) - before_run(arms, arm)[1]
+        own = arm.flops(arm.stage_tokens)
+        if arm.spends == "flops":
+            own = arm.recipe["tokens"] * cost.flops_per_token(arm.shape, arm.stages[0].data.sequence)
+        factor = left / own
+    return [round(n * factor) for n in arm.stage_tokens]
 
 
 def before_run(arms: Mapping[str, Arm], arm: Arm) -> tuple[int, int]:
@@ -312,7 +342,7 @@ def _arm(
         name=name,
         recipe=plain,
         shape=shape,
-        stages=lay_out_stages(resolved, shape, before.lineage if before else None),
+        stages=Timeline(resolved, shape, [], before.lineage if before else None).guessed().spans,
         notes=notes,
         trunk=trunk.name if trunk else None,
     )
@@ -393,9 +423,12 @@ def _run(
     )
 
 
-def _with_lengths(plain: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
-    """A recipe with the tokens of its stages, and of all of them, set."""
-    result = changed(plain, {"tokens": sum(lengths)})
+def _with_lengths(arm: Arm, lengths: Sequence[int]) -> dict[str, Any]:
+    """An arm's recipe with the tokens of its stages, and of all of them, set; with a plan only those that the plan goes by."""
+    if arm.spends is not None:
+        factor, batch = sum(lengths) / sum(arm.stage_tokens), batch_tokens(arm.recipe)
+        return changed(arm.recipe, {"tokens": max(1, round(arm.recipe["tokens"] * factor / batch)) * batch})
+    result = changed(arm.recipe, {"tokens": sum(lengths)})
     for stage, tokens in zip(result.get("stages") or [], lengths, strict=False):
         stage["tokens"] = tokens
     return result

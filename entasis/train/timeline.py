@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from entasis.grow.provenance import Lineage
 from entasis.shape.shapes import ModelShape
 from entasis.train import stages
 from entasis.train.resolve import stages_of_plan
@@ -15,10 +16,16 @@ from entasis.train.training_plans import plan as training_plans
 class Timeline:
     """The stages of a resolved recipe, given what its training plan, if it has one, has measured."""
 
-    def __init__(self, recipe: ResolvedRecipe, shape: ModelShape, measured: list[list[float]]) -> None:
+    def __init__(
+        self,
+        recipe: ResolvedRecipe,
+        shape: ModelShape,
+        measured: list[list[float]],
+        lineage: Lineage | None = None,
+    ) -> None:
         """`measured` holds a number for each layer, as often as the plan has measured the importance of layers.
 
-        Raises `UserError`.
+        `shape` and `lineage` are as for `stages.lay_out`. Raises `UserError`.
         """
         self.recipe, self.shape, self.measured = recipe, shape, measured
         wanted = recipe.training_plan
@@ -28,7 +35,7 @@ class Timeline:
             recipe = recipe.replaced(
                 stages=tuple(s.narrowed(ResolvedStage, schedule=recipe.schedule) for s in planned)
             )
-        self.spans = stages.lay_out(recipe, shape)
+        self.spans = stages.lay_out(recipe, shape, lineage)
 
     @property
     def missing(self) -> training_plans.Measurement | None:
@@ -48,6 +55,12 @@ class Timeline:
     def after(self, measured: list[float]) -> Timeline:
         """What is known after one more measurement."""
         return Timeline(self.recipe, self.shape, [*self.measured, measured])
+
+    def guessed(self) -> Timeline:
+        """The whole run as it would be if all layers turned out alike: for what must be known before anything is measured."""
+        if self.plan is None:
+            return self
+        return Timeline(self.recipe, self.shape, [[1.0] * self.shape.n_layers] * self.plan.measurements)
 
     def describe_importance(self) -> dict[str, Any]:
         """What was measured, and what it took; nothing where nothing was."""
