@@ -102,9 +102,9 @@ def speed(recipe: recipes.Recipe, settings: Settings, steps: int) -> float:
 def recipe_of(name: str, tokens: int) -> recipes.Recipe:
     """The quickstart's baseline, or the small shape of `peers/run.py`."""
     if name == "quickstart":
-        from entasis.study import config, plan
+        from entasis.study import plan, study_files
 
-        plain = plan.solve(config.read("quickstart"))["isotropic"].recipe
+        plain = plan.solve(study_files.read("quickstart"))["isotropic"].recipe
     else:
         layer = {"n_heads": 6, "n_kv_heads": 6, "d_ff": 512}
         plain = {

@@ -25,7 +25,7 @@ from scipy import stats
 
 from entasis import quantities
 from entasis.data import prepare
-from entasis.study import config, statistics
+from entasis.study import statistics, study_files
 
 SIZES: dict[str, dict[str, Any]] = {
     "440k": {},
@@ -37,7 +37,7 @@ ARMS = {"isotropic": {}, "crown": {"shape.profile": "crown"}, "half": {"control"
 
 def corpus(folder: Path) -> Path:
     """The quickstart's corpus, made once for all cells."""
-    made = config.read("quickstart").corpora["stdlib"]
+    made = study_files.read("quickstart").corpora["stdlib"]
     if not (folder / "train").is_dir():
         prepare.prepare(
             made.sources,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from entasis.data import prepare, tokenizer
 from entasis.data.corpus import Corpus
-from entasis.study import config
+from entasis.study import study_files
 
 ARMS = {"isotropic": {}, "crown": {"shape.profile": "crown"}}
 RATES = ["3e-3:16", "6e-3:16", "12e-3:16", "1.5e-3:64", "3e-3:64", "6e-3:64"]
@@ -61,7 +61,7 @@ def split(folder: Path) -> None:
     if (folder / "split").is_dir():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    made = config.read("quickstart").corpora["stdlib"]
+    made = study_files.read("quickstart").corpora["stdlib"]
     whole = folder / "stdlib"
     prepare.prepare(
         made.sources,

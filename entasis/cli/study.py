@@ -166,9 +166,9 @@ def _tell(plain: Any, table: Table, notes: list[str], args: argparse.Namespace, 
 
 
 def _study(args: argparse.Namespace) -> Study:
-    from entasis.study import config
+    from entasis.study import study_files
 
-    return config.read(args.study, size=args.size, overrides=args.overrides)
+    return study_files.read(args.study, size=args.size, overrides=args.overrides)
 
 
 def _show(verdict: Verdict, folder: Path, args: argparse.Namespace, console: Console) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 from entasis.errors import UserError
 from entasis.files import write_text
-from entasis.study.config import Study, read
+from entasis.study.config import Study
 from entasis.study.stopping import Until
+from entasis.study.study_files import read
 
 FILE = "study.yaml"
 FIRST = "study.first.yaml"
@@ -64,7 +65,7 @@ def intended(study: Study, folder: Path) -> tuple[Study, list[str]]:
     seeds = max(there.seeds, study.seeds, key=len)
     if switched:
         notes.append(switched)
-    return dataclasses.replace(study, until=until, seeds=seeds), notes
+    return study.replaced(until=until, seeds=seeds), notes
 
 
 def begin(study: Study, folder: Path) -> tuple[Study, list[str]]:
@@ -126,7 +127,7 @@ def _same_but_for_growth(there: Study, here: Study, folder: Path) -> None:
                 f"{folder} holds another arm {name}: {_told(changes, here.arms[name])}; give it another name"
             )
     grows = ("arms", "controls", "seeds", "until")
-    old, new = ({k: v for k, v in dataclasses.asdict(s).items() if k not in grows} for s in (there, here))
+    old, new = ({k: v for k, v in s.to_dict().items() if k not in grows} for s in (there, here))
     if old != new:
         raise UserError(f"{folder} holds another study: {_told(old, new)}; choose another --output")
     if here.seeds[: len(there.seeds)] != there.seeds and there.seeds[: len(here.seeds)] != here.seeds:

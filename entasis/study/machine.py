@@ -7,7 +7,6 @@ measurement is `auto`'s own (`entasis.train.auto_settings`), made in worker proc
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import statistics
@@ -96,8 +95,7 @@ def applied(study: Study, folder: Path) -> Study:
         own = {k: v for k, v in chosen.get("arms", {}).get(name, {}).items() if _open(base, changes, k)}
         return {**changes, **own}
 
-    return dataclasses.replace(
-        study,
+    return study.replaced(
         base=base,
         arms={name: settled(name, changes) for name, changes in study.arms.items()},
         trunks={name: settled(name, changes) for name, changes in study.trunks.items()},

@@ -11,7 +11,6 @@ The folder holds everything and can be moved:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,17 +149,15 @@ def at_home(study: Study) -> Study:
         return value
 
     corpora = {
-        name: dataclasses.replace(
-            corpus,
+        name: corpus.replaced(
             sources=[str(Path(s).absolute()) if Path(s).exists() else s for s in corpus.sources],
         )
         for name, corpus in study.corpora.items()
     }
     tasks = study.downstream
     if tasks and tasks.include_path:
-        tasks = dataclasses.replace(tasks, include_path=str(Path(tasks.include_path).absolute()))
-    return dataclasses.replace(
-        study,
+        tasks = tasks.replaced(include_path=str(Path(tasks.include_path).absolute()))
+    return study.replaced(
         base=absolute(study.base),
         arms={name: absolute(changes) for name, changes in study.arms.items()},
         trunks={name: absolute(changes) for name, changes in study.trunks.items()},

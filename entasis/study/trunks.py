@@ -45,7 +45,7 @@ def without_trunk(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in recipe.items() if k != "start" or named_in(recipe) is None}
 
 
-def check(trunks: Sequence[str], starts: Mapping[str, str | None], where: str) -> None:
+def check(trunks: Sequence[str], starts: Mapping[str, str | None]) -> None:
     """Refuses trunks that are not known, that start from one below them, or that nothing starts from.
 
     `starts` says of each arm and trunk which trunk it starts from. Raises `UserError`.
@@ -54,10 +54,10 @@ def check(trunks: Sequence[str], starts: Mapping[str, str | None], where: str) -
         known = trunks[: trunks.index(name)] if name in trunks else trunks
         if start is not None and start not in known:
             advice = advise(start, known) if known else "the study has no trunk above it"
-            raise UserError(f"{where}: {name} starts from the trunk {start!r}, which is not known; {advice}")
+            raise UserError(f"{name} starts from the trunk {start!r}, which is not known; {advice}")
     if idle := [name for name in trunks if name not in starts.values()]:
         raise UserError(
-            f"{where}: nothing starts from the trunk {idle[0]}; write start: {{from: {{trunk: {idle[0]}}}}} in an arm"
+            f"nothing starts from the trunk {idle[0]}; write start: {{from: {{trunk: {idle[0]}}}}} in an arm"
         )
 
 

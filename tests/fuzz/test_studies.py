@@ -7,7 +7,7 @@ from driver import changed, changes, damaged, damages
 from hypothesis import strategies as st
 
 from entasis.errors import UserError
-from entasis.study import config, plan
+from entasis.study import plan, study_files
 
 STUDY = {
     "base": {"tokens": "2k", "data": {"train": "c/train", "validation": "c/validation", "sequence": 32},
@@ -34,7 +34,7 @@ def test_studies(fuzz, memory):
         broken = isinstance(edits[0][0], str)
         file.write_bytes(damaged(content, edits) if broken else json.dumps(changed(STUDY, edits)).encode())
         try:
-            plan.solve(config.read(file), 257)  # all of `study plan` but the machine's speed
+            plan.solve(study_files.read(file), 257)  # all of `study plan` but the machine's speed
         except UserError as error:
             assert "\n" not in str(error)
             return False

@@ -95,7 +95,7 @@ def write(folder: Path, corpus: Path, **changes: Any) -> Path:
         ({"odd": {"batch.tokens": 288}}, ["params"], "odd trains on 2,016 tokens in batches of 288"),
         ({"longer": {"tokens": 4096}}, ["flops"], "longer sets tokens, but under flops its length follows from plain"),
         ({"longer": {"tokens": 2048}}, ["time"], "longer sets tokens, but under time its length"),
-        ({"staged": {"stages": [{"tokens": 2048}]}}, ["flops"], "staged sets the tokens of its stages"),
+        ({"staged": {"stages": [{"tokens": 2048}]}}, ["time"], "staged sets the tokens of its stages"),
     ],
 )  # fmt: skip
 def test_an_arm_of_another_length_is_refused(

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from entasis.errors import UserError
-from entasis.study import config
+from entasis.study import config, study_files
 
 
 def source(**changes: Any) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def source(**changes: Any) -> dict[str, Any]:
 
 
 def read(**changes: Any) -> config.Study:
-    return config.from_dict(source(**changes), name="s")
+    return study_files.from_dict(source(**changes), name="s")
 
 
 def test_defaults() -> None:
@@ -37,13 +37,24 @@ def test_defaults() -> None:
         ({"protocols": ["parameters"]}, "protocols holds 'parameters'; use params, flops, time"),
         ({"margin": "wide"}, "margin is 'wide'; it must be a number above 0"),
         ({"margin": -1}, "margin is -1"),
-        ({"learning_rate": "tuned"}, "learning_rate is 'tuned'; use shared or mup"),
+        ({"learning_rate": "tuned"}, "learning_rate is 'tuned'; it must be shared or mup"),
         ({"sweep": [1]}, "sweep.multipliers is"),
         ({"threads": 0}, "threads is 0"),
+        ({"tolerance": "wide"}, "tolerance is 'wide'; write a share such as 0.05 or 5%"),
+        ({"hours": "2h"}, "hours is '2h'; it must be a number above 0"),
+        (
+            {"corpora": {"c": {"sources": ["x"], "tokenizer": "t", "limit": "lots"}}},
+            "corpora.c.limit is 'lots'; write a num",
+        ),
+        ({"downstream": {"tasks": []}}, r"downstream.tasks is \[\]"),
+        ({"sweep": {"multipliers": [1, 2], "seeds": [1]}}, "sweep.seeds holds 1, a seed of the study too"),
         ({"arms": {"a/b": {}}}, "arm 'a/b' names a folder"),
         ({"corpora": {"c": {}}}, "corpora.c: sources is missing"),
         ({"corpora": {"c": {"sources": ["x"]}}}, "give either tokenizer"),
-        ({"corpora": {"c": {"sources": ["x"], "train_tokeniser": 9}}}, "did you mean train_tokenizer"),
+        (
+            {"corpora": {"c": {"sources": ["x"], "train_tokeniser": 9}}},
+            r"unknown key corpora.c.train_tokeniser; did you mean corpora.c.train_tokenizer\?",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(changes: dict[str, Any], message: str) -> None:
@@ -54,24 +65,26 @@ def test_mistakes_are_named_in_one_line(changes: dict[str, Any], message: str) -
 
 def test_unknown_study_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean quickstart"):
-        config.read("quickstrat")
+        study_files.read("quickstrat")
 
 
 def test_shipped_studies_are_valid_and_survive_writing(tmp_path: Path) -> None:
-    assert "quickstart" in config.shipped()
-    for name in config.shipped():
-        text = Path(config.__file__).parent.joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
+    assert "quickstart" in study_files.shipped()
+    for name in study_files.shipped():
+        text = (
+            Path(study_files.__file__).parent.joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
+        )
         sizes = list(yaml.safe_load(text).get("sizes") or ["nano", "small", "paper"])
         sizes = sizes if "\nsizes:" in text or "\nextends:" in text else [None]
         for size in sizes:
-            study = config.read(name, size=size)
+            study = study_files.read(name, size=size)
             stored = tmp_path / f"{name}.yaml"
             stored.write_text(study.to_yaml(), encoding="utf-8")
-            assert config.read(stored) == study
+            assert study_files.read(stored) == study
 
 
 def test_the_wrongly_typed_study_is_the_paper_s_but_for_its_data() -> None:
-    right, wrong = (config.read(n, size="nano") for n in ("crown-paper", "crown-paper-typed-wrong"))
+    right, wrong = (study_files.read(n, size="nano") for n in ("crown-paper", "crown-paper-typed-wrong"))
     assert wrong.corpora["mistyped"].copy_of == "prose" and wrong.corpora["prose"] == right.corpora["prose"]
     assert (wrong.arms, wrong.seeds, wrong.margin) == (right.arms, right.seeds, right.margin)
     data = wrong.base.pop("data")
@@ -80,13 +93,15 @@ def test_the_wrongly_typed_study_is_the_paper_s_but_for_its_data() -> None:
     assert wrong.base == right.base
     corpora = {"bad": {"copy_of": "good", "corruption": "int32-read-as-uint16"}}
     with pytest.raises(UserError, match="a corpus above it"):
-        config.from_dict(source(corpora=corpora), name="s")
-    with pytest.raises(UserError, match=r"unknown key spoilt; it is called copy_of now"):
-        config.from_dict(source(corpora={"bad": {"spoilt": "good", "danger": "x"}}), name="s")
+        study_files.from_dict(source(corpora=corpora), name="s")
+    with pytest.raises(
+        UserError, match=r"unknown key corpora.bad.spoilt; it is called corpora.bad.copy_of now"
+    ):
+        study_files.from_dict(source(corpora={"bad": {"spoilt": "good", "danger": "x"}}), name="s")
     with pytest.raises(
         UserError, match="extends is 'quickstrat', not a shipped study; did you mean quickstart"
     ):
-        config.from_dict(source() | {"extends": "quickstrat"}, name="s")
+        study_files.from_dict(source() | {"extends": "quickstrat"}, name="s")
 
 
 def test_dot_keys_change_a_copy() -> None:
@@ -98,9 +113,9 @@ def test_dot_keys_change_a_copy() -> None:
 
 def test_sizes_change_the_base_and_replace_the_rest() -> None:
     sizes = {"nano": {"base": {"tokens": "10k"}, "seeds": 5}, "small": {"base": {"tokens": "10M"}}}
-    study = config.from_dict(source(sizes=sizes), name="s", size="nano")
+    study = study_files.from_dict(source(sizes=sizes), name="s", size="nano")
     assert (study.name, study.base["tokens"], study.seeds) == ("s-nano", "10k", [0, 1, 2, 3, 4])
     with pytest.raises(UserError, match="choose a --size: nano, small"):
         read(sizes=sizes)
     with pytest.raises(UserError, match="no size 'huge'; it has nano, small"):
-        config.from_dict(source(sizes=sizes), name="s", size="huge")
+        study_files.from_dict(source(sizes=sizes), name="s", size="huge")

@@ -7,7 +7,7 @@ import torch
 
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
-from entasis.study import config, plan
+from entasis.study import plan, study_files
 from entasis.study.plan import Findings
 from entasis.train import optimizers, recipe
 from entasis.train.resolve import resolve
@@ -42,7 +42,7 @@ def planned(arms: dict[str, Any], learning_rate: str = "mup", **optimizer: Any) 
         "learning_rate": learning_rate,
         "seeds": 1,
     }  # fmt: skip
-    study = config.from_dict(source, name="widths")
+    study = study_files.from_dict(source, name="widths")
     grid = plan.lay_out(study, plan.solve(study), Findings()).grid["flops"]
     return {arm: runs[0].recipe for arm, runs in grid.items()}
 

@@ -1,13 +1,12 @@
 """Studies that grow: which folder takes which study, and what is planned anew. Nothing is trained here."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from entasis.errors import UserError
-from entasis.study import config, growth
+from entasis.study import growth, study_files
 from entasis.study.config import Study
 from entasis.study.plan import Findings, lay_out, solve
 from entasis.study.stopping import Until
@@ -25,7 +24,7 @@ def study(**changes: Any) -> Study:
         "arms": {"plain": {}, "slope": {"shape.profile": "vanilla"}},
         "seeds": 3,
     } | changes  # fmt: skip
-    return config.from_dict(plain, name="s")
+    return study_files.from_dict(plain, name="s")
 
 
 @pytest.fixture
@@ -152,13 +151,13 @@ def test_a_study_file_keeps_its_controls(tmp_path: Path) -> None:
     s = study(arms={"plain": {}, "half": {"control": True}})
     growth.begin(s, tmp_path / "s")
     assert growth.stored(tmp_path / "s") == s
-    assert dataclasses.replace(s, controls=[]) != s
+    assert s.replaced(controls=[]) != s
 
 
-@pytest.mark.parametrize("name", config.shipped())
+@pytest.mark.parametrize("name", study_files.shipped())
 def test_shipped_studies_have_a_control_at_every_size(name: str) -> None:
     for size in [None] if name == "quickstart" else ["nano", "small", "paper"]:
-        s = config.read(name, size=size)
+        s = study_files.read(name, size=size)
         assert s.controls
         arms = solve(s, 50_304)
         assert sum(arms[s.controls[0]].stage_tokens) == pytest.approx(

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from entasis.errors import UserError
-from entasis.study import config, machine, runner
+from entasis.study import config, machine, runner, study_files
 from entasis.study.executors import launchers
 from entasis.study.executors.launchers import State, failure_note
 from entasis.study.plan import Findings, lay_out, solve
@@ -43,7 +43,7 @@ def study_of(text: Path, **changes: Any) -> config.Study:
         "seeds": 1,
         "threads": 1,
     }  # fmt: skip
-    return config.from_dict(source | changes, name="s")
+    return study_files.from_dict(source | changes, name="s")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from entasis.study import config, machine, plan
+from entasis.study import config, machine, plan, study_files
 from entasis.study.executors import launchers
 from entasis.train.candidates import Measured, Settings
 
@@ -24,7 +24,7 @@ def study(**changes: Any) -> config.Study:
         "seeds": 2,
         "threads": 1,
     }  # fmt: skip
-    return config.from_dict(source | changes, name="s")
+    return study_files.from_dict(source | changes, name="s")
 
 
 def timed(precision: Any, attention: Any, seconds: float) -> dict[str, Any]:

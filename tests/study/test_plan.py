@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from entasis.errors import UserError
-from entasis.study import config, plan
+from entasis.study import config, plan, study_files
 from entasis.study.plan import Findings
 from entasis.train import recipe
 from entasis.train.resolve import resolve
@@ -24,11 +24,11 @@ def study(**changes: Any) -> config.Study:
         },
         "arms": {"plain": {}, "crown": {"shape.profile": "crown"}, "deep": {"shape.layers": 10, "shape.d_model": 48}},
     }  # fmt: skip
-    return config.from_dict(source | changes, name="s")
+    return study_files.from_dict(source | changes, name="s")
 
 
 def test_quickstart_meets_its_budget_within_half_a_percent() -> None:
-    arms = plan.solve(config.read("quickstart"))
+    arms = plan.solve(study_files.read("quickstart"))
     assert list(arms) == ["isotropic", "crown", "half"]
     sizes = [arm.parameters for arm in arms.values()]
     assert max(sizes) / min(sizes) < 1.005

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from entasis.study import config, runner, throughput
+from entasis.study import runner, study_files, throughput
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 TASK = """
@@ -40,7 +40,7 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     ]
     (tmp_path / "tasks/data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks/two.yaml").write_text(TASK % (tmp_path / "tasks/data.jsonl"))
-    study = config.from_dict(
+    study = study_files.from_dict(
         {
             "base": {
                 "shape": {"profile": "isotropic", "layers": 4, "d_model": 32, "head_dim": 8, "budget": "90k",

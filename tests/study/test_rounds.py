@@ -15,7 +15,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from entasis.study import config, runner
+from entasis.study import runner, study_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
 
@@ -45,7 +45,7 @@ def source(**changes: Any) -> dict[str, Any]:
 
 def run(folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
     out = io.StringIO()
-    study = config.from_dict(source(**changes), name="s")
+    study = study_files.from_dict(source(**changes), name="s")
     return runner.run(study, folder, Console(file=out, width=160)), out.getvalue()
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from entasis.errors import UserError
 from entasis.files import SEAL
-from entasis.study import compare, config, machine, runner
+from entasis.study import compare, machine, runner, study_files
 from entasis.study.executors import launchers, local
 from entasis.study.executors.launchers import State, Watcher
 from entasis.study.executors.worker import Place
@@ -68,7 +68,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """A study run to its end: (folder, verdict, what was printed)."""
     folder = tmp_path_factory.mktemp("study") / "s"
     out = io.StringIO()
-    study = config.from_dict(source(text), name="s")
+    study = study_files.from_dict(source(text), name="s")
     verdict = runner.run(study, folder, Console(file=out, width=160))
     runner.summary(verdict, Console(file=out, width=160))
     return folder, verdict, out.getvalue()
@@ -153,7 +153,7 @@ def test_a_finished_study_answers_from_what_is_there_even_when_moved(
 def test_another_study_is_kept_out(
     finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
 ) -> None:
-    other = config.from_dict(source(text, margin=0.5), name="s")
+    other = study_files.from_dict(source(text, margin=0.5), name="s")
     with pytest.raises(UserError, match=r"holds another study: margin is 0\.01 there and 0\.5 here"):
         runner.run(other, finished[0], Console(file=io.StringIO()))
     (tmp_path / "letter.txt").write_text("mine")
@@ -179,7 +179,7 @@ def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
     arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}}
     plain = source(text, arms=arms, seeds=1)
     plain["base"] = {**plain["base"], **LONG}
-    study = config.from_dict(plain, name="s")
+    study = study_files.from_dict(plain, name="s")
     with local.pool_of([Place("cpu-0", 1)]) as pool:
         machine.settle(study, tmp_path, solve(study), pool)
     study = machine.applied(study, tmp_path)
@@ -245,7 +245,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
     plain = source(text, arms={"plain": {}}, seeds=1)
     plain["base"] = {**plain["base"], **LONG}
-    study = config.from_dict(plain, name="s")
+    study = study_files.from_dict(plain, name="s")
     with local.pool_of([Place("cpu-0", 1)]) as pool:
         machine.settle(study, tmp_path, solve(study), pool)
     study = machine.applied(study, tmp_path)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from entasis import cli
 from entasis.errors import UserError
-from entasis.study import config, plan, trunks
+from entasis.study import config, plan, study_files, trunks
 from entasis.study.plan import Findings
 
 LAYERS = [{"n_heads": 4, "n_kv_heads": 4, "d_ff": 64}] * 4
@@ -42,7 +42,7 @@ def source(**changes: Any) -> dict[str, Any]:
 
 
 def study(**changes: Any) -> config.Study:
-    return config.from_dict(source(**changes), name="s")
+    return study_files.from_dict(source(**changes), name="s")
 
 
 def test_equal_flops_stretch_the_last_stage_and_count_the_trunk() -> None:
