@@ -14,7 +14,7 @@ from entasis.progress import duration
 from entasis.report import charts, silhouettes
 from entasis.report.page import Page
 from entasis.report.tables import Column, Table
-from entasis.study import analysis, downstream, results, trajectory
+from entasis.study import analysis, downstream, results, trajectory, validation_curves
 from entasis.study.analysis import Verdict
 from entasis.study.config import Study
 from entasis.study.plan import Plan, PlannedRun
@@ -38,21 +38,15 @@ def write(
         page.section(heading, *_differences(page, study, verdict, protocol, folder))
     if done:
         page.section("Loss as training goes", *_curves(page, study, plan, done, folder))
+        held_out = validation_curves.section(page, done, _order(study, done), folder)
+        if study.downstream:
+            held_out += _downstream(page, study, plan, folder)
+        if held_out:
+            page.section("Held-out text and tasks" if study.downstream else "Held-out text", *held_out)
     for protocol in study.protocols:
         page.section(
             f"Cost: {EQUAL[protocol][0].lower()}{EQUAL[protocol][1:]}",
             *_cost(page, study, verdict, protocol, folder),
-        )
-    if study.downstream:
-        table = downstream.table(
-            plan.grid[study.protocols[0]], results.outcomes(folder, plan.runs), study.baseline
-        )
-        page.section(
-            "Downstream tasks",
-            page.table(_save(table, folder, "downstream")),
-            page.note(
-                "By lm-eval. Higher is better for acc, lower for perplexities; no part of the verdict."
-            ),
         )
     if study.sweep:
         page.section("Learning rates", *_sweep(page, study, prepared, folder))
@@ -187,8 +181,7 @@ def _curves(page: Page, study: Study, plan: Plan, done: list[Outcome], folder: P
     rows = [point for o in done for point in _curve(plan, o)]
     # The first steps fall from the logarithm of the vocabulary; what differs comes after.
     settled = [row["loss"] for row in rows if row["place"] > 0.1]
-    order = list(dict.fromkeys(_label(o) for o in done))
-    order.sort(key=lambda label: list(study.arms).index(label.split("@")[0]))
+    order = _order(study, done)
     kinds = {"tokens": "tokens", "FLOPs": "training FLOPs", "seconds": "seconds of training"}
     shown = {}
     for name, title in kinds.items():
@@ -220,8 +213,18 @@ def _curves(page: Page, study: Study, plan: Plan, done: list[Outcome], folder: P
     return blocks
 
 
-def _label(o: Outcome) -> str:
-    return o.run.folder.split("/")[1]
+def _order(study: Study, done: list[Outcome]) -> list[str]:
+    """Labels of runs, in the order of the arms."""
+    labels = dict.fromkeys(o.label for o in done)
+    return sorted(labels, key=lambda label: list(study.arms).index(label.split("@")[0]))
+
+
+def _downstream(page: Page, study: Study, plan: Plan, folder: Path) -> list[str]:
+    table = downstream.table(
+        plan.grid[study.protocols[0]], results.outcomes(folder, plan.runs), study.baseline
+    )
+    said = "Downstream tasks, by lm-eval. Higher is better for acc, lower for perplexities; no part of the verdict."
+    return [page.table(_save(table, folder, "downstream")), page.note(said)]
 
 
 def _curve(plan: Plan, o: Outcome) -> list[dict[str, Any]]:
@@ -233,7 +236,7 @@ def _curve(plan: Plan, o: Outcome) -> list[dict[str, Any]]:
     price = o.run.flops / o.run.tokens
     return [
         {
-            "arm": _label(o),
+            "arm": o.label,
             "seed": f"seed {o.run.seed}",
             "tokens": metrics[s[-1]]["tokens"],
             "flops": metrics[s[-1]]["tokens"] * price,

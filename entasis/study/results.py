@@ -29,6 +29,11 @@ class Outcome:
     result: dict[str, Any]
 
     @property
+    def label(self) -> str:
+        """Its arm, with the protocol where that made another run of it."""
+        return self.run.folder.split("/")[1]
+
+    @property
     def bits_per_byte(self) -> float:
         """On the held-out corpus, after the last step."""
         return float(self.result["validation"]["bits_per_byte"])
