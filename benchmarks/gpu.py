@@ -28,9 +28,8 @@ from common import write
 from steps import Stepper
 
 from entasis.shape import cost
-from entasis.shape.presets import preset
 from entasis.shape.shapes import ModelShape
-from entasis.shape.specification import resolve
+from entasis.shape.specification import preset, resolve
 from entasis.train import device as devices
 
 HERE = Path(__file__).parent

@@ -18,9 +18,8 @@ from itertools import pairwise
 
 from entasis.shape import cost
 from entasis.shape.activations import layer_bytes_per_token
-from entasis.shape.presets import preset
 from entasis.shape.shapes import ModelShape
-from entasis.shape.specification import resolve
+from entasis.shape.specification import preset, resolve
 
 # One H200 SXM in a machine of eight, from datasheets; bytes per second are in one direction.
 MEMORY, HBM = 141e9, 4.8e12

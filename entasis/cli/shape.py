@@ -287,7 +287,7 @@ def read_shape(name: str) -> Solution:
         return specification.resolve(source)
     if "=" in name:
         return specification.resolve(read_pairs(split_pairs(name)))
-    return Solution(presets.preset(name))
+    return Solution(specification.preset(name))
 
 
 def _label(name: str) -> str:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from entasis.registry import Registry
 from entasis.shape import interfaces
 from entasis.shape.shapes import LayerShape, ModelShape
 
-PRESETS: Registry[Callable[[], ModelShape]] = Registry("shape: preset")
-
-
-def preset(name: str) -> ModelShape:
-    """The shape of a published model. Raises `UserError` for an unknown name, with the nearest."""
-    return PRESETS.find(name)()
+PRESETS: Registry[Mapping[str, Any] | ModelShape] = Registry("shape: preset")
+"""A specification (`entasis.shape.specification.preset` resolves it) or, where all layers are equal, the shape itself."""
 
 
 def names() -> list[str]:
     """All presets."""
     return list(PRESETS)
-
-
-def _designed(**source: Any) -> Callable[[], ModelShape]:
-    def build() -> ModelShape:
-        from entasis.shape.specification import resolve
-
-        return resolve(source).shape
-
-    return build
 
 
 # Crown, Frame, Reverse (2509.06518): published table and the authors' code. Heads in groups of 3 per KV head.
@@ -53,7 +40,7 @@ for _name, _profile, _layers, _ffn, _heads in (
     ("reverse-18", "reverse", 18, {"start": 4.0, "end": 0.5}, {"start": 1.0, "end": 0.5}),
     ("crown-18", "crown", 18, {}, {}),
 ):
-    PRESETS[f"crown-paper/{_name}"] = _designed(
+    PRESETS[f"crown-paper/{_name}"] = dict(
         profile=_profile, layers=_layers, ffn_multipliers=_ffn, head_multipliers=_heads, **_CROWN
     )
 
@@ -64,21 +51,21 @@ for _size, _layers, _width, _head_dim in (
     ("1.1b", 28, 2048, 64),
     ("3b", 36, 3072, 128),
 ):
-    PRESETS[f"openelm/{_size}"] = _designed(
-        profile="vanilla",
-        layers=_layers,
-        d_model=_width,
-        head_dim=_head_dim,
-        ffn_multipliers={"start": 0.5, "end": 4.0},
-        vocabulary=32_000,
-        tied_embeddings=True,
-        qk_norm="head",
-        norm_eps=1e-6,
-        q_per_kv=4,
-        rounding="corenet",
-    )
+    PRESETS[f"openelm/{_size}"] = {
+        "profile": "vanilla",
+        "layers": _layers,
+        "d_model": _width,
+        "head_dim": _head_dim,
+        "ffn_multipliers": {"start": 0.5, "end": 4.0},
+        "vocabulary": 32_000,
+        "tied_embeddings": True,
+        "qk_norm": "head",
+        "norm_eps": 1e-6,
+        "q_per_kv": 4,
+        "rounding": "corenet",
+    }
 
-PRESETS["smollm2/135m"] = lambda: ModelShape(
+PRESETS["smollm2/135m"] = ModelShape(
     d_model=576,
     head_dim=64,
     vocabulary=49_152,
@@ -88,7 +75,7 @@ PRESETS["smollm2/135m"] = lambda: ModelShape(
     context=8192,
 )
 
-PRESETS["gpt2/small"] = lambda: ModelShape(
+PRESETS["gpt2/small"] = ModelShape(
     d_model=768,
     head_dim=64,
     vocabulary=50_257,
@@ -119,8 +106,8 @@ _CONSTRUCTIVE: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def _constructive(n: int, interface: dict[str, Any]) -> Callable[[], ModelShape]:
-    return lambda: ModelShape(
+def _constructive(n: int, interface: dict[str, Any]) -> ModelShape:
+    return ModelShape(
         d_model=1024,
         head_dim=32,
         vocabulary=65_536,

@@ -21,6 +21,7 @@ from entasis.configuration import Settings, parse
 from entasis.errors import UserError
 from entasis.registry import advise
 from entasis.shape import profiles, rounding
+from entasis.shape.presets import PRESETS
 from entasis.shape.shapes import MOST, MOST_LAYERS, LayerShape, ModelShape
 from entasis.shape.solve import MEASURES, Budget, Silhouette, Solution, flattened, nearest
 
@@ -82,8 +83,6 @@ def resolve(source: Mapping[str, Any]) -> Solution:
         if key not in known:
             raise UserError(f"shape: unknown key {key!r}; {advise(key, known)}")
     if "preset" in source:
-        from entasis.shape.presets import preset
-
         for key in source:
             if key in DESIGN or key == "layers":
                 raise UserError(f"shape: {key} cannot be combined with preset; name a profile instead")
@@ -94,6 +93,12 @@ def resolve(source: Mapping[str, Any]) -> Solution:
                 raise UserError(f"shape: {key} cannot be combined with an explicit list of layers")
         return Solution(ModelShape.from_dict(source))
     return _design(source)
+
+
+def preset(name: str) -> ModelShape:
+    """The shape of a published model. Raises `UserError` for an unknown name, with the nearest."""
+    found = PRESETS.find(name)
+    return found if isinstance(found, ModelShape) else resolve(found).shape
 
 
 _NULLABLE = {"rope_scaling", "attention_scale"}

@@ -91,14 +91,16 @@ def tasks(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_scores_equal_lm_evals_own_model(model, tasks):
+def test_scores_equal_lm_evals_own_model(model, tasks, tmp_path, monkeypatch, capfd):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     from entasis.evaluate import harness
 
     names = ["next_line", "whole_text", "go_on"]
+    monkeypatch.chdir(tmp_path)  # which is no repository, and nobody need hear of it
     ours = harness.run(entasis.load(model / "ours"), names, include_path=str(tasks))
+    assert "fatal" not in capfd.readouterr().err
     theirs = lm_eval.simple_evaluate(
         model=HFLM(pretrained=str(model / "hf"), device="cpu", dtype="float32", batch_size=4, max_length=256),
         tasks=names,

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from entasis.errors import UserError
-from entasis.shape import cost, presets, profiles
+from entasis.shape import cost, profiles, specification
 from entasis.shape.rounding import make_divisible, policy
 
 HEADS = {
@@ -39,7 +39,7 @@ MILLIONS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_the_papers_models_come_out_as_published(name):
-    shape = presets.preset(f"crown-paper/{name}")
+    shape = specification.preset(f"crown-paper/{name}")
     assert [x.n_heads for x in shape.layers] == HEADS[name]
     assert [x.n_kv_heads for x in shape.layers] == [h // 3 for h in HEADS[name]]
     assert [x.d_ff for x in shape.layers] == [int(x) for x in FFN[name].split()]
@@ -51,7 +51,7 @@ def test_the_papers_models_come_out_as_published(name):
 
 
 def test_openelm_270m_comes_out_as_published():
-    shape = presets.preset("openelm/270m")
+    shape = specification.preset("openelm/270m")
     assert [x.n_heads for x in shape.layers] == [*[12] * 5, *[16] * 7, *[20] * 4]
     assert (shape.layers[0].d_ff, shape.layers[-1].d_ff) == (768, 5120)
     assert round(cost.parameters(shape) / 1e6, 1) == 271.5
@@ -62,13 +62,13 @@ def test_openelm_270m_comes_out_as_published():
     [("smollm2/135m", 134_515_008), ("gpt2/small", 124_439_808)],
 )
 def test_uniform_presets_have_their_published_counts(name, parameters):
-    assert cost.parameters(presets.preset(name)) == parameters
+    assert cost.parameters(specification.preset(name)) == parameters
 
 
 @pytest.mark.parametrize("name", ["450m", "1.1b", "3b"])
 def test_larger_openelm_sizes_are_near_their_names(name):
     billions = {"450m": 0.457, "1.1b": 1.08, "3b": 3.04}[name]
-    assert cost.parameters(presets.preset(f"openelm/{name}")) / 1e9 == pytest.approx(billions, rel=2e-3)
+    assert cost.parameters(specification.preset(f"openelm/{name}")) / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
 def test_the_two_rules_differ_exactly_at_nine_tenths():

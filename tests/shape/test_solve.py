@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entasis.errors import UserError
-from entasis.shape import cost, presets, solve
+from entasis.shape import cost, solve, specification
 from entasis.shape.specification import resolve
 
 SMALL = {"layers": 8, "d_model": 128, "head_dim": 16, "vocabulary": 4096, "tied_embeddings": True}
@@ -96,7 +96,7 @@ def test_depth_and_width_are_found_when_left_out(missing):
 @pytest.mark.parametrize("name", ["crown-paper/crown-18", "openelm/270m", "crown-paper/vanilla-12"])
 @pytest.mark.parametrize("kind", ["parameters", "flops_per_token"])
 def test_the_isotropic_model_of_equal_cost_is_equal_and_isotropic(name, kind):
-    shape = presets.preset(name)
+    shape = specification.preset(name)
     solution = solve.isotropic_of_equal_cost(shape, kind)
     assert solution.shape.uniform
     assert (solution.shape.n_layers, solution.shape.d_model) == (shape.n_layers, shape.d_model)
