@@ -39,25 +39,28 @@ def every(module) -> list[str]:
     return [name for name, _ in module.named_parameters()]
 
 
+ATTENTION = [f"attention.{role}.weight" for role in ("query", "key", "value", "output")]
+FFN = [f"feedforward.{role}.weight" for role in ("gate", "up", "down")]
+HIDDEN = {
+    *(f"blocks.0.{name}" for name in ATTENTION + FFN),
+    *(f"blocks.1.{name}" for name in ATTENTION),
+    *(f"blocks.2.{name}" for name in FFN),
+}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_weight_decay_spares_vectors_and_embeddings(tied):
     module = model(tied_embeddings=tied)
     built = optimizers.build(module, Optimizer(weight_decay=0.1), every(module))
     decayed = names_where(built, module, lambda _, group: group["weight_decay"] > 0)
-    matrices = {
-        name for name, p in module.named_parameters() if p.ndim == 2 and not name.startswith("embedding.")
-    }
-    assert decayed == matrices
-    assert ("head.weight" in decayed) is not tied
+    assert decayed == (HIDDEN if tied else HIDDEN | {"head.weight"})
 
 
 def test_muon_gets_hidden_matrices_and_adamw_the_rest():
     module = model()
     built = optimizers.build(module, Optimizer(name="muon"), every(module))
     muon = names_where(built, module, lambda rule, _: isinstance(rule, torch.optim.Muon))
-    assert muon == {
-        name for name, p in module.named_parameters() if name.startswith("blocks.") and p.ndim == 2
-    }
+    assert muon == HIDDEN
     rest = names_where(built, module, lambda rule, _: isinstance(rule, torch.optim.AdamW))
     assert rest == set(every(module)) - muon
 

@@ -1,5 +1,6 @@
 """Data order and losses at several world sizes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -66,11 +67,32 @@ def test_gradients_are_sent_while_the_backward_pass_runs(recipe, tmp_path, monke
         assert torch.equal(p.grad, alone), "a sum over one rank is itself, and back in its place"
 
 
+def test_one_process_needs_no_group(recipe, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise AssertionError("a process group")
+
+    for name in ("init_process_group", "all_reduce", "broadcast_object_list"):
+        monkeypatch.setattr(dist, name, refused)
+    joined = []
+    train(recipe(), tmp_path / "run", reporter=lambda event: joined.append(dist.is_initialized()))
+    assert joined and not any(joined)
+    # Under torchrun a single process trains alone too.
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    train(recipe(), tmp_path / "torchrun")
+    assert [r["loss"] for r in records(tmp_path / "run")] == [
+        r["loss"] for r in records(tmp_path / "torchrun")
+    ]
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(recipe, tmp_path):
     """Equal within rounding: two ranks add the same gradients in another order."""
-    train(recipe(), tmp_path / "one")
-    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe()))
+    # Adam's first steps divide a gradient by its own size: one that is zero but for rounding moves its weight by up to lr
+    # either way. A larger eps leaves only the differences that matter.
+    wanted = recipe(tokens=512 * 10, optimizer={"lr": 1e-2, "eps": 1e-5})
+    train(wanted, tmp_path / "one")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(wanted))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += [
         "-m",
@@ -90,8 +112,7 @@ def test_two_processes_train_as_one(recipe, tmp_path):
         timeout=300,
     )
     assert answer.returncode == 0, answer.stderr
-    one, two = (
-        [(r["loss"], r["gradient_norm"]) for r in records(tmp_path / name)] for name in ("one", "two")
-    )
-    assert [x for pair in one for x in pair] == pytest.approx([x for pair in two for x in pair], rel=1e-4)
-    assert answer.stdout.count('"bits_per_byte"') == 1
+    one, two = (records(tmp_path / name) for name in ("one", "two"))
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-6)
+    assert [r["gradient_norm"] for r in one] == pytest.approx([r["gradient_norm"] for r in two], rel=1e-4)
+    assert json.loads(answer.stdout)["steps"] == 10, "one process speaks"

@@ -1,5 +1,6 @@
 """What a run does and leaves; see test_kill_and_resume.py for what interruption leaves."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,9 +8,11 @@ import signal
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from entasis.errors import Damaged, Failure, UserError
+from entasis.model import weights
 from entasis.train import run_folder, stage_runner
 from entasis.train.metrics import records
 from entasis.train.recipe import read
@@ -249,3 +252,39 @@ def test_a_run_s_recipe_leaves_nothing_to_the_machine(recipe, tmp_path):
 def test_flex_attention_is_refused_where_it_cannot_learn(recipe, tmp_path):
     with pytest.raises(UserError, match="attention is flex, which trains on CUDA"):
         train(recipe(attention="flex"), tmp_path)
+
+
+def test_the_same_seed_reads_the_same_text_whatever_the_model(recipe, tmp_path, monkeypatch):
+    """By hashes of the batches that reach the update."""
+    read: dict[str, list[str]] = {}
+    update = stage_runner.StageRunner.update
+
+    def watched(self, batch, *rest):
+        read[now].append(hashlib.sha256(batch.tokens_BT.numpy().tobytes()).hexdigest())
+        return update(self, batch, *rest)
+
+    monkeypatch.setattr(stage_runner.StageRunner, "update", watched)
+    layers = [{"n_heads": 1, "n_kv_heads": 1, "d_ff": 20}] * 3
+    arms = {
+        "plain": {},
+        "other shape": {"shape": {**recipe().shape, "layers": layers}},
+        "other rate": {"optimizer": {"lr": 1e-3}},
+        "other seed": {"seed": 1},
+    }
+    for now, changes in arms.items():
+        read[now] = []
+        train(recipe(**changes), tmp_path / now)
+    assert len(set(read["plain"])) == 8
+    assert read["plain"] == read["other shape"] == read["other rate"]
+    assert not set(read["plain"]) & set(read["other seed"])
+
+
+def test_a_tied_model_is_saved_once_and_loaded_tied(recipe, tmp_path):
+    train(recipe(shape={**recipe().shape, "tied_embeddings": True}), tmp_path / "run")
+    with safe_open(tmp_path / "run" / "model.safetensors", framework="pt") as file:
+        assert "head.weight" not in file.keys() and "embedding.tokens.weight" in file.keys()  # noqa: SIM118
+    model = weights.load(tmp_path / "run")
+    assert model.head_weight is model.embedding.tokens.weight
+    start = {"from": str(tmp_path / "run")}
+    again = train(recipe(shape=None, start=start, tokens=512, optimizer={"lr": 0.0}), tmp_path / "again")
+    assert again["validation"] == json.loads((tmp_path / "run" / "result.json").read_text())["validation"]
