@@ -77,13 +77,13 @@ def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32
     model = weights.load(source, dtype=torch.float32)
     unfolded = _with_table(model)
     request = ExportRequest(source, fold_scales(unfolded), dtype)
-    own = cost.parameters(model.shape)
+    own = cost.parameters(unfolded.shape)
     need = None if to == "padded" else own * DTYPES.get(dtype, torch.int8).itemsize
     with new_folder(output, need=need) as aside:
         written = write(request, aside)
         rows = provenance.read_rows(source)
         answer = {"format": to, "dtype": dtype, "model_parameters": own, **written}
-        (aside / "README.md").write_text(model_card.write(source, model.shape, answer), encoding="utf-8")
+        (aside / "README.md").write_text(model_card.write(source, unfolded.shape, answer), encoding="utf-8")
         (aside / "entasis.json").write_text(
             json.dumps({"shape": model.shape.to_dict(), **answer, "layers": rows}, indent=1) + "\n",
             encoding="utf-8",

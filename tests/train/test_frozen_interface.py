@@ -12,8 +12,11 @@ from entasis.data.tokenizer import from_bytes
 from entasis.data.tokenizer import train as train_tokenizer
 from entasis.errors import UserError
 from entasis.evaluate.loading import load
+from entasis.shape import ModelShape, layout
 from entasis.shape.interfaces import Glyph
 from entasis.train import run as loop
+from entasis.train.resolve import resolve
+from entasis.train.stages import lay_out
 
 GLYPH = {"kind": "glyph", "font": "pillow", "pixels": 12}
 CODED = {"kind": "binary", "stored": True}
@@ -95,11 +98,16 @@ def test_collisions_are_counted(tmp_path, recipe):
     from_bytes().save(tmp_path / "tokenizer.json")
     drawn = glyphs.bitmaps(Glyph(font="pillow", pixels=16), 257, tmp_path / "tokenizer.json")
     shape = with_interface(recipe, {"kind": "glyph", "font": "pillow", "pixels": 16}).shape
-    from entasis.shape import ModelShape
-
     model = ModelShape.from_dict({**shape, "norm": "layernorm"})
     seen = glyphs.insight(model.interface, model, tmp_path / "tokenizer.json")
     assert seen.distinct == len({row.tobytes() for row in drawn})
     assert seen.rank == 32 and seen.distinct_after_norm <= seen.distinct
     table = glyphs.table(model.interface, model, tmp_path / "tokenizer.json")
     assert abs((table**2).sum(1) - 1).max() < 1e-5
+
+
+def test_a_training_plan_leaves_a_frozen_table_alone(recipe):
+    written = with_interface(recipe, {"kind": "random"}, training_plan={"lisa": {"layers": 1}})
+    resolved, shape, _ = resolve(written, 257)
+    names = {name for span in lay_out(resolved, shape) for name in span.trainable}
+    assert names == set(layout.learnable(shape))

@@ -23,7 +23,7 @@ from entasis.configuration import HERE, Count, Settings, Share, parse
 from entasis.errors import UserError
 from entasis.files import read_json
 from entasis.registry import Registry, advise
-from entasis.shape import cost, selectors
+from entasis.shape import cost, layout, selectors
 from entasis.shape.shapes import ModelShape
 
 Measured = Sequence[Sequence[float]]
@@ -176,11 +176,14 @@ def lay_out(
         raise UserError(
             "recipe: training_plan: its measurements take more than half of the run's FLOPs; read fewer tokens"
         )
+    learns = {p.part for p in layout.parameters(shape) if not p.frozen}
+    # A frozen interface has none that could.
+    always = [term for term in plan.always if term != "embedding" or term in learns]
     result: list[dict[str, Any]] = []
     done = share = 0.0
     for phase in plan.phases(shape.n_layers, steps, seed, measured):
         layers = [f"blocks[{','.join(map(str, phase.layers))}]"] if phase.layers else []
-        trainable = "all" if phase.everything else [*plan.always, *layers]
+        trainable = "all" if phase.everything else [*always, *layers]
         each, end = 1.0, float(steps)
         if plan.spend == "flops":
             names = selectors.select(shape, trainable, where="recipe: training_plan: always")
