@@ -18,6 +18,7 @@ import argparse
 import functools
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entasis import progress
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     planned = plan_growth(args.model, operators)
     if args.dry_run:
         return _tell(planned, args, None)
+    if args.text and not (Path(args.model) / "tokenizer.json").is_file():
+        raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
     with progress.bars("numbers") as advance:
         growing, fitting = (functools.partial(advance, what) for what in ("growing", "fitting"))
         done = grow_folder(
@@ -135,10 +138,7 @@ def _losses(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for when, folder in (("before", args.model), ("after", args.folder)):
         loaded = load(folder)
-        if loaded.tokenizer is None:
-            raise UserError(
-                f"{folder}: has no tokenizer.json, so no text can be scored; the model is written"
-            )
+        assert loaded.tokenizer is not None, "looked at before"
         with corpus_of(args.text, loaded.tokenizer) as corpus, progress.bars("tokens") as advance:
             told = functools.partial(advance, f"loss {when}")
             found = score(loaded, corpus, sequence=args.sequence, tokens=args.tokens, progress=told)

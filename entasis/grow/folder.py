@@ -106,7 +106,7 @@ def grow_folder(
             last = number == len(operators) - 1
             target = aside if last else aside / f"step-{number}"
             target.mkdir(exist_ok=True)
-            _apply(before, target, operator, Init(seed), source, progress)
+            _apply(before, target, operator, Init(seed), _home(source), progress)
             if operator.diagnostics:
                 diagnostics[growth.name_of(operator)] = operator.diagnostics
             if before != source:
@@ -133,6 +133,11 @@ def _apply(
     total = sum(torch.Size(size).numel() for _, size in described.values())
     tensors = _watched(operator.weights(plan, stored.read, init), growth.name_of(operator), total, progress)
     weights_writer.write(target / weights.WEIGHTS, described, tensors, weights.hashes_beside(target))
+
+
+def _home(source: Path) -> Path:
+    """Where the tokenizer lies: a checkpoint's with its run."""
+    return source.parent.parent if source.resolve().parent.name == "checkpoints" else source
 
 
 def _describe(stored: StoredWeights, plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -123,6 +123,17 @@ def test_a_grown_folder_knows_its_newest_layers(growing, recipe, tmp_path):
     assert not torch.equal(first["blocks.2.feedforward.up.weight"], last["blocks.2.feedforward.up.weight"])
 
 
+def test_a_kept_checkpoint_grows_with_its_run_s_tokenizer(growing, tmp_path):
+    kept = {"every": 1, "keep_every": 1}
+    stages = [{"tokens": 512}, {**grown("llama_pro", after=[0]), "tokens": 512}]
+    train(growing(*stages, checkpoint=kept), tmp_path / "run")
+    source = tmp_path / "run/checkpoints/step-00000002"
+    assert main(["grow", str(source), str(tmp_path / "more"), "--operator", "append_last", "count=1"]) == 0
+    assert (tmp_path / "more/tokenizer.json").read_bytes() == (tmp_path / "run/tokenizer.json").read_bytes()
+    told = json.loads((tmp_path / "more/provenance.json").read_text())
+    assert [row["id"] for row in told["layers"]] == [0, 3, 1, 2, 4]
+
+
 @pytest.mark.parametrize("operator", ["average", "lesa", "lesa_ridge", "aligned_lesa"])
 def test_a_run_that_starts_from_weights_grows_before_its_first_step(growing, recipe, tmp_path, operator):
     shape = {**recipe().shape, "layers": EQUAL[:1] * 5}
