@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from entasis.study import config, machine, plan, study_files
-from entasis.study.executors import launchers
+from entasis.study.executors import launchers, local
 from entasis.train.candidates import Measured, Settings
 
 SHAPE = {"profile": "isotropic", "budget": "40k", "layers": 4, "d_model": 32, "head_dim": 8,
@@ -129,3 +129,12 @@ def test_a_plan_times_every_shape_in_workers_and_imports_no_torch(tmp_path: Path
     # Runs that are the same work take the same time; a run of a thousand steps takes no less than a millisecond each.
     assert seconds["plain"] == seconds["faster"] > 1.0
     assert timed["hours"] * 3600 == pytest.approx(2 * sum(seconds.values()) / timed["at_once"])
+
+
+def test_threads_that_the_user_has_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert [place.threads for place in local.places(None)] == [2, 2]
+    assert [place.threads for place in local.places(1)] == [1, 1, 1, 1]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert [place.threads for place in local.places(None)] == [4]
