@@ -35,5 +35,5 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         assert not cell.get("outputs")
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), "docs/first-study.ipynb", "exec"), names)
-    assert names["verdict"]["protocols"]["params"]["arms"]["crown"]["difference"]
+    assert names["verdict"]["protocols"]["params"]["arms"]["vanilla"]["difference"]
     assert (tmp_path / "studies/first/report.html").is_file()
