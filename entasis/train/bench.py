@@ -32,7 +32,7 @@ from entasis.model.attention import attention_mask
 from entasis.model.transformer import Transformer
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
-from entasis.train import auto_settings, metrics, run_folder, stages
+from entasis.train import auto_settings, metrics, optimizers, run_folder, stages
 from entasis.train import device as devices
 from entasis.train import recipe as recipes
 from entasis.train.recipe import Recipe
@@ -259,11 +259,7 @@ class _Walk:
         return times
 
     def update(self, rules: list[torch.optim.Optimizer]) -> None:
-        learning = [p for p in self.model.parameters() if p.grad is not None]
-        torch.nn.utils.clip_grad_norm_(learning, 1.0)
-        for rule in rules:
-            rule.step()
-            rule.zero_grad(set_to_none=True)
+        optimizers.update(self.model.parameters(), rules, max_grad_norm=1.0)
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         self.wait()

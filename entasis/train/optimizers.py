@@ -15,7 +15,7 @@ decay, by its own fan-in and under Muon its fan-out (`entasis.model.parametrisat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -73,3 +73,25 @@ def build(
     if groups["muon"]:
         result.append(Muon(groups["muon"], lr=recipe.lr, dtype=dtype))
     return result
+
+
+def update(
+    parameters: Iterable[nn.Parameter],
+    optimizers: Iterable[torch.optim.Optimizer],
+    *,
+    max_grad_norm: float | None,
+    norm: torch.Tensor | None = None,
+) -> None:
+    """Shortens a gradient that is too long, updates, and forgets the gradients.
+
+    `norm` is that of all gradients together, where it is known already.
+    """
+    trained, optimizers = [p for p in parameters if p.grad is not None], list(optimizers)
+    if max_grad_norm is not None:
+        if norm is None:
+            norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
+    for optimizer in optimizers:
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)

@@ -214,12 +214,9 @@ class StageRunner:
 
     def step(self, norm: torch.Tensor) -> None:
         """Shortens a gradient that is too long, updates, and forgets the gradients."""
-        if self.span.optimizer.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.trainable, self.span.optimizer.max_grad_norm, norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        optimizers.update(
+            self.trainable, self.optimizers, max_grad_norm=self.span.optimizer.max_grad_norm, norm=norm
+        )
 
     def lr_factor(self, step: int) -> float:
         """What the schedule multiplies the learning rate by."""

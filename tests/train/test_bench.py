@@ -1,10 +1,12 @@
 import json
+import time
 
 import pytest
 import torch
 
 from entasis.cli import main
 from entasis.errors import UserError
+from entasis.model.block import Block
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape import cost
@@ -60,6 +62,21 @@ def test_timing_part_by_part_does_the_work_of_a_step(recipe, tied):
     walk.through([])
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, whole[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_planted_slow_layer_has_the_largest_share(recipe, monkeypatch):
+    forward = Block._layer
+
+    def dawdle(self, *args):
+        if self.index == 0:
+            time.sleep(0.2)
+        return forward(self, *args)
+
+    monkeypatch.setattr(Block, "_layer", dawdle)
+    parts = bench(recipe(), steps=1, repeats=1)["parts"]
+    slowest = max(parts, key=lambda part: part["time"])
+    assert slowest["name"] == "layer 0" and slowest["forward"] > slowest["backward"]
+    assert slowest["time"] > 0.5 > slowest["flops"]
 
 
 def test_command_gives_json_and_a_table_for_people(recipe, tmp_path, capsys):

@@ -18,6 +18,7 @@ from entasis.anatomy.measures import Row, measure
 from entasis.anatomy.subject import Subject
 from entasis.errors import UserError
 from entasis.model.rotary import Rotation
+from entasis.train.optimizers import update
 
 NOISE = 0.5
 RECOVERED = 0.9
@@ -119,9 +120,7 @@ def _recover(
     for step in range(1, STEPS + 1):
         chosen = torch.randint(len(train), (min(WINDOWS, len(train)),), generator=generator)
         _loss(subject, block, layer, train_BTD[chosen], targets_BT[chosen], rotation).backward()
-        nn.utils.clip_grad_norm_(block.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(block.parameters(), [optimizer], max_grad_norm=1.0)
         if step % EVERY == 0:
             left = held_loss() - clean
             if left <= (1 - RECOVERED) * gap:
