@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,16 +48,15 @@ def fit(
     settings: NetworkSettings,
     *,
     seed: int,
-    scratch: Path | None = None,
     progress: Callable[[float], None] = lambda part: None,
 ) -> NetworkPredictor:
     """The predictor of one matrix, `read` giving it of any layer.
 
-    The components V of all layers are kept in a file in `scratch`, from which rows are read at random. `progress` gets
+    The components V of all layers are kept in a temporary file, from which rows are read at random. `progress` gets
     the part done.
     """
     basis = shared_basis.decompose(shared_basis.add_up(read(i) for i in range(n_layers)))
-    with tempfile.TemporaryFile(dir=scratch) as file:
+    with tempfile.TemporaryFile() as file:
         for i in range(n_layers):
             v_CN = (basis.inverse_CM @ read(i).double()).float()
             file.write(v_CN.numpy().data)

@@ -1,6 +1,6 @@
 """A matrix from the same matrix of the layers below and above, by ridge regression in closed form.
 
-    predictor = ridge.fit(read, n_layers, split, scratch=folder)
+    predictor = ridge.fit(read, n_layers, split)
     between = predictor(read(4), read(5))
 
 As LESA's network, it learns rows of V_i from [V_{i-1}; V_{i+1}] (`entasis.grow.shared_basis`), but by a matrix B [2N, N]
@@ -10,7 +10,7 @@ can be predicted it is large, and the new layer next to nothing.
 
 For a matrix of N columns the normal equations are four blocks [N, N], made of V_jᵀ V_j, V_jᵀ V_{j+1} and V_jᵀ V_{j+2}: each
 is computed once and added wherever a triple has it. At N = 14,336 a block is 0.8 GB in fp32; five are held at once, seven
-while a block is factorised, and each strength begins from the blocks in `scratch`.
+while a block is factorised, and each strength begins from the blocks in a temporary folder.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ def fit(
     split: Split,
     *,
     seed: int = 0,
-    scratch: Path | None = None,
     progress: Callable[[float], None] = lambda part: None,
 ) -> RidgePredictor:
     """The predictor of one matrix, `read` giving it of any layer; nothing is drawn. `progress` gets the part done."""
@@ -80,7 +79,7 @@ def fit(
     normal = _accumulate(lambda i: components(read(i)).float(), n_layers, split, progress)
     outputs = torch.linspace(0, len(normal.bb) - 1, min(OUTPUTS, len(normal.bb))).long()
     target_NQ = torch.cat([normal.bt[:, outputs], normal.at[:, outputs]])
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".ridge-") as folder:
+    with tempfile.TemporaryDirectory(prefix="entasis-ridge-") as folder:
         blocks = _Blocks(Path(folder), len(normal.bb))
         unit = float(normal.bb.diagonal().mean() + normal.aa.diagonal().mean()) / 2
         for name in ("bb", "aa", "ab"):
