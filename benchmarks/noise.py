@@ -1,11 +1,11 @@
 """How small a difference can a CPU minute show? Size × tokens: noise of a paired difference, and what a run costs.
 
-    python benchmarks/noise.py --output DIR [--sizes 440k,220k] [--tokens 60k,120k,240k] [--seeds 8] [--minutes 10]
+    python benchmarks/noise.py --output DIR [--sizes 440k,220k] [--tokens 120k,240k,360k] [--seeds 8] [--minutes 10] [key=value …]
 
 For every cell the quickstart's baseline, its crown and its control are trained. Noise in bits per byte does not depend on
 what else the machine does, and processor seconds hardly do. The last columns say how many seeds a number of processor
 minutes pays for (baseline, one arm and the control, at a fixed number of seeds) and which difference they would show with
-power 0.8. A second call with more --seeds adds what is missing; cells that are there are read.
+power 0.8. `key=value` changes the study of every cell (base.optimizer.name=muon); take another DIR for it. A second call with more --seeds adds what is missing; cells that are there are read.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def corpus(folder: Path) -> Path:
     return folder.resolve()
 
 
-def measure(output: Path, text: Path, size: str, tokens: str, seeds: int) -> None:
+def measure(output: Path, text: Path, size: str, tokens: str, seeds: int, others: list[str]) -> None:
     """Trains a cell as a study; processor seconds are added to `DIR/SIZE-TOKENS.json`."""
     folder = output / f"{size}-{tokens}"
-    shape = {f"base.shape.{k}={v}" for k, v in SIZES[size].items()}
+    shape = [f"base.shape.{k}={v}" for k, v in SIZES[size].items()]
     changes = [
         *shape,
         f"arms={json.dumps(ARMS)}",
@@ -64,6 +64,7 @@ def measure(output: Path, text: Path, size: str, tokens: str, seeds: int) -> Non
         "base.attention=sdpa",
         "base.compile=false",
         f"seeds={seeds}",
+        *others,
     ]
     done = len(list(folder.glob("runs/*/*/result.json")))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -126,9 +127,10 @@ def table(rows: list[dict[str, Any]], minutes: float) -> str:
 def main() -> None:
     """Measures what is missing, writes results and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("changes", nargs="*", metavar="key=value")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sizes", default="440k,220k,110k")
-    parser.add_argument("--tokens", default="60k,120k,240k")
+    parser.add_argument("--tokens", default="120k,240k,360k")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=10.0, help="processor minutes that a study may take")
     args = parser.parse_args()
@@ -137,10 +139,10 @@ def main() -> None:
     rows = []
     for size in args.sizes.split(","):
         for tokens in args.tokens.split(","):
-            measure(args.output, text, size, tokens, args.seeds)
+            measure(args.output, text, size, tokens, args.seeds, args.changes)
             rows.append(row(args.output, size, tokens, args.minutes))
             print(table(rows[-1:], args.minutes).splitlines()[-1], flush=True)
-    common.write("noise", ["torch", "numpy", "scipy"], minutes=args.minutes, rows=rows)
+    common.write("noise", ["torch", "numpy", "scipy"], minutes=args.minutes, changes=args.changes, rows=rows)
     print(table(rows, args.minutes))
 
 
