@@ -39,10 +39,8 @@ def gather(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) 
 def put(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], found: Moments) -> None:
     """Sets the moments of the parameters that learn; those of others are left.
 
-    Raises `UserError` for a sharded model, and for moments of another optimizer or size.
+    Every rank has the moments whole and takes its share. Raises `UserError` for moments of another optimizer or size.
     """
-    if sharding.is_sharded(model):
-        raise UserError("recipe: optimizer_state keep needs every process to hold the whole model (ddp)")
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         muon = not isinstance(optimizer, torch.optim.AdamW)
@@ -55,7 +53,8 @@ def put(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], fou
             if any(x.ndim and x.shape != p.shape for x in state.values()):
                 raise UserError(f"recipe: optimizer_state keep: the moments of {names[p]} have another size")
             optimizer.state[p] = {
-                key: x.clone() if key == "step" else x.to(p.device, copy=True) for key, x in state.items()
+                key: x.clone() if key == "step" else sharding.like(x.to(p.device, copy=True), p)
+                for key, x in state.items()
             }
 
 

@@ -14,7 +14,6 @@ import math
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
 
 from entasis.train import sharding
 
@@ -41,7 +40,7 @@ class Muon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 velocity = state["momentum_buffer"]
                 velocity.lerp_(p.grad, 1 - momentum)
-                update = _like(
+                update = sharding.like(
                     orthogonalise(sharding.full(p.grad.lerp(velocity, momentum)).to(self.dtype)), p
                 )
                 p.mul_(1 - lr * group["weight_decay"])
@@ -56,13 +55,3 @@ def orthogonalise(x_MN: torch.Tensor) -> torch.Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return x.T if x_MN.shape[0] > x_MN.shape[1] else x
-
-
-def _like(whole: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """This rank's share of a tensor that every rank has, when `p` is one."""
-    if not isinstance(p, DTensor):
-        return whole
-    everywhere = [Replicate()] * p.device_mesh.ndim
-    return DTensor.from_local(whole, p.device_mesh, everywhere, run_check=False).redistribute(
-        placements=p.placements
-    )

@@ -215,7 +215,7 @@ class Stage(Settings):
     sequence: Positive | None = None
     batch: StageBatch | None = None
     optimizer_state: Literal["reset", "keep"] | None = None
-    """`keep` takes the moments over from the stage before; null does so after a growth (under ddp, by the same optimizer), and
+    """`keep` takes the moments over from the stage before; null does so after a growth (by the same optimizer), and
     resets otherwise. New layers have none."""
     warmup_new: Steps | None = None
     """Over so many steps the learning rate of the newest layers rises to the others'."""

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from entasis.errors import UserError
 from entasis.model.transformer import Transformer
@@ -89,6 +89,16 @@ def whole(model: Transformer) -> Transformer:
 def full(x: torch.Tensor) -> torch.Tensor:
     """A tensor with nothing left on other ranks. All ranks call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def like(whole: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """This rank's share of a tensor that every rank has, when `p` is one."""
+    if not isinstance(p, DTensor):
+        return whole
+    everywhere = [Replicate()] * p.device_mesh.ndim
+    return DTensor.from_local(whole, p.device_mesh, everywhere, run_check=False).redistribute(
+        placements=p.placements
+    )
 
 
 def local(x: torch.Tensor) -> torch.Tensor:

@@ -145,7 +145,7 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
         result.append(
             StageSpan(
                 index, stage, data, batch, optimizer, start, start + steps, tokens, shape, lineage, tuple(names), changed,
-                _optimizer_state(stage, changed, optimizer, result, recipe), adapted,
+                _optimizer_state(stage, changed, optimizer, result), adapted,
                 _warmup_new(stage, steps, lineage, where),
             )
         )  # fmt: skip
@@ -176,14 +176,13 @@ def _optimizer_state(
     changed: tuple[Transition, Plan, ModelShape] | None,
     optimizer: Optimizer,
     before: Sequence[StageSpan],
-    recipe: ResolvedRecipe,
 ) -> str:
     """What becomes of the moments where the stage does not say it: growth within a run keeps them if it can."""
     if stage.optimizer_state is not None:
         return stage.optimizer_state
     grows = changed is not None and changed[0].keeps_moments and before
     same = before and optimizer.name == before[-1].optimizer.name
-    return "keep" if grows and same and recipe.parallel.kind == "ddp" else "reset"
+    return "keep" if grows and same else "reset"
 
 
 def _warmup_new(stage: ResolvedStage, steps: int, lineage: Lineage, where: str) -> int:

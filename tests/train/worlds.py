@@ -30,7 +30,10 @@ LAYERS = [
 ]
 FSDP, HSDP = {"kind": "fsdp"}, {"kind": "hsdp", "shard": 2}
 MUON = {"lr": 1e-2, "eps": 1e-5, "name": "muon", "weight_decay": 0.1}
-STAGES = [{"trainable": ["blocks.1.*", "norm.*"], "tokens": 512 * 4}, {"tokens": 512 * 4}]
+STAGES = [
+    {"trainable": ["blocks.1.*", "norm.*"], "tokens": 512 * 4},
+    {"tokens": 512 * 4, "optimizer_state": "keep"},
+]
 
 
 def main(folder: Path, train_corpus: str, validation: str) -> None:
