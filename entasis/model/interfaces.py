@@ -16,7 +16,7 @@ from entasis.data import glyphs
 from entasis.errors import UserError
 from entasis.registry import Registry
 from entasis.shape import interfaces
-from entasis.shape.interfaces import AffineBinary, Codes, Glyph, RandomCodes
+from entasis.shape.interfaces import AffineBinary, Codes, Glyph
 from entasis.shape.shapes import ModelShape
 
 EMBEDDINGS: Registry[type[nn.Module]] = Registry("model: interface kind")
@@ -35,22 +35,14 @@ class LearnedTable(nn.Embedding):
         super().__init__(shape.vocabulary, shape.d_model)
 
 
+@EMBEDDINGS.register("random")
 class FrozenTable(LearnedTable):
-    """A table [V, D] that is never trained."""
+    """A table [V, D] that is never trained; `random` ones are drawn by the initialisation, as learned ones are."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)
         self.shape = shape
         self.weight.requires_grad_(False)
-
-    def fill(self, tokenizer: Path | None) -> None:
-        """Writes the table."""
-        raise AssertionError("each kind has its own")
-
-
-@EMBEDDINGS.register("random")
-class RandomTable(FrozenTable):
-    """Drawn by the initialisation as a learned one is; see `entasis.model.initialisation`."""
 
 
 @EMBEDDINGS.register("glyph")
@@ -66,8 +58,10 @@ class GlyphTable(FrozenTable):
         self.weight.copy_(torch.from_numpy(table))
 
 
+@EMBEDDINGS.register("binary")
+@EMBEDDINGS.register("random_codes")
 class CodedTokens(nn.Module):
-    """A code of K bits for each token, spread over D channels with fixed signs."""
+    """A code of K bits for each token, spread over D channels with fixed signs: the id's own bits, or stored ones."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
@@ -104,20 +98,6 @@ class CodedTokens(nn.Module):
         if not self.balanced:
             return x_BTD
         return x_BTD * (1 - 2 * ((channel_D // self.n_bits if self.tiled else channel_D) % 2))
-
-
-@EMBEDDINGS.register("binary")
-class BinaryTokens(CodedTokens):
-    """The bits of the id, computed or stored."""
-
-
-@EMBEDDINGS.register("random_codes")
-class RandomlyCodedTokens(CodedTokens):
-    """Codes drawn from a seed, stored."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        assert isinstance(shape.interface, RandomCodes)
-        super().__init__(shape)
 
 
 @EMBEDDINGS.register("affine_binary")
