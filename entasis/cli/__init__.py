@@ -7,6 +7,7 @@ A new verb is one file here and one line in `VERBS`.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -105,6 +106,8 @@ def _run(argv: Sequence[str]) -> int:
             return _complain("out of memory: this machine or device has less than the work needs", 1)
         if isinstance(error, ValueError) and "embedded null" in str(error):  # Python's words on such a path
             return _complain("a path holds a NUL character", 2)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _complain(error, 2)
         if isinstance(error, OSError) or signals.came():
             return _complain(error, 1)
         raise
