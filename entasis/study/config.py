@@ -257,7 +257,7 @@ def _mark_controls(plain: dict[str, Any]) -> None:
         if mark and not changes:
             like = arms.get(str(plain["baseline"])) or {}
             tokens = like.get("tokens", plain["base"].get("tokens"))
-            if tokens is None or "stages" in like:
+            if tokens is None or any(stage.get("tokens") for stage in like.get("stages") or []):
                 raise UserError(
                     f"control {name}: {plain['baseline']} has no tokens to halve; say what it changes"
                 )
