@@ -78,9 +78,16 @@ class Outcome:
             )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, one a step."""
-        with (self.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+        """The lines of `metrics.jsonl`, one a step. Raises `Damaged`."""
+        path = self.folder / "metrics.jsonl"
+        told = self.result.get("files", {}).get(path.name)
+        try:
+            if told not in (None, hash_of(path)):
+                raise Damaged(f"damaged: {path} is not what the run wrote; restore it, or run again")
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             return [json.loads(line) for line in lines if line.endswith("\n")]
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise Damaged(f"damaged: {path}: {error}; restore it, or run again") from error
 
     def environment(self) -> dict[str, Any]:
         """The run's `environment.json`."""

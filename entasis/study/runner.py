@@ -96,7 +96,7 @@ def _run(
             downstream.score(study.downstream, list(found.values()), console)
         verdict = analysis.judge(study, plan, folder)
         told = folder / "verdict.json"
-        if results.holds(told, verdict):
+        if results.holds(told, verdict) and (folder / "report.html").is_file():
             return verdict
         return _report(study, plan, folder, verdict, prepared, console)
 
