@@ -14,7 +14,8 @@ from entasis.report.tables import Column, Table
 from entasis.study import comparisons, growth, results, rounds, statistics, throughput, verdict_text
 from entasis.study.comparisons import Pairs
 from entasis.study.config import Protocol, Study
-from entasis.study.plan import Plan, PlannedRun, before_run
+from entasis.study.equal_cost import before_run
+from entasis.study.plan import Plan, PlannedRun
 from entasis.study.results import Outcome
 from entasis.study.stopping import Standing
 

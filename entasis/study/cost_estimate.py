@@ -25,10 +25,11 @@ from entasis.study import (
     throughput,
     trunks,
 )
+from entasis.study.arms import Arm, Findings, batch_tokens
 from entasis.study.config import Study
 from entasis.study.executors import launchers, local
 from entasis.study.executors.worker import Place
-from entasis.study.plan import Arm, Findings, Plan, PlannedRun, batch_tokens, lay_out, preparatory, solve
+from entasis.study.plan import Plan, PlannedRun, lay_out, preparatory, solve
 from entasis.train.candidates import Settings, from_plain
 
 _LIMIT = 60.0

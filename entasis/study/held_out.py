@@ -13,8 +13,8 @@ from entasis import quantities
 from entasis.data.corpus import Corpus
 from entasis.data.held_out import choose_documents
 from entasis.errors import UserError
+from entasis.study.arms import Arm
 from entasis.study.config import Study, changed
-from entasis.study.plan import Arm
 
 
 def agree(study: Study, folder: Path, arms: Mapping[str, Arm]) -> dict[str, Arm]:

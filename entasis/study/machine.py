@@ -17,10 +17,10 @@ from typing import Any
 from entasis.files import write_text
 from entasis.shape import cost
 from entasis.study import results
+from entasis.study.arms import Arm
 from entasis.study.config import Study, changed
 from entasis.study.executors import launchers
 from entasis.study.executors.launchers import Pool
-from entasis.study.plan import Arm
 from entasis.train.candidates import MARGIN, Measured, Settings, fastest, from_plain, told
 
 FILE = "machine.json"

@@ -11,82 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from entasis import quantities
 from entasis.errors import UserError
-from entasis.shape import cost, specification
-from entasis.shape.shapes import ModelShape
+from entasis.shape import specification
 from entasis.study import trunks
+from entasis.study.arms import Arm, Findings, batch_tokens
 from entasis.study.config import Protocol, Study, changed
+from entasis.study.equal_cost import check_length, stage_tokens_of
 from entasis.train import recipe as recipes
 from entasis.train.resolve import resolve, shape_of, with_mup_scales
-from entasis.train.stages import StageSpan, flops_per_token
 from entasis.train.timeline import Timeline
-from entasis.train.training_plans import plan as training_plans
 
 Kind = Literal["main", "sweep", "trunk"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arm:
-    """One arm, or trunk, with its shapes solved."""
-
-    name: str
-    recipe: dict[str, Any]
-    shape: ModelShape
-    """What its first stage begins with."""
-    stages: list[StageSpan] = field(repr=False)
-    notes: list[str]
-    trunk: str | None = None
-    """Whose run with the same seed its runs start from."""
-    control: bool = False
-    """A positive control, exempt from equal cost and from Holm."""
-
-    @property
-    def final_shape(self) -> ModelShape:
-        """Of the model that is judged."""
-        return self.stages[-1].shape
-
-    @property
-    def parameters(self) -> int:
-        """Of the model that is judged."""
-        return cost.parameters(self.final_shape)
-
-    @property
-    def flops_per_token(self) -> int:
-        """Training, as the recipe is written: three times forward, attention over the full sequence."""
-        return flops_per_token(self.stages)
-
-    @property
-    def stage_tokens(self) -> list[int]:
-        """Tokens of each stage, in whole batches, as the recipe is written."""
-        return [stage.steps * stage.batch_tokens for stage in self.stages]
-
-    def flops(self, tokens: Sequence[int]) -> int:
-        """Training FLOPs of a run with so many tokens in each stage, what its plan measures included."""
-        trained = sum(n * stage.flops_per_token for n, stage in zip(tokens, self.stages, strict=True))
-        if (wanted := self.recipe.get("training_plan")) is None:
-            return trained
-        plan, sequence = training_plans.read(wanted), self.stages[0].data.sequence
-        return trained + round(
-            plan.measurements * training_plans.measurement_flops(plan, self.shape, sequence)
-        )
-
-    @property
-    def spends(self) -> str | None:
-        """What its training plan spends, `tokens` or `flops`; None without a plan."""
-        wanted = self.recipe.get("training_plan")
-        return None if wanted is None else training_plans.read(wanted).spend
-
-    @property
-    def timed(self) -> dict[str, Any]:
-        """A recipe of the same work: of an arm of a trunk, which is not there yet, one that draws its first model."""
-        if self.trunk is None:
-            return self.recipe
-        plain, first = changed(self.recipe, {"shape": self.stages[0].shape.to_dict()}), self.stages[0]
-        del plain["start"]
-        if plain.get("stages"):
-            plain["stages"][0] |= {"transition": None, "trainable": list(first.trainable)}
-        return plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,14 +38,6 @@ class PlannedRun:
     multiplier: float = 1.0
     needs: PlannedRun | None = field(default=None, repr=False)
     """The trunk's run that it starts from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
-    """What was found before the main runs."""
-
-    multiplier: dict[str, float] = field(default_factory=dict)
-    tokens_per_second: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +101,7 @@ def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:
                     f"study {study.name}: control {name} is {base.name} itself; say what it changes"
                 )
         else:
-            _check_length(study, arms, arms[name])
+            check_length(study, arms, arms[name])
     if "params" in study.protocols:
         for arm in (arms[name] for name in study.arms if name not in study.controls):
             off = arm.parameters / base.parameters - 1
@@ -233,65 +160,6 @@ def lay_out(study: Study, arms: Mapping[str, Arm], findings: Findings) -> Plan:
     return Plan(arms=dict(arms), grid=grid)
 
 
-def tokens_of(study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protocol, findings: Findings) -> int:
-    """How long an arm is trained under a protocol, in whole batches; without its trunk."""
-    return sum(stage_tokens_of(study, arms, arm, protocol, findings))
-
-
-def stage_tokens_of(
-    study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protocol, findings: Findings
-) -> list[int]:
-    """Tokens of each stage under a protocol, in whole batches: the last one is as long as makes the costs equal.
-
-    What the arm's trunk costs is spent already. A control's length stays in proportion to the baseline's. Raises `UserError` where nothing would be left for the last stage.
-    """
-    base = arms[study.baseline]
-    if arm.spends is not None:
-        return _planned_tokens(arms, arm, base, protocol)
-    *before, last = arm.stage_tokens
-    batch, wanted = arm.stages[-1].batch_tokens, float(last)
-    if arm.control:
-        wanted *= tokens_of(study, arms, base, protocol, findings) / sum(base.stage_tokens)
-    elif protocol == "flops" and arm.name != base.name:
-        spent = before_run(arms, arm)[1] + arm.flops([*before, 0])
-        limit = before_run(arms, base)[1] + base.flops(base.stage_tokens)
-        wanted = (limit - spent) / arm.stages[-1].flops_per_token
-        if wanted < batch and spent > 0:
-            raise UserError(
-                f"study {study.name}: arm {arm.name} cannot be matched by flops: what comes before its last stage takes "
-                f"{spent:.3e} of the {limit:.3e} FLOPs that {base.name} has, which leaves less than one batch"
-            )
-    if protocol == "time" and not arm.control:
-        speed = findings.tokens_per_second
-        seconds = sum(base.stage_tokens) / speed[base.name] if study.hours is None else study.hours * 3600
-        wanted = seconds * speed[arm.name]
-    return [*before, max(1, round(wanted / batch)) * batch]
-
-
-def _planned_tokens(arms: Mapping[str, Arm], arm: Arm, base: Arm, protocol: Protocol) -> list[int]:
-    """Tokens of each stage of an arm with a training plan, all longer or shorter alike.
-
-    A plan that spends FLOPs gets those of the baseline, its measurements included.
-    """
-    factor = 1.0
-    if protocol == "flops":
-        left = before_run(arms, base)[1] + base.flops(base.stage_tokens) - before_run(arms, arm)[1]
-        own = arm.flops(arm.stage_tokens)
-        if arm.spends == "flops":
-            own = arm.recipe["tokens"] * cost.flops_per_token(arm.shape, arm.stages[0].data.sequence)
-        factor = left / own
-    return [round(n * factor) for n in arm.stage_tokens]
-
-
-def before_run(arms: Mapping[str, Arm], arm: Arm) -> tuple[int, int]:
-    """(tokens, FLOPs) of the trunks that a run of this arm starts from, all of them."""
-    if arm.trunk is None:
-        return 0, 0
-    trunk = arms[arm.trunk]
-    tokens, flops = before_run(arms, trunk)
-    return tokens + sum(trunk.stage_tokens), flops + trunk.flops(trunk.stage_tokens)
-
-
 def _arm(
     study: Study, name: str, changes: Mapping[str, Any], vocabulary: int | None, solved: Mapping[str, Arm]
 ) -> Arm:
@@ -346,38 +214,6 @@ def _arm(
         notes=notes,
         trunk=trunk.name if trunk else None,
     )
-
-
-def _check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
-    """Refuses arms whose length cannot be what a protocol asks for. Raises `UserError`."""
-    where, base = f"study {study.name}: arm {arm.name}", arms[study.baseline]
-    for protocol in study.protocols:
-        if protocol == "params":
-            own, others = (before_run(arms, a)[0] + sum(a.stage_tokens) for a in (arm, base))
-            if own != others:
-                trunk = ", its trunk's with them," if arm.trunk or base.trunk else ""
-                raise UserError(
-                    f"{where} trains on {own:,} tokens{trunk} in batches of {batch_tokens(arm.recipe):,}, {base.name} on "
-                    f"{others:,} in batches of {batch_tokens(base.recipe):,}; params compares at equal parameters and "
-                    "tokens: give both the same"
-                )
-            continue
-        if arm.name != base.name and "tokens" in study.arms[arm.name]:
-            raise UserError(
-                f"{where} sets tokens, but under {protocol} its length follows from {base.name}'s; leave it out"
-            )
-        if protocol == "flops":
-            stage_tokens_of(study, arms, arm, protocol, Findings())
-        elif len(arm.stages) > 1 or any(stage.get("tokens") for stage in arm.recipe.get("stages") or []):
-            raise UserError(
-                f"{where} sets the tokens of its stages, but under {protocol} the length follows from "
-                f"{base.name}'s; use params or flops"
-            )
-        elif arm.trunk != base.trunk:
-            raise UserError(
-                f"{where} and {base.name} do not start from the same trunk, whose time under {protocol} is not known; "
-                "use params or flops"
-            )
 
 
 def _share_tokens(plain: dict[str, Any]) -> None:
@@ -445,10 +281,3 @@ def _with_rate(plain: Mapping[str, Any], multiplier: float) -> dict[str, Any]:
             if part.get("lr") is not None:
                 part["lr"] = float(part["lr"]) * multiplier
     return result
-
-
-def batch_tokens(plain: Mapping[str, Any]) -> int:
-    """Tokens of one optimizer step."""
-    return quantities.count(
-        (plain.get("batch") or {}).get("tokens", recipes.BatchSize().tokens), "batch.tokens"
-    )

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from entasis.errors import Damaged, UserError
 from entasis.files import hash_of, read_json
+from entasis.study.arms import Findings
 from entasis.study.config import Study, Sweep
 from entasis.study.executors.launchers import failure_note
-from entasis.study.plan import Findings, Plan, PlannedRun
+from entasis.study.plan import Plan, PlannedRun
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,11 @@ from entasis.study import (
     trunks,
 )
 from entasis.study.analysis import Verdict
+from entasis.study.arms import Arm
 from entasis.study.config import Study
 from entasis.study.executors import launchers, local
 from entasis.study.executors.launchers import Pool
-from entasis.study.plan import Arm, Plan, PlannedRun, lay_out, preparatory, solve
+from entasis.study.plan import Plan, PlannedRun, lay_out, preparatory, solve
 
 _PATH = re.compile(r"(stages\.)?data\.(train|validation)(\.[^.]+\.path)?|start\.from")
 """Keys of a recipe that name a folder."""

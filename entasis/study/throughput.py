@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from entasis import quantities
 from entasis.files import write_text
 from entasis.study import machine, results
+from entasis.study.arms import Arm
 from entasis.study.config import Study
 from entasis.study.executors import launchers
 from entasis.study.executors.launchers import Pool
-from entasis.study.plan import Arm
 from entasis.study.results import Outcome
 from entasis.study.statistics import CONFIDENCE
 

@@ -8,7 +8,7 @@ import torch
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.study import plan, study_files
-from entasis.study.plan import Findings
+from entasis.study.arms import Findings
 from entasis.train import optimizers, recipe
 from entasis.train.resolve import resolve
 

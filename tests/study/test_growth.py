@@ -8,8 +8,9 @@ import yaml
 
 from entasis.errors import UserError
 from entasis.study import growth, study_files
+from entasis.study.arms import Findings
 from entasis.study.config import Study
-from entasis.study.plan import Findings, lay_out, solve
+from entasis.study.plan import lay_out, solve
 from entasis.study.stopping import Until
 
 

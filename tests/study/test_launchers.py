@@ -15,9 +15,10 @@ from rich.console import Console
 
 from entasis.errors import UserError
 from entasis.study import config, machine, runner, study_files
+from entasis.study.arms import Findings
 from entasis.study.executors import launchers
 from entasis.study.executors.launchers import State, failure_note
-from entasis.study.plan import Findings, lay_out, solve
+from entasis.study.plan import lay_out, solve
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launchers")]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from entasis.study import config, machine, plan, study_files
+from entasis.study.arms import Findings
 from entasis.study.executors import launchers, local
 from entasis.train.candidates import Measured, Settings
 
@@ -77,7 +78,7 @@ def test_settings_are_timed_once_and_kept(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / machine.FILE).read_text())
     assert all(len(kept["timings"][name]) >= 2 for name in arms)
     settled = plan.solve(machine.applied(s, tmp_path))
-    runs = plan.lay_out(machine.applied(s, tmp_path), settled, plan.Findings()).runs
+    runs = plan.lay_out(machine.applied(s, tmp_path), settled, Findings()).runs
     for run in runs:
         assert {k: run.recipe[k] for k in machine.KEYS} == kept["arms"][run.arm]
     assert len({run.recipe["precision"] for run in runs}) == 1

@@ -7,7 +7,8 @@ import pytest
 
 from entasis.errors import UserError
 from entasis.study import config, plan, study_files
-from entasis.study.plan import Findings
+from entasis.study.arms import Arm, Findings
+from entasis.study.equal_cost import tokens_of
 from entasis.train import recipe
 from entasis.train.resolve import resolve
 
@@ -114,7 +115,7 @@ def test_arms_that_round_to_one_shape_are_pointed_out() -> None:
     assert not any("same shape" in note for note in arms["plain"].notes + arms["crown"].notes)
 
 
-def scales(arms: dict[str, plan.Arm]) -> dict[str, list[object]]:
+def scales(arms: dict[str, Arm]) -> dict[str, list[object]]:
     return {
         name: [arm.recipe["shape"][key] for key in ("logit_scale", "attention_scale")]
         for name, arm in arms.items()
@@ -175,7 +176,7 @@ def test_arms_may_start_from_weights_and_freeze(tmp_path) -> None:
     sequence = solved["top"].recipe["data"]["sequence"]
     cheap = cost.stage_flops_per_token(shape, select(shape, "blocks[-1]"), sequence)
     assert solved["top"].flops_per_token == cheap < solved["all"].flops_per_token
-    tokens = [plan.tokens_of(made, solved, solved[arm], "flops", plan.Findings()) for arm in arms]
+    tokens = [tokens_of(made, solved, solved[arm], "flops", Findings()) for arm in arms]
     assert tokens[1] / tokens[0] == pytest.approx(solved["all"].flops_per_token / cheap, rel=0.01)
     with pytest.raises(UserError, match=r"arm top: .*stages\[0\].trainable: no parameter matches"):
         plan.solve(study(arms={**arms, "top": {**arms["top"], "stages": [{"trainable": "blocks[99:]"}]}}))

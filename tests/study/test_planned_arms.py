@@ -3,13 +3,14 @@
 import pytest
 
 from entasis.errors import UserError
-from entasis.study import config, plan
+from entasis.study import plan, study_files
+from entasis.study.arms import Findings
 
 
 def laid_out(**changes):
-    study = config.read("budgets", overrides=[f"{key}={value}" for key, value in changes.items()])
+    study = study_files.read("budgets", overrides=[f"{key}={value}" for key, value in changes.items()])
     arms = plan.solve(study, 1024)
-    return plan.lay_out(study, arms, plan.Findings(multiplier=dict.fromkeys(arms, 1.0)))
+    return plan.lay_out(study, arms, Findings(multiplier=dict.fromkeys(arms, 1.0)))
 
 
 def test_every_shipped_plan_costs_what_the_baseline_does():

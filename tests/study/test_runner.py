@@ -18,10 +18,11 @@ from rich.console import Console
 from entasis.errors import UserError
 from entasis.files import SEAL
 from entasis.study import compare, machine, runner, study_files
+from entasis.study.arms import Findings
 from entasis.study.executors import launchers, local
 from entasis.study.executors.launchers import State, Watcher
 from entasis.study.executors.worker import Place
-from entasis.study.plan import Findings, PlannedRun, lay_out, solve
+from entasis.study.plan import PlannedRun, lay_out, solve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 import browser

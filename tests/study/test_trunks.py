@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from entasis import cli
 from entasis.errors import UserError
 from entasis.study import config, plan, study_files, trunks
-from entasis.study.plan import Findings
+from entasis.study.arms import Findings
+from entasis.study.equal_cost import before_run
 
 LAYERS = [{"n_heads": 4, "n_kv_heads": 4, "d_ff": 64}] * 4
 TWICE = {"grow": {"operator": "stack", "times": 2}}
@@ -84,7 +85,7 @@ def test_a_trunk_may_start_from_another_and_the_base_from_one() -> None:
     )
     arms = plan.solve(s)
     assert (arms["tiny"].trunk, arms["small"].trunk, arms["plain"].trunk) == (None, "tiny", "small")
-    assert plan.before_run(arms, arms["slow"])[0] == 2560
+    assert before_run(arms, arms["slow"])[0] == 2560
     assert [r.arm for r in trunks.needed(plan.lay_out(s, arms, Findings()).runs)] == ["tiny", "small"] * 2
 
 

@@ -1,0 +1,93 @@
+"""An arm of a study, with its shapes solved, and what was found about it before the main runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from entasis import quantities
+from entasis.shape import cost
+from entasis.shape.shapes import ModelShape
+from entasis.study.config import changed
+from entasis.train import recipe as recipes
+from entasis.train.stages import StageSpan, flops_per_token
+from entasis.train.training_plans import plan as training_plans
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One arm, or trunk, with its shapes solved."""
+
+    name: str
+    recipe: dict[str, Any]
+    shape: ModelShape
+    """What its first stage begins with."""
+    stages: list[StageSpan] = field(repr=False)
+    notes: list[str]
+    trunk: str | None = None
+    """Whose run with the same seed its runs start from."""
+    control: bool = False
+    """A positive control, exempt from equal cost and from Holm."""
+
+    @property
+    def final_shape(self) -> ModelShape:
+        """Of the model that is judged."""
+        return self.stages[-1].shape
+
+    @property
+    def parameters(self) -> int:
+        """Of the model that is judged."""
+        return cost.parameters(self.final_shape)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training, as the recipe is written: three times forward, attention over the full sequence."""
+        return flops_per_token(self.stages)
+
+    @property
+    def stage_tokens(self) -> list[int]:
+        """Tokens of each stage, in whole batches, as the recipe is written."""
+        return [stage.steps * stage.batch_tokens for stage in self.stages]
+
+    def flops(self, tokens: Sequence[int]) -> int:
+        """Training FLOPs of a run with so many tokens in each stage, what its plan measures included."""
+        trained = sum(n * stage.flops_per_token for n, stage in zip(tokens, self.stages, strict=True))
+        if (wanted := self.recipe.get("training_plan")) is None:
+            return trained
+        plan, sequence = training_plans.read(wanted), self.stages[0].data.sequence
+        return trained + round(
+            plan.measurements * training_plans.measurement_flops(plan, self.shape, sequence)
+        )
+
+    @property
+    def spends(self) -> str | None:
+        """What its training plan spends, `tokens` or `flops`; None without a plan."""
+        wanted = self.recipe.get("training_plan")
+        return None if wanted is None else training_plans.read(wanted).spend
+
+    @property
+    def timed(self) -> dict[str, Any]:
+        """A recipe of the same work: of an arm of a trunk, which is not there yet, one that draws its first model."""
+        if self.trunk is None:
+            return self.recipe
+        plain, first = changed(self.recipe, {"shape": self.stages[0].shape.to_dict()}), self.stages[0]
+        del plain["start"]
+        if plain.get("stages"):
+            plain["stages"][0] |= {"transition": None, "trainable": list(first.trainable)}
+        return plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What was found before the main runs."""
+
+    multiplier: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: dict[str, float] = field(default_factory=dict)
+
+
+def batch_tokens(plain: Mapping[str, Any]) -> int:
+    """Tokens of one optimizer step."""
+    return quantities.count(
+        (plain.get("batch") or {}).get("tokens", recipes.BatchSize().tokens), "batch.tokens"
+    )

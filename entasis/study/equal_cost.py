@@ -1,0 +1,101 @@
+"""How long arms are trained so that they cost the same: tokens of every stage under a protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from entasis.errors import UserError
+from entasis.shape import cost
+from entasis.study.arms import Arm, Findings, batch_tokens
+from entasis.study.config import Protocol, Study
+
+
+def tokens_of(study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protocol, findings: Findings) -> int:
+    """How long an arm is trained under a protocol, in whole batches; without its trunk."""
+    return sum(stage_tokens_of(study, arms, arm, protocol, findings))
+
+
+def stage_tokens_of(
+    study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protocol, findings: Findings
+) -> list[int]:
+    """Tokens of each stage under a protocol, in whole batches: the last one is as long as makes the costs equal.
+
+    What the arm's trunk costs is spent already. A control's length stays in proportion to the baseline's. Raises `UserError` where nothing would be left for the last stage.
+    """
+    base = arms[study.baseline]
+    if arm.spends is not None:
+        return _planned_tokens(arms, arm, base, protocol)
+    *before, last = arm.stage_tokens
+    batch, wanted = arm.stages[-1].batch_tokens, float(last)
+    if arm.control:
+        wanted *= tokens_of(study, arms, base, protocol, findings) / sum(base.stage_tokens)
+    elif protocol == "flops" and arm.name != base.name:
+        spent = before_run(arms, arm)[1] + arm.flops([*before, 0])
+        limit = before_run(arms, base)[1] + base.flops(base.stage_tokens)
+        wanted = (limit - spent) / arm.stages[-1].flops_per_token
+        if wanted < batch and spent > 0:
+            raise UserError(
+                f"study {study.name}: arm {arm.name} cannot be matched by flops: what comes before its last stage takes "
+                f"{spent:.3e} of the {limit:.3e} FLOPs that {base.name} has, which leaves less than one batch"
+            )
+    if protocol == "time" and not arm.control:
+        speed = findings.tokens_per_second
+        seconds = sum(base.stage_tokens) / speed[base.name] if study.hours is None else study.hours * 3600
+        wanted = seconds * speed[arm.name]
+    return [*before, max(1, round(wanted / batch)) * batch]
+
+
+def _planned_tokens(arms: Mapping[str, Arm], arm: Arm, base: Arm, protocol: Protocol) -> list[int]:
+    """Tokens of each stage of an arm with a training plan, all longer or shorter alike.
+
+    A plan that spends FLOPs gets those of the baseline, its measurements included.
+    """
+    factor = 1.0
+    if protocol == "flops":
+        left = before_run(arms, base)[1] + base.flops(base.stage_tokens) - before_run(arms, arm)[1]
+        own = arm.flops(arm.stage_tokens)
+        if arm.spends == "flops":
+            own = arm.recipe["tokens"] * cost.flops_per_token(arm.shape, arm.stages[0].data.sequence)
+        factor = left / own
+    return [round(n * factor) for n in arm.stage_tokens]
+
+
+def before_run(arms: Mapping[str, Arm], arm: Arm) -> tuple[int, int]:
+    """(tokens, FLOPs) of the trunks that a run of this arm starts from, all of them."""
+    if arm.trunk is None:
+        return 0, 0
+    trunk = arms[arm.trunk]
+    tokens, flops = before_run(arms, trunk)
+    return tokens + sum(trunk.stage_tokens), flops + trunk.flops(trunk.stage_tokens)
+
+
+def check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
+    """Refuses arms whose length cannot be what a protocol asks for. Raises `UserError`."""
+    where, base = f"study {study.name}: arm {arm.name}", arms[study.baseline]
+    for protocol in study.protocols:
+        if protocol == "params":
+            own, others = (before_run(arms, a)[0] + sum(a.stage_tokens) for a in (arm, base))
+            if own != others:
+                trunk = ", its trunk's with them," if arm.trunk or base.trunk else ""
+                raise UserError(
+                    f"{where} trains on {own:,} tokens{trunk} in batches of {batch_tokens(arm.recipe):,}, {base.name} on "
+                    f"{others:,} in batches of {batch_tokens(base.recipe):,}; params compares at equal parameters and "
+                    "tokens: give both the same"
+                )
+            continue
+        if arm.name != base.name and "tokens" in study.arms[arm.name]:
+            raise UserError(
+                f"{where} sets tokens, but under {protocol} its length follows from {base.name}'s; leave it out"
+            )
+        if protocol == "flops":
+            stage_tokens_of(study, arms, arm, protocol, Findings())
+        elif len(arm.stages) > 1 or any(stage.get("tokens") for stage in arm.recipe.get("stages") or []):
+            raise UserError(
+                f"{where} sets the tokens of its stages, but under {protocol} the length follows from "
+                f"{base.name}'s; use params or flops"
+            )
+        elif arm.trunk != base.trunk:
+            raise UserError(
+                f"{where} and {base.name} do not start from the same trunk, whose time under {protocol} is not known; "
+                "use params or flops"
+            )
