@@ -11,22 +11,18 @@ whole checkpoint with the same losses, on the CPU to the bit.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from entasis import files, signals
 from entasis.data.corpus import Corpus
 from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import Failure, Stopped, UserError
-from entasis.evaluate.bits_per_byte import Score
-from entasis.grow.provenance import PROVENANCE
 from entasis.grow.transitions import Init
 from entasis.model import weights
 from entasis.shape import cost
@@ -37,13 +33,13 @@ from entasis.train import (
     moments,
     parallel,
     run_folder,
-    stages,
+    run_result,
 )
 from entasis.train.allocation import keep_freed_memory
 from entasis.train.dataloader import load_batches
 from entasis.train.device import choose_device
 from entasis.train.frozen_outputs import FrozenOutputs
-from entasis.train.metrics import METRICS, MetricsWriter, records
+from entasis.train.metrics import METRICS, MetricsWriter
 from entasis.train.moments import Moments
 from entasis.train.online_importance import measure_importance
 from entasis.train.recipe import Recipe, Samples, held_out_of
@@ -53,8 +49,6 @@ from entasis.train.timeline import Timeline
 from entasis.train.training_data import TrainingData, describe_data, planned_epochs
 from entasis.train.validation import Validation
 
-RAW = "raw"
-"""Of a run with averaged weights, the folder of those that were trained."""
 Reporter = Callable[[dict[str, Any]], None]
 _WARMING = 5
 """Steps after a start that do not count as steady: compilation, allocation, caches."""
@@ -157,7 +151,7 @@ class Run:
             if resumes:
                 self.report_start(runner)
             if len(self.timeline.spans) > 1 or span.own.active_parameters is not None:
-                self.report("stage", **self.describe_stage(span))
+                self.report("stage", **self.timeline.describe_stage(span))
             self.train_stage(runner)
         assert runner is not None, "a recipe has a stage"
         return self.finish(runner)
@@ -336,101 +330,24 @@ class Run:
     def finish(self, runner: StageRunner) -> dict[str, Any]:
         """Validates, writes weights and moments, and last of all `result.json`."""
         validation = self.validate(runner)
-        hashes: dict[str, str | None] = {}
-        self.save_weights(runner, hashes)
+        hashes = run_result.save_weights(self.folder, runner, self.positions)
         if not parallel.is_main():
             parallel.barrier()
             return parallel.broadcast_object({})
         assert self.metrics is not None, "the main rank keeps it"
         hashes[METRICS] = self.metrics.mark()["hash"]
         if validation is not None:
-            score = validation.whole
-            path = self.folder / "validation.safetensors"
-            arrays = {name: torch.from_numpy(getattr(score, name).copy()) for name in Score.ARRAYS}
-            need = sum(array.nbytes for array in arrays.values())
-            with files.aside(path, need=need, locked=True) as partial:
-                save_file(arrays, partial)
-            hashes[path.name] = files.hash_of(path)
-        result = {**self.result(validation), "files": hashes}
+            hashes |= run_result.save_scores(self.folder, validation.whole)
+        epochs = planned_epochs(self.timeline.spans, self.recipe.seed, self.positions, self.step)
+        result = {
+            **run_result.summarise(self.folder, self.timeline, self.environment, validation),
+            "seed": self.recipe.seed,
+            "epochs": epochs,
+            "files": hashes,
+        }
         result = files.write_json(self.folder / run_folder.RESULT, result, locked=True)
         parallel.barrier()
         return parallel.broadcast_object(result)
-
-    def save_weights(self, runner: StageRunner, hashes: dict[str, str | None]) -> None:
-        """Writes weights and moments. With an average the weights are the average's, and those that were trained lie in
-        `raw/` with the moments, which are theirs. All ranks call it."""
-        raw = self.folder / RAW if runner.average is not None else self.folder
-        model, found = runner.gathered(), runner.moments()
-        if parallel.is_main():
-            raw.mkdir(exist_ok=True)
-            if raw != self.folder:
-                tokenizer = (self.folder / weights.TOKENIZER).read_bytes()
-                files.write_bytes(raw / weights.TOKENIZER, tokenizer, locked=True)
-                files.write_json(raw / PROVENANCE, {"layers": self.span.provenance()}, locked=True)
-            weights.save(model, raw)
-            moments.save(raw, found, self.positions)
-            for name in (weights.WEIGHTS, moments.OPTIMIZER):
-                path = raw / name
-                # The metadata of weights say themselves what they were.
-                hashes[str(path.relative_to(self.folder))] = (
-                    files.hash_of(path) if name == moments.OPTIMIZER else None
-                )
-        parallel.barrier()
-        if raw != self.folder:
-            with runner.averaged():
-                model = runner.gathered()
-                if parallel.is_main():
-                    weights.save(model, self.folder)
-                    hashes[weights.WEIGHTS] = None
-                parallel.barrier()
-
-    def result(self, validation: Validation | None) -> dict[str, Any]:
-        rows = records(self.folder)
-        speed = metrics.steady_median(rows, "tokens_per_second")
-        return {
-            "parameters": cost.parameters(self.span.shape),
-            "flops_per_token": stages.flops_per_token(self.timeline.spans),
-            "stages": [self.stage_result(span, rows, validation) for span in self.timeline.spans],
-            "tokens": self.span.tokens(self.step),
-            "steps": self.steps,
-            "layers": self.span.provenance(),
-            **self.timeline.describe_importance(),
-            "validation": validation.result() if validation else None,
-            "loss": sum(row["loss"] for row in rows[-10:]) / len(rows[-10:]),
-            "seconds": sum(row["seconds"] for row in rows),
-            "tokens_per_second": speed,
-            "mfu": metrics.steady_median(rows, "mfu"),
-            "busy": self.environment.get("busy", False),
-            "data_wait": metrics.steady_median(rows, "data_wait"),
-            "peak_memory_bytes": max(row["memory_bytes"] for row in rows),
-            "seed": self.recipe.seed,
-            "epochs": planned_epochs(self.timeline.spans, self.recipe.seed, self.positions, self.step),
-            **{
-                k: self.environment[k]
-                for k in ("device", "precision", "compile", "attention", "versions", "data")
-            },
-        }
-
-    def stage_result(
-        self, span: stages.StageSpan, rows: Sequence[dict[str, Any]], last: Validation | None
-    ) -> dict[str, Any]:
-        """What a stage trained, in how many tokens, and how good the model was after it; `last` is the last one's."""
-        found = next((row.get("validation_bits_per_byte") for row in rows if row["step"] == span.stop), None)
-        return {
-            **self.describe_stage(span),
-            "tokens": span.tokens(span.stop) - span.tokens_before,
-            "bits_per_byte": last.whole.bits_per_byte if last and span is self.timeline.spans[-1] else found,
-        }
-
-    def describe_stage(self, span: stages.StageSpan) -> dict[str, Any]:
-        """What a stage trains, and what it costs."""
-        return {
-            "stage": span.index,
-            "stages": len(self.timeline.spans),
-            **{f"{use}_parameters": count for use, count in dataclasses.asdict(span.counts).items()},
-            "most_active_parameters": span.own.active_parameters,
-            "flops_per_token": span.flops_per_token,
-        }
 
     def report_start(self, runner: StageRunner) -> None:
         epochs = planned_epochs(self.timeline.spans, self.recipe.seed, self.positions, self.step)

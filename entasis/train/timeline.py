@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from entasis.grow.provenance import Lineage
@@ -61,6 +62,16 @@ class Timeline:
         if self.plan is None:
             return self
         return Timeline(self.recipe, self.shape, [[1.0] * self.shape.n_layers] * self.plan.measurements)
+
+    def describe_stage(self, span: stages.StageSpan) -> dict[str, Any]:
+        """What a stage trains, and what it costs."""
+        return {
+            "stage": span.index,
+            "stages": len(self.spans),
+            **{f"{use}_parameters": count for use, count in dataclasses.asdict(span.counts).items()},
+            "most_active_parameters": span.own.active_parameters,
+            "flops_per_token": span.flops_per_token,
+        }
 
     def describe_importance(self) -> dict[str, Any]:
         """What was measured, and what it took; nothing where nothing was."""
