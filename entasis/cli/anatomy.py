@@ -6,7 +6,7 @@ examples:
   entasis anatomy imported/smollm2 --text books/ --layers 8,11,14 --measures recovery --sequence 128
   entasis anatomy runs/tiny --text book.txt --suggest profile --budget 180M
   entasis anatomy runs/tiny --text corpora/stdlib/validation --suggest plan --budget 5M
-  entasis anatomy runs/tiny --text corpora/stdlib/validation --suggest importance > importance.json
+  entasis anatomy runs/tiny --text corpora/stdlib/validation --suggest importance --output anatomy/tiny
 
 Prints a table of the layers; with --output also anatomy.json and report.html, and what is done is kept there, so the
 same command goes on where it was stopped. The model is a finished run, an imported model, a Hugging Face folder or a
@@ -155,7 +155,10 @@ def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -
 
     quantity, values = suggest.rank_importance(frame, args.importance)
     if args.suggest == "importance":
-        return suggest.write_importance(quantity, values), ()
+        text = suggest.write_importance(quantity, values)
+        if args.output:
+            write_text(Path(args.output) / "importance.json", text)
+        return text, ()
     notes = [f"follows {quantity}; a suggestion to be tried against equal layers in a study"]
     if args.suggest == "profile":
         wanted, solution = suggest.suggest_profile(
