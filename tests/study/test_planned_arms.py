@@ -15,6 +15,7 @@ def laid_out(**changes):
 
 def test_every_shipped_plan_costs_what_the_baseline_does():
     grid = laid_out().grid["flops"]
+    del grid["half"]  # the control, exempt from equal cost
     base = grid["uniform"][0].flops
     assert {name: runs[0].flops for name, runs in grid.items()} == pytest.approx(
         dict.fromkeys(grid, base), rel=0.01
