@@ -20,6 +20,8 @@ Advance = Callable[[str, int, int | None], None]
 """(what is being done, how much of it is done, how much there is or None): a bar of its own for each `what`."""
 _EVERY = 10.0
 """Seconds between two lines."""
+_SOON = 3.0
+"""What is done within so many seconds needs no line."""
 
 
 @contextmanager
@@ -61,17 +63,19 @@ def bars(unit: str = "", *, console: Console | None = None) -> Iterator[Advance]
 
 
 def _lines(unit: str, console: Console) -> Advance:
-    """One line for each `what` that begins, then one every ten seconds."""
+    """A line for each `what` that takes more than a moment, then one every ten seconds."""
     begun: dict[str, float] = {}
+    told: set[str] = set()
     said = 0.0
 
     def advance(what: str, done: int, total: int | None) -> None:
         nonlocal said
         now = time.monotonic()
-        if what in begun and now - said < _EVERY:
-            return
-        text = f"{what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else "")
         elapsed = now - begun.setdefault(what, now)
+        if elapsed < _SOON or (what in told and now - said < _EVERY):
+            return
+        told.add(what)
+        text = f"{what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else "")
         if total and done and elapsed > _EVERY / 2:
             text += f", {duration(elapsed * (total - done) / done)} left"
         console.print(text, highlight=False, markup=False, soft_wrap=True)

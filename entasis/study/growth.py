@@ -26,7 +26,7 @@ FIRST = "study.first.yaml"
 def stored(folder: Path) -> Study:
     """The study that a folder holds. Raises `UserError`."""
     if not (folder / FILE).is_file():
-        raise UserError(f"{folder}: holds no study (no {FILE})")
+        raise UserError(f"{folder}: holds no study ({folder / FILE} is missing)")
     return read(folder / FILE)
 
 

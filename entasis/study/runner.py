@@ -75,8 +75,9 @@ def _run(
     place: contextlib.AbstractContextManager[Pool],
 ) -> Verdict:
     growth.intended(study, folder)  # refused before anything is touched
-    with local.only_one(folder), place as pool:
+    with local.only_one(folder), contextlib.ExitStack() as held:
         study, notes = growth.begin(study, folder)
+        pool = held.enter_context(place)  # which may write into the folder
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         _prepare(study, folder, console)
@@ -120,6 +121,10 @@ def vocabulary(study: Study, folder: Path) -> int | None:
         path = next((part.get("path") for part in path.values() if isinstance(part, Mapping)), None)
     corpus = folder / str(path)  # an absolute path stays itself
     if path is None or not (corpus / "corpus.json").is_file():
+        if path is not None and any(folder.glob("*/*/*/recipe.yaml")):
+            raise Damaged(
+                f"damaged: {corpus / 'corpus.json'} is missing; the study's runs were trained on it"
+            )
         return None
     from entasis.data.corpus import Corpus
 

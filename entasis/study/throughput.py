@@ -7,7 +7,6 @@ long or too short, and is converted into bits per byte by the measured slope of 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entasis import quantities
-from entasis.files import write_text
+from entasis.errors import Damaged
+from entasis.files import write_json
 from entasis.study import machine, results
 from entasis.study.arms import Arm
 from entasis.study.config import Study
@@ -33,14 +33,19 @@ STEPS = 3
 
 
 def measure(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool) -> None:
-    """Writes `throughput.json`: tokens per second of each arm, in every round of every worker."""
+    """Writes `throughput.json`: tokens per second of each arm, in every round of every worker.
+
+    Raises `Damaged` where it was lost: runs that are there were as long as it said.
+    """
+    if any(folder.glob("runs/*/*/result.json")):
+        raise Damaged(f"damaged: {folder / FILE} is missing; the runs that are there are as long as it said")
     jobs = machine.jobs_of({name: arms[name] for name in study.arms})
     arguments = ([arms[names[0]].timed for names in jobs], str(study.base.get("device", "auto")))
     at_most = len(study.arms) * len(study.seeds)
     workers = launchers.call(pool, "throughput", in_turn, *arguments, at_most=at_most)
     # Arms that are the same work have the same speed, not two measurements of it.
     told = {name: [worker[i] for worker in workers] for i, names in enumerate(jobs) for name in names}
-    write_text(folder / FILE, json.dumps({"rounds": ROUNDS, "tokens_per_second": told}, indent=1) + "\n")
+    write_json(folder / FILE, {"rounds": ROUNDS, "tokens_per_second": told})
 
 
 def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]]:

@@ -46,17 +46,19 @@ def test_a_sparkline_falls_where_the_values_fall():
 
 @pytest.mark.parametrize(
     ("unit", "says"),
-    [("bytes", "reading: 0.0 of 3.0 MB"), ("tokens", "reading: 0 tokens of 3,000,000 tokens")],
+    [("bytes", "reading: 0.4 MB of 3.0 MB"), ("tokens", "reading: 400,000 tokens of 3,000,000 tokens")],
 )
-def test_progress_without_a_terminal_is_a_line_now_and_then(unit, says):
+def test_progress_without_a_terminal_is_a_line_now_and_then(unit, says, monkeypatch):
+    clock = iter(range(1000))  # every call a second later
+    monkeypatch.setattr("entasis.progress.time.monotonic", lambda: float(next(clock)))
     console = Console(file=io.StringIO(), width=80)
     with bars(unit, console=console) as advance:
-        for done in range(0, 3_000_000, 100_000):
+        advance("opening", 0, None)  # a moment's work is not worth a line
+        for done in range(100_000, 3_000_000, 100_000):
             advance("reading", done, 3_000_000)
-        advance("writing", 0, None)
     lines = console.file.getvalue().splitlines()
-    assert lines[0] == says.replace("0.0 of", "0.0 MB of")
-    assert len(lines) == 2 and lines[1].startswith("writing: 0")
+    assert lines[0] == says
+    assert len(lines) == 3 and lines[1].endswith("left")
 
 
 def test_progress_on_a_terminal_is_a_bar_with_the_time_left():
