@@ -140,7 +140,8 @@ class Run:
         self.positions = dict(state["positions"]) if last else {}
         if parallel.is_main():
             self.metrics = MetricsWriter(self.folder, self.recipe.logging, state)
-        self.timeline = Timeline(self.recipe, self.timeline.shape, state.get("measured", []))
+        if measured := state.get("measured"):
+            self.timeline = Timeline(self.recipe, self.timeline.shape, measured)
         runner: StageRunner | None = None
         index = state["stage"]
         while self.has_stage(runner, index):

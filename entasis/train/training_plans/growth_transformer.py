@@ -61,6 +61,5 @@ class GrowthTransformer(TrainingPlan):
             transition = {"scale": scaled} if group is rest and self.redundant_scale != 1 else None
             if layers and epochs:
                 result.append(Phase(layers, epochs / total, transition=transition))
-        result.append(Phase((), self.epochs[-1] / total, everything=True))
-        missing = 1 - sum(phase.share for phase in result)
-        return [*result[:-1], Phase((), result[-1].share + missing, everything=True)]
+        # Maturation has its own epochs and those of groups without a layer.
+        return [*result, Phase((), 1 - sum(phase.share for phase in result), everything=True)]
