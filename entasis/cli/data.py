@@ -1,4 +1,4 @@
-"""Prepare, import, inspect and examine corpora.
+"""Prepare, import, inspect and examine corpora, and make tasks of held-out text.
 
 examples:
   entasis data prepare stdlib --train-tokenizer 4096 --output corpora/stdlib
@@ -7,6 +7,7 @@ examples:
   entasis data import old/train.bin --format nanogpt --dtype uint16 --tokenizer gpt2/ --output corpora/old
   entasis data inspect corpora/stdlib/train
   entasis data doctor old/train.bin --dtype uint16 --vocabulary 50257
+  entasis data task corpora/stdlib/validation --items 200 --output tasks
 """
 
 from __future__ import annotations
@@ -88,7 +89,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     doctor.add_argument("--vocabulary", type=whole(1), help="number of ids that the tokenizer has")
     doctor.add_argument("--tokenizer", metavar="PATH", help="the tokenizer that should have made the ids")
     doctor.set_defaults(act=_doctor)
-    for verb in (prepare, bring, inspect, doctor):
+
+    task = verbs.add_parser("task", help="a multiple-choice task for lm-eval: which continuation follows?")
+    task.add_argument("text", metavar="TEXT", help="a held-out corpus, a text file or a folder of them")
+    task.add_argument("--output", required=True, metavar="DIR", help="for `entasis evaluate --include-path`")
+    task.add_argument("--items", type=whole(1), default=200, help="how many questions (200)")
+    task.add_argument("--context", type=whole(1), default=40, metavar="WORDS", help="words before each (40)")
+    task.add_argument("--continuation", type=whole(1), default=10, metavar="WORDS", help="words of each (10)")
+    task.add_argument("--seed", type=seed, default=0, help="which stretches of the text are drawn (0)")
+    task.add_argument("--name", default="continuation", help="what lm-eval calls it (continuation)")
+    task.set_defaults(act=_task)
+    for verb in (prepare, bring, inspect, doctor, task):
         verb.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
@@ -219,6 +230,29 @@ def _doctor(args: argparse.Namespace) -> int:
         for finding in diagnosis.findings:
             print(f"{args.path}: {finding.name}\n  evidence: {finding.evidence}\n  fix: {finding.fix}")
     return 0 if diagnosis.sound else 1
+
+
+def _task(args: argparse.Namespace) -> int:
+    from entasis.data.continuations import texts_of, write_task
+
+    result = write_task(
+        texts_of(args.text),
+        args.output,
+        where=args.text,
+        items=args.items,
+        context=args.context,
+        continuation=args.continuation,
+        seed=args.seed,
+        name=args.name,
+    )
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{args.output}: task {args.name} of {result['items']:,} items; the text has room for "
+            f"{result['possible_items']:,}, of {result['documents']:,} documents"
+        )
+    return 0
 
 
 def _share(text: str) -> float:

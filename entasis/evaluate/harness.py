@@ -8,6 +8,7 @@ models do.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -187,9 +188,9 @@ def _read_settings(settings: dict[str, Any], *, seed: int) -> tuple[list[str], i
 
 def run(
     loaded: Loaded,
-    tasks: list[str],
+    tasks: Sequence[str],
     *,
-    include_path: str | None = None,
+    include_path: str | Sequence[str] | None = None,
     limit: int | None = None,
     fewshot: int | None = None,
 ) -> dict[str, Any]:
@@ -197,7 +198,11 @@ def run(
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path)
+    folders = [include_path] if isinstance(include_path, str) else list(include_path or ())
+    # lm-eval's own thousands are only looked through where they are needed.
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=folders)
     for task in tasks:
         if task not in manager.all_tasks:
             raise UserError(

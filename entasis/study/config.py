@@ -94,14 +94,34 @@ class Sweep(Settings):
         return sorted(value)
 
 
+class Continuation(Settings):
+    """A task of the study's own held-out text: which of four continuations follows? See `entasis.data.continuations`."""
+
+    items: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    context: Annotated[int, Field(ge=1, le=1_000_000)] = 40
+    """Words before each continuation."""
+    continuation: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    """Words of each."""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
 class Downstream(Settings):
     """lm-eval tasks that every finished run answers; see `entasis.study.downstream`."""
 
-    tasks: Annotated[list[str], Field(min_length=1)]
+    tasks: list[str] = Field(default_factory=list)
+    continuation: Continuation | None = None
     include_path: str | None = None
     """A folder with task definitions of one's own."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """At most so many questions of a task."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> Self:
+        if not self.tasks and self.continuation is None:
+            raise UserError(
+                f"{HERE}.tasks is []; name tasks of lm-eval, or give continuation: {{items: 200}}"
+            )
+        return self
 
 
 class CorpusSource(Settings):

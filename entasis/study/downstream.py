@@ -1,42 +1,105 @@
 """Downstream scores of a study's runs: lm-eval tasks after training (the extra `eval`).
 
-downstream: {tasks: [next_line], include_path: tasks/}
+downstream: {tasks: [next_line], include_path: tasks/, continuation: {items: 200}}
 
-They stand beside bits per byte and do not decide the verdict: at the sizes of a study most tasks are at chance.
+`continuation` is made once, in the study's folder, of its own held-out documents. The scores stand beside bits per byte and do
+not decide the verdict: at the sizes of a study most tasks are at chance.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from entasis.errors import UserError
 from entasis.files import write_text
 from entasis.report.tables import Column, Table
 from entasis.study import results, statistics
-from entasis.study.config import Downstream
+from entasis.study.arms import Arm
+from entasis.study.config import Study
+from entasis.study.plan import Plan
 from entasis.study.results import Outcome
 
 FILE = "downstream.json"
+FOLDER = "tasks"
+"""Where the study's own task lies."""
+CONTINUATION = "continuation"
+MISSING = (
+    "Tasks need lm-eval (pip install 'entasis[eval]'); once it is there, the same command scores the runs."
+)
 
 
-def score(wanted: Downstream, done: Sequence[Outcome], console: Console) -> None:
-    """Writes `downstream.json` into the folder of every run that has none: task → metric → value."""
-    left = [o for o in done if not (o.folder / FILE).is_file()]
-    if not left:
+def prepare(study: Study, folder: Path, arms: Mapping[str, Arm], console: Console) -> None:
+    """Before anything is trained: makes the task of the study's own text, and says where lm-eval is not installed.
+
+    Its documents are those that the arms are judged on, never those that a sweep chooses by. Raises `UserError` where they are
+    too few, and for a continuation that some model could not read at once.
+    """
+    if study.downstream is None:
         return
+    if importlib.util.find_spec("lm_eval") is None:
+        console.print(f"downstream: left out. {MISSING}", markup=False, highlight=False, soft_wrap=True)
+    if (wanted := study.downstream.continuation) is None:
+        return
+    from entasis.data.continuations import texts_of, write_task
+
+    text = folder / str(arms[study.baseline].recipe["data"]["validation"])
+    write_task(
+        texts_of(text, part="test" if study.sweep else "all"),
+        folder / FOLDER,
+        where=f"study {study.name}: downstream.continuation: {text}",
+        name=CONTINUATION,
+        **wanted.model_dump(),
+    )
+    _check_lengths(study, folder, arms)
+
+
+def _check_lengths(study: Study, folder: Path, arms: Mapping[str, Arm]) -> None:
+    from entasis.data import tokenizer
+    from entasis.data.corpus import TOKENIZER
+
+    lines = (folder / FOLDER / f"{CONTINUATION}.jsonl").read_text(encoding="utf-8").splitlines()
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    longest: dict[str, int] = {}
+    for arm in (arms[name] for name in study.arms):
+        path = str(arm.recipe["data"]["validation"])
+        if path not in longest:
+            longest[path] = max(map(len, tokenizer.load(folder / path / TOKENIZER).encode_batch(choices)))
+        if longest[path] > arm.final_shape.context:
+            raise UserError(
+                f"study {study.name}: downstream.continuation: a continuation has {longest[path]} tokens, the context of arm "
+                f"{arm.name} {arm.final_shape.context}; ask for fewer words (continuation.continuation)"
+            )
+
+
+def score(study: Study, folder: Path, done: Sequence[Outcome], console: Console) -> bool:
+    """Adds the tasks that a run has not answered to `downstream.json` in its folder: task → metric → value.
+
+    Returns whether there were any.
+    """
+    wanted = study.downstream
+    if wanted is None or importlib.util.find_spec("lm_eval") is None:
+        return False
+    own = [] if wanted.continuation is None else [CONTINUATION]
+    asked = [*wanted.tasks, *own]
+    left = [(o, tasks) for o in done if (tasks := [t for t in asked if t not in _answers(o)])]
+    if not left:
+        return False
     from entasis.evaluate import harness
     from entasis.evaluate.loading import load
 
-    for i, outcome in enumerate(left, 1):
+    paths = [str(folder / FOLDER)] if own else []
+    paths += [wanted.include_path] if wanted.include_path else []
+    for i, (outcome, tasks) in enumerate(left, 1):
         console.print(f"downstream {i} of {len(left)}: {outcome.run.folder}", markup=False, highlight=False)
-        answer = harness.run(
-            load(outcome.folder), wanted.tasks, include_path=wanted.include_path, limit=wanted.limit
-        )
-        plain = {
+        answer = harness.run(load(outcome.folder), tasks, include_path=paths, limit=wanted.limit)
+        plain: dict[str, dict[str, float]] = {
             task: {
                 name.removesuffix(",none"): float(value)
                 for name, value in values.items()
@@ -44,31 +107,42 @@ def score(wanted: Downstream, done: Sequence[Outcome], console: Console) -> None
             }
             for task, values in answer["results"].items()
         }
+        # What stands for several tasks has no score of its own, and was asked all the same.
+        plain = {**_answers(outcome), **{task: {} for task in tasks}, **plain}
         write_text(outcome.folder / FILE, json.dumps(plain, indent=1) + "\n")
+    return True
 
 
-def table(grid: dict[str, list[Any]], done: dict[str, Outcome], baseline: str) -> Table:
-    """One row a task, metric and arm: mean over seeds, paired difference to the baseline, its 95 % interval."""
-    found = {
-        arm: {run.seed: results.json_of(done[run.folder].folder / FILE) for run in runs if _there(done, run)}
-        for arm, runs in grid.items()
-    }
-    measured = sorted({(t, m) for seeds in found.values() for r in seeds.values() for t in r for m in r[t]})
-    rows = []
-    for task, metric in measured:
-        values = {arm: {s: r[task][metric] for s, r in seeds.items()} for arm, seeds in found.items()}
-        for arm, scores in values.items():
-            if not scores:
-                continue
-            row: dict[str, Any] = {"task": task, "metric": metric, "arm": arm}
-            row["mean"] = float(np.mean(list(scores.values())))
-            pairs = [scores[s] - values[baseline][s] for s in scores if s in values[baseline]]
-            if arm != baseline and pairs:
-                mean, low, high, _ = statistics.paired_interval(pairs)
-                row |= {"difference": mean, "low": low, "high": high}
-            rows.append(row)
+def _answers(outcome: Outcome) -> dict[str, dict[str, float]]:
+    path = outcome.folder / FILE
+    return results.json_of(path) if path.is_file() else {}
+
+
+def table(plan: Plan, done: Mapping[str, Outcome], baseline: str) -> Table:
+    """One row a protocol, task, metric and arm: mean over seeds, paired difference to the baseline, its 95 % interval."""
+    rows: list[dict[str, Any]] = []
+    for protocol, grid in plan.grid.items():
+        found = {
+            arm: {run.seed: _answers(done[run.folder]) for run in runs if run.folder in done}
+            for arm, runs in grid.items()
+        }
+        measured = sorted(
+            {(t, m) for seeds in found.values() for r in seeds.values() for t in r for m in r[t]}
+        )
+        for task, metric in measured:
+            values = {
+                arm: {s: r[task][metric] for s, r in seeds.items() if metric in r.get(task, {})}
+                for arm, seeds in found.items()
+            }
+            row = {"protocol": protocol, "task": task, "metric": metric}
+            rows += [
+                row | _row(arm, scores, {} if arm == baseline else values[baseline])
+                for arm, scores in values.items()
+                if scores
+            ]
     return Table(
         [
+            *([Column("protocol", "protocol")] if len(plan.grid) > 1 else []),
             Column("task", "task"),
             Column("metric", "metric"),
             Column("arm", "arm"),
@@ -81,5 +155,9 @@ def table(grid: dict[str, list[Any]], done: dict[str, Outcome], baseline: str) -
     )
 
 
-def _there(done: dict[str, Outcome], run: Any) -> bool:
-    return run.folder in done and (done[run.folder].folder / FILE).is_file()
+def _row(arm: str, scores: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any]:
+    row: dict[str, Any] = {"arm": arm, "mean": float(np.mean(list(scores.values())))}
+    if pairs := [scores[s] - baseline[s] for s in scores if s in baseline]:
+        mean, low, high, _ = statistics.paired_interval(pairs)
+        row |= {"difference": mean, "low": low, "high": high}
+    return row

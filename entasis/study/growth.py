@@ -73,7 +73,8 @@ def begin(study: Study, folder: Path) -> tuple[Study, list[str]]:
     wanted, notes = intended(study, folder)
     there = stored(folder) if (folder / FILE).is_file() else None
     started = any(folder.glob("runs/*/*/result.json"))
-    if there is not None and wanted != there and started and not (folder / FIRST).is_file():
+    grown = there is not None and wanted.replaced(downstream=there.downstream) != there
+    if there is not None and grown and started and not (folder / FIRST).is_file():
         write_text(folder / FIRST, there.to_yaml())
     if wanted != there:
         write_text(folder / FILE, wanted.to_yaml())
@@ -126,7 +127,8 @@ def _same_but_for_growth(there: Study, here: Study, folder: Path) -> None:
             raise UserError(
                 f"{folder} holds another arm {name}: {_told(changes, here.arms[name])}; give it another name"
             )
-    grows = ("arms", "controls", "seeds", "until")
+    # What runs answer besides is no part of the verdict, and may be asked of finished ones.
+    grows = ("arms", "controls", "seeds", "until", "downstream")
     old, new = ({k: v for k, v in s.to_dict().items() if k not in grows} for s in (there, here))
     if old != new:
         raise UserError(f"{folder} holds another study: {_told(old, new)}; choose another --output")

@@ -220,9 +220,9 @@ def _order(study: Study, done: list[Outcome]) -> list[str]:
 
 
 def _downstream(page: Page, study: Study, plan: Plan, folder: Path) -> list[str]:
-    table = downstream.table(
-        plan.grid[study.protocols[0]], results.outcomes(folder, plan.runs), study.baseline
-    )
+    table = downstream.table(plan, results.outcomes(folder, plan.runs), study.baseline)
+    if not table.rows:
+        return [page.note(f"Downstream tasks are not scored yet. {downstream.MISSING}")]
     said = "Downstream tasks, by lm-eval. Higher is better for acc, lower for perplexities; no part of the verdict."
     return [page.table(_save(table, folder, "downstream")), page.note(said)]
 

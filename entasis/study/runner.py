@@ -83,6 +83,7 @@ def _run(
         _prepare(study, folder, console)
         study = _settled(study, folder, console, pool)
         arms = held_out.agree(study, folder, solve(study, vocabulary(study, folder)))
+        downstream.prepare(study, folder, arms, console)
         prepared = preparatory(study, arms)
         _recognise(folder, arms, [*trunks.needed(prepared), *prepared])
         _train(study, folder, prepared, console, "preparing: learning rates", pool)
@@ -93,12 +94,10 @@ def _run(
         rounds.train(
             study, plan, folder, lambda runs: _train(study, folder, runs, console, study.title, pool)
         )
-        if study.downstream:
-            found = results.outcomes(folder, plan.runs)
-            downstream.score(study.downstream, list(found.values()), console)
+        scored = downstream.score(study, folder, list(results.outcomes(folder, plan.runs).values()), console)
         verdict = analysis.judge(study, plan, folder)
         told = folder / "verdict.json"
-        if results.holds(told, verdict) and (folder / "report.html").is_file():
+        if not scored and results.holds(told, verdict) and (folder / "report.html").is_file():
             return verdict
         return _report(study, plan, folder, verdict, prepared, console)
 

@@ -89,6 +89,13 @@ def test_a_new_arm_leaves_a_fixed_study_fixed(folder: Path) -> None:
     assert grown.until is None and list(grown.arms) == list(arms) and notes == ["new: taper"]
 
 
+def test_finished_runs_may_be_asked_further_tasks(folder: Path) -> None:
+    asking = study(downstream={"continuation": {"items": 50}})
+    grown, notes = growth.begin(asking, folder)
+    assert grown == asking == growth.stored(folder) and not notes
+    assert grown.until is None and growth.first(folder) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

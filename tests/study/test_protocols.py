@@ -1,6 +1,8 @@
 """A study under all three protocols with a learning-rate sweep, trained for real."""
 
+import csv
 import io
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from entasis.data import tokenizer
+from entasis.data.corpus import Corpus
+from entasis.data.held_out import choose_documents
 from entasis.study import runner, study_files, throughput
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
@@ -59,7 +64,8 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
             "seeds": 1,
             "threads": 1,
             "protocols": ["params", "flops", "time"],
-            "downstream": {"tasks": ["two_ways"], "include_path": str(tmp_path / "tasks")},
+            "downstream": {"tasks": ["two_ways"], "include_path": str(tmp_path / "tasks"),
+                           "continuation": {"items": 12, "context": 8, "continuation": 2}},
             "sweep": {"multipliers": [0.1, 1], "changes": {"tokens": 1024}},
         },
         name="s",
@@ -96,3 +102,30 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     assert "so many bits per byte by the slope" in page
     told = (folder / "tables" / "downstream.csv").read_text()
     assert "two_ways,acc,plain,0." in told and "two_ways,acc,deep,0." in told
+    # The task of the study's own text is of the documents that the verdict is on, and none that rates were chosen by.
+    corpus = Corpus(folder / "corpora/code/validation")
+    reader, offsets = tokenizer.load(corpus.tokenizer_path), corpus.document_offsets()
+    documents = [reader.decode(corpus.read(int(a), int(b)).tolist()) for a, b in itertools.pairwise(offsets)]
+    chosen = [documents[i] for i in choose_documents(corpus, part="test")]
+    assert len(chosen) < len(documents)
+    lines = (folder / "tasks/continuation.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 12
+    assert all(any(row["context"] + row["choices"][row["answer"]] in d for d in chosen) for row in rows)
+    table = list(csv.DictReader(io.StringIO(told)))
+    asked = {
+        (r["protocol"], r["arm"]) for r in table if r["task"] == "continuation" and r["metric"] == "acc_norm"
+    }
+    assert asked == {(p, arm) for p in ("params", "flops", "time") for arm in ("plain", "deep")}
+    for row in table:
+        if row["task"] == "continuation" and row["protocol"] == "params":
+            score = json.loads((folder / f"runs/{row['arm']}/seed-0/downstream.json").read_text())
+            assert float(row["mean"]) == score["continuation"][row["metric"]]
+    # A finished study may be asked something else, and trains nothing for it.
+    trained = {p: p.stat().st_mtime_ns for p in folder.rglob("result.json")}
+    more = study.replaced(downstream=study.downstream.replaced(limit=6, tasks=["two_ways", "two_again"]))
+    again = (tmp_path / "tasks/two.yaml").read_text().replace("two_ways", "two_again")
+    (tmp_path / "tasks/again.yaml").write_text(again)
+    runner.run(more, folder, Console(file=io.StringIO(), width=160))
+    assert "two_again,acc,deep,0." in (folder / "tables" / "downstream.csv").read_text()
+    assert trained == {p: p.stat().st_mtime_ns for p in folder.rglob("result.json")}
