@@ -124,10 +124,10 @@ def write_task(
     """
     stretches = find_stretches(texts, context=context, continuation=continuation)
     if len(stretches) < max(items, CHOICES):
-        least = f"needs {CHOICES}" if len(stretches) < CHOICES else f"{items} are asked for"
+        wanted = f"a task has at least {CHOICES}" if len(stretches) < CHOICES else f"{items} are asked for"
         raise UserError(
-            f"{where}: has room for {len(stretches)} items of {context} + {continuation} different words (between spaces), and a "
-            f"task {least}; ask for fewer or shorter ones, or hold out more text"
+            f"{where}: has room for {len(stretches)} items of {context} + {continuation} words (between spaces), and {wanted}; "
+            "ask for fewer or shorter ones, or hold out more text"
         )
     made = make_items(stretches, items, seed)
     data, task = Path(folder).absolute() / f"{name}.jsonl", Path(folder) / f"{name}.yaml"

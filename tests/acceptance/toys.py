@@ -128,6 +128,7 @@ def lay_in_stock() -> None:
 
 TOYS = {
     "entasis data prepare stdlib": ["--limit", "400k"],
+    "entasis data task": ["--items", "10"],
     "entasis study plan where-capacity-belongs": ["--quick"],
     "entasis study plan quickstart": ["--quick"],
     "entasis train": ["tokens=10k", "batch.tokens=2048", "evaluation.tokens=5k", *FIXED],
