@@ -15,7 +15,7 @@ decay, by its own fan-in and under Muon its fan-out (`entasis.model.parametrisat
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,18 +33,18 @@ def build(
     trainable: list[str],
     *,
     precision: str = "fp32",
-    apart: Collection[str] = (),
+    apart: Mapping[str, Hashable] | None = None,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of the parameters named in `trainable`; each group has its `initial_lr` for the schedule.
 
     Muon scales its update to AdamW's root mean square, so that one learning rate serves both; it orthogonalises in
-    the recipe's `precision`. Parameters named in `apart` are in groups of their own.
+    the recipe's `precision`. Parameters with different labels in `apart` are in different groups.
     """
     parameters = dict(model.named_parameters())
     rules = parametrisation.describe(
         model.shape, recipe.parametrisation, base_width=recipe.base_width, muon=recipe.name == "muon"
     )
-    gathered: dict[tuple[str, float, float, bool], list[nn.Parameter]] = defaultdict(list)
+    gathered: dict[tuple[str, float, float, Hashable], list[nn.Parameter]] = defaultdict(list)
     for name in trainable:
         # LoRA's adapters are no parameters of the shape: AdamW at the recipe's rate, without decay.
         rule, parameter = rules.get(name, parametrisation.Rule("vector")), parameters[name]
@@ -54,7 +54,7 @@ def build(
             "muon" if hidden and recipe.name == "muon" else "adamw",
             recipe.lr * rule.lr,
             recipe.weight_decay * rule.weight_decay if decays else 0.0,
-            name in apart,
+            (apart or {}).get(name),
         )
         gathered[key].append(parameter)
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -24,6 +24,7 @@ from entasis.train.schedule import Schedule
 
 Positive = Annotated[int, Field(ge=1, le=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class WeightedCorpus(Settings):
@@ -197,6 +198,17 @@ class Lora(Settings):
     """Selectors of the matrices that get one."""
 
 
+class Anneal(Settings):
+    """The learning rate of some parameters falls along half a cosine, beside what the schedule does to all."""
+
+    on: str | list[str]
+    """Selectors of them. Of several entries that mean a parameter the first counts."""
+    part: Annotated[tuple[NotNegative, NotNegative], Field(strict=False)] = (0.0, 1.0)
+    """The stage is this part of the half cosine, which is zero from 1 on: [0, 1] is all of it."""
+    scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Where the half cosine begins, as a multiple of the rate."""
+
+
 class Stage(Settings):
     """A stretch of training. What is null is taken from the recipe."""
 
@@ -233,6 +245,8 @@ class Stage(Settings):
         | None
     ) = None
     """The stage is this part of one schedule that runs over several stages ([0.2, 0.5]); null: it has one of its own."""
+    anneal: Annotated[tuple[Anneal, ...], Field(strict=False)] = ()
+    """Learning rates of their own, of some of what learns."""
     cache_frozen: bool = False
     """Keeps on disk what the frozen layers below the first that learns make of each window, for when it is read again."""
 

@@ -57,6 +57,12 @@ def constant(step: float, steps: float, *, decay: int, min_lr_factor: float) -> 
     return 1.0
 
 
+def anneal(share: float, part: tuple[float, float], scale: float) -> float:
+    """A stretch's `part` of a half cosine from `scale` to zero, where a `share` of the stretch is over."""
+    begin, end = part
+    return scale * (1 + math.cos(math.pi * min(1.0, begin + share * (end - begin)))) / 2
+
+
 def factor(schedule: Schedule, step: float, steps: float) -> float:
     """What the peak learning rate is multiplied by at `step` (from 0) of `steps`, which are whole but for parts of schedules.
 

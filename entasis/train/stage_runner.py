@@ -102,9 +102,14 @@ class StageRunner:
             span.optimizer,
             list(span.trainable),
             precision=recipe.precision,
-            apart=newest,
+            apart={name: (name in newest, span.annealed.get(name)) for name in span.trainable},
         )
         self.warming = {p for name, p in self.model.named_parameters() if name in newest}
+        self.annealed = {
+            p: span.own.anneal[span.annealed[name]]
+            for name, p in self.model.named_parameters()
+            if name in span.annealed
+        }
         self.gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else self.trainable)
         self.average: WeightAverage | None = None
         if recipe.average is not None:
@@ -230,9 +235,13 @@ class StageRunner:
         factor, done = self.lr_factor(step), step - self.span.start + 1
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
+                # All of a group's parameters are alike in this: they were put apart.
+                first = group["params"][0]
                 group["lr"] = group["initial_lr"] * factor
-                if done < self.span.warmup_new and group["params"][0] in self.warming:
+                if done < self.span.warmup_new and first in self.warming:
                     group["lr"] *= done / self.span.warmup_new
+                if own := self.annealed.get(first):
+                    group["lr"] *= schedule.anneal((done - 1) / self.span.steps, own.part, own.scale)
 
     def evaluate(
         self, corpus: Corpus, *, sequence: int, progress: Callable[[int, int], None] | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from entasis import quantities
@@ -47,6 +47,8 @@ class StageSpan:
     """Names of the matrices that have a LoRA adapter in this stage."""
     warmup_new: int = 0
     """Steps over which the learning rate of the newest layers rises to the others'."""
+    annealed: Mapping[str, int] = field(default_factory=dict)
+    """Which entry of `own.anneal` the rates of parameters follow besides."""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -146,7 +148,7 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
             StageSpan(
                 index, stage, data, batch, optimizer, start, start + steps, tokens, shape, lineage, tuple(names), changed,
                 _optimizer_state(stage, changed, optimizer, result), adapted,
-                _warmup_new(stage, steps, lineage, where),
+                _warmup_new(stage, steps, lineage, where), _annealed(stage, shape, lineage, names, where),
             )
         )  # fmt: skip
         _check_frozen(result[-1], where)
@@ -191,6 +193,22 @@ def _warmup_new(stage: ResolvedStage, steps: int, lineage: Lineage, where: str) 
     if not lineage.newest:
         raise UserError(f"{where}.warmup_new: no layer is new; use schedule.warmup")
     return quantities.steps(stage.warmup_new, steps, f"{where}.warmup_new")
+
+
+def _annealed(
+    stage: ResolvedStage, shape: ModelShape, lineage: Lineage, learning: Sequence[str], where: str
+) -> dict[str, int]:
+    """The entry of `anneal` for each parameter that has one. Raises `UserError`."""
+    found: dict[str, int] = {}
+    for i, entry in enumerate(stage.anneal):
+        here = f"{where}.anneal[{i}]"
+        if entry.part[0] >= entry.part[1]:
+            raise UserError(f"{here}.part is {list(entry.part)}; write [begin, end], as in [0, 0.5]")
+        meant = set(selectors.select(shape, entry.on, newest=lineage.newest, where=f"{here}.on"))
+        if not meant & set(learning):
+            raise UserError(f"{here}.on: nothing of what it means learns in this stage")
+        found |= {name: i for name in learning if name in meant and name not in found}
+    return found
 
 
 def _check_lengths(tokens: int, sequence: int, shape: ModelShape, where: str) -> None:

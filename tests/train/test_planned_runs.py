@@ -1,6 +1,7 @@
 """Runs whose layers learn by a training plan."""
 
 import json
+import math
 
 import pytest
 from safetensors.torch import load_file
@@ -11,6 +12,7 @@ from entasis.shape import cost
 from entasis.train import recipe as recipes
 from entasis.train.metrics import records
 from entasis.train.run import train
+from entasis.train.stage_runner import StageRunner
 
 SCHEDULE = {"name": "warmup-stable-decay", "warmup": 3, "decay": "40%"}
 ONLINE = {"importance": {"measure": "skip", "tokens": 512, "after": 0.3}, "groups": 2, "final": 0.3}
@@ -63,8 +65,74 @@ def test_a_measuring_run_goes_on_as_if_it_had_not_been_stopped(recipe, tmp_path,
     assert all((a[name] == b[name]).all() for name in a)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("layer_lr", ["unscaled", "scaled"])
+def test_freezeout_s_layers_learn_at_the_paper_s_rates(recipe, tmp_path, monkeypatch, layer_lr, name):
+    """At every step of a run, by the formula of 1706.04983; layer i is frozen after t_i of the steps."""
+    steps, lr, times = 24, 1e-2, {"0": 0.5**3, "1": 0.75**3}
+    used = []
+    step = StageRunner.step
+
+    def watched(self, norm):
+        of = {p: g["lr"] for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        used.append({name: of[p] for name, p in self.model.named_parameters() if p in of})
+        step(self, norm)
+
+    monkeypatch.setattr(StageRunner, "step", watched)
+    plan = {"freezeout": {"layer_lr": layer_lr}}
+    changes = {"schedule": {"name": "constant", "warmup": 0}, "optimizer": {"name": name, "lr": lr}}
+    train(recipe(tokens=512 * steps, training_plan=plan, **changes), tmp_path)
+    assert len(used) == steps
+    for j, rates in enumerate(used):
+        for name, found in rates.items():
+            layer = name.split(".")[1] if name.startswith("blocks") else None
+            time = times["0"] if name.startswith("embedding") else times.get(layer, 1.0)
+            scale = 1 / time if layer_lr == "scaled" else 1
+            assert found == pytest.approx(lr * scale * (1 + math.cos(math.pi * j / steps / time)) / 2), (
+                j,
+                name,
+            )
+        learning = {name.split(".")[1] for name in rates if name.startswith("blocks")}
+        assert learning == {i for i, time in times.items() if j < round(time * steps)}
+        assert any(name.startswith("embedding") for name in rates) == ("0" in learning)
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 9])
+def test_a_run_goes_on_within_a_stage_of_falling_rates(recipe, tmp_path, stop_at):
+    """Stages begin at the steps 0, 8 and 11."""
+    plan = {"freezeout": {"layer_lr": "scaled", "t0": 0.5, "cubed": False}}
+    wanted = recipe(tokens=512 * 16, training_plan=plan, checkpoint={"every": 3})
+    train(wanted, tmp_path / "whole")
+
+    def interrupt(event):
+        if event["event"] == "checkpoint" and event["step"] == stop_at:
+            raise Stopped("now")
+
+    with pytest.raises(Stopped):
+        train(wanted, tmp_path / "stopped", reporter=interrupt)
+    train(wanted, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    train(recipe(tokens=512 * 16, training_plan={"freezeout": {"cubed": False}}), tmp_path / "shared")
+    assert losses(tmp_path / "shared") != losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("anneal", "says"),
+    [
+        ({"on": "blocks[0]"}, "stages[0].anneal[0].on: nothing of what it means learns in this stage"),
+        ({"on": "head", "part": [0.5, 0.5]}, "stages[0].anneal[0].part is [0.5, 0.5]; write [begin, end]"),
+        ({"on": "heads"}, "stages[0].anneal[0].on"),
+        ({"on": "head", "scale": 0}, "stages[0].anneal[0].scale is 0"),
+    ],
+)
+def test_a_stage_s_own_rates_are_checked_before_training(recipe, tmp_path, anneal, says):
+    with pytest.raises(UserError) as error:
+        train(recipe(stages=[{"trainable": ["blocks[1]", "head"], "anneal": [anneal]}]), tmp_path)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
 def test_the_recipe_in_the_folder_repeats_the_run(recipe, tmp_path):
-    wanted = recipe(tokens=512 * 8, training_plan={"freezeout": {"t0": 0.5}})
+    wanted = recipe(tokens=512 * 8, training_plan={"freezeout": {"t0": 0.5, "layer_lr": "scaled"}})
     train(wanted, tmp_path / "run")
     stored = recipes.read(tmp_path / "run" / "recipe.yaml")
     train(stored, tmp_path / "again")

@@ -31,6 +31,15 @@ Measured = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
+class Anneal:
+    """The learning rate of some parameters is ½ · scale · (1 + cos(π · u / end)) of the run's after the share u of it."""
+
+    on: Sequence[str]
+    end: float
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of a plan: which layers learn in it, and for how long."""
 
@@ -40,6 +49,8 @@ class Phase:
     everything: bool = False
     """Whatever is not frozen by the model's shape learns, also what belongs to no layer."""
     transition: Mapping[str, Any] | None = None
+    anneal: tuple[Anneal, ...] = ()
+    """Rates that fall to zero, for some of what learns in it."""
 
 
 class Measurement(Settings):
@@ -177,8 +188,12 @@ def lay_out(
             "recipe: training_plan: its measurements take more than half of the run's FLOPs; read fewer tokens"
         )
     learns = {p.part for p in layout.parameters(shape) if not p.frozen}
-    # A frozen interface has none that could.
-    always = [term for term in plan.always if term != "embedding" or term in learns]
+
+    def present(terms: Sequence[str]) -> list[str]:
+        """Without the embedding where it is a frozen interface, which has nothing that could learn."""
+        return [term for term in terms if term != "embedding" or term in learns]
+
+    always = present(plan.always)
     result: list[dict[str, Any]] = []
     done = share = 0.0
     for phase in plan.phases(shape.n_layers, steps, seed, measured):
@@ -193,6 +208,11 @@ def lay_out(
         if not length:
             continue
         start, done = done, done + length * each
+        rates = [
+            {"on": present(a.on), "part": [start / end / a.end, done / end / a.end], "scale": a.scale}
+            for a in phase.anneal
+            if present(a.on)
+        ]
         result.append(
             {
                 "trainable": trainable,
@@ -200,6 +220,7 @@ def lay_out(
                 "optimizer_state": "keep" if result else "reset",
                 "transition": phase.transition,
                 "schedule_part": [start / end, min(1.0, done / end)],
+                "anneal": rates,
             }
         )
     return result
