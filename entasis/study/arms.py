@@ -13,6 +13,7 @@ from entasis.study.config import changed
 from entasis.train import recipe as recipes
 from entasis.train.stages import StageSpan, flops_per_token
 from entasis.train.training_plans import plan as training_plans
+from entasis.train.training_plans.plan import TrainingPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,18 +54,16 @@ class Arm:
     def flops(self, tokens: Sequence[int]) -> int:
         """Training FLOPs of a run with so many tokens in each stage, what its plan measures included."""
         trained = sum(n * stage.flops_per_token for n, stage in zip(tokens, self.stages, strict=True))
-        if (wanted := self.recipe.get("training_plan")) is None:
+        if (plan := self.plan) is None:
             return trained
-        plan, sequence = training_plans.read(wanted), self.stages[0].data.sequence
-        return trained + round(
-            plan.measurements * training_plans.measurement_flops(plan, self.shape, sequence)
-        )
+        each = training_plans.measurement_flops(plan, self.shape, self.stages[0].data.sequence)
+        return trained + round(plan.measurements * each)
 
     @property
-    def spends(self) -> str | None:
-        """What its training plan spends, `tokens` or `flops`; None without a plan."""
+    def plan(self) -> TrainingPlan | None:
+        """Its training plan, if it has one."""
         wanted = self.recipe.get("training_plan")
-        return None if wanted is None else training_plans.read(wanted).spend
+        return None if wanted is None else training_plans.read(wanted)
 
     @property
     def timed(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from entasis.errors import UserError
 from entasis.shape import cost
 from entasis.study.arms import Arm, Findings, batch_tokens
 from entasis.study.config import Protocol, Study
+from entasis.train.training_plans.plan import TrainingPlan
 
 
 def tokens_of(study: Study, arms: Mapping[str, Arm], arm: Arm, protocol: Protocol, findings: Findings) -> int:
@@ -23,8 +24,9 @@ def stage_tokens_of(
     What the arm's trunk costs is spent already. A control's length stays in proportion to the baseline's. Raises `UserError` where nothing would be left for the last stage.
     """
     base = arms[study.baseline]
-    if arm.spends is not None:
-        return _planned_tokens(arms, arm, base, protocol)
+    if arm.plan is not None:
+        factor = _plan_factor(study, arms, arm, arm.plan, protocol, findings)
+        return [round(n * factor) for n in arm.stage_tokens]
     *before, last = arm.stage_tokens
     batch, wanted = arm.stages[-1].batch_tokens, float(last)
     if arm.control:
@@ -39,25 +41,42 @@ def stage_tokens_of(
                 f"{spent:.3e} of the {limit:.3e} FLOPs that {base.name} has, which leaves less than one batch"
             )
     if protocol == "time" and not arm.control:
-        speed = findings.tokens_per_second
-        seconds = sum(base.stage_tokens) / speed[base.name] if study.hours is None else study.hours * 3600
-        wanted = seconds * speed[arm.name]
+        wanted = _tokens_in_time(study, base, arm, findings)
     return [*before, max(1, round(wanted / batch)) * batch]
 
 
-def _planned_tokens(arms: Mapping[str, Arm], arm: Arm, base: Arm, protocol: Protocol) -> list[int]:
-    """Tokens of each stage of an arm with a training plan, all longer or shorter alike.
+def _tokens_in_time(study: Study, base: Arm, arm: Arm, findings: Findings) -> float:
+    """How far an arm comes in the time of every run under `time`."""
+    speed = findings.tokens_per_second
+    seconds = sum(base.stage_tokens) / speed[base.name] if study.hours is None else study.hours * 3600
+    return seconds * speed[arm.name]
 
-    A plan that spends FLOPs gets those of the baseline, its measurements included.
+
+def _plan_factor(
+    study: Study,
+    arms: Mapping[str, Arm],
+    arm: Arm,
+    plan: TrainingPlan,
+    protocol: Protocol,
+    findings: Findings,
+) -> float:
+    """How many times as long as its recipe says an arm with a training plan is trained, all its stages alike.
+
+    A plan that spends FLOPs gets those of the baseline, its measurements included. Under `time` the speed is that of the
+    plan's stages as they are mixed.
     """
-    factor = 1.0
-    if protocol == "flops":
-        left = before_run(arms, base)[1] + base.flops(base.stage_tokens) - before_run(arms, arm)[1]
-        own = arm.flops(arm.stage_tokens)
-        if arm.spends == "flops":
-            own = arm.recipe["tokens"] * cost.flops_per_token(arm.shape, arm.stages[0].data.sequence)
-        factor = left / own
-    return [round(n * factor) for n in arm.stage_tokens]
+    base = arms[study.baseline]
+    if arm.control:
+        return tokens_of(study, arms, base, protocol, findings) / sum(base.stage_tokens)
+    if protocol == "time":
+        return _tokens_in_time(study, base, arm, findings) / sum(arm.stage_tokens)
+    if protocol == "params":
+        return 1.0
+    left = before_run(arms, base)[1] + base.flops(base.stage_tokens) - before_run(arms, arm)[1]
+    if plan.spend == "flops":
+        whole = cost.flops_per_token(arm.shape, arm.stages[0].data.sequence)
+        return left / (arm.recipe["tokens"] * whole)
+    return left / arm.flops(arm.stage_tokens)
 
 
 def before_run(arms: Mapping[str, Arm], arm: Arm) -> tuple[int, int]:
@@ -89,7 +108,14 @@ def check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
             )
         if protocol == "flops":
             stage_tokens_of(study, arms, arm, protocol, Findings())
-        elif len(arm.stages) > 1 or any(stage.get("tokens") for stage in arm.recipe.get("stages") or []):
+        elif arm.plan is not None and arm.plan.measurement is not None:
+            raise UserError(
+                f"{where}: its training plan goes by what it measures as it trains, so how fast it will be is not known "
+                f"beforehand, as {protocol} needs; use flops, or give it numbers"
+            )
+        elif arm.plan is None and (
+            len(arm.stages) > 1 or any(stage.get("tokens") for stage in arm.recipe.get("stages") or [])
+        ):
             raise UserError(
                 f"{where} sets the tokens of its stages, but under {protocol} the length follows from "
                 f"{base.name}'s; use params or flops"

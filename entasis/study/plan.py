@@ -261,7 +261,7 @@ def _run(
 
 def _with_lengths(arm: Arm, lengths: Sequence[int]) -> dict[str, Any]:
     """An arm's recipe with the tokens of its stages, and of all of them, set; with a plan only those that the plan goes by."""
-    if arm.spends is not None:
+    if arm.plan is not None:
         factor, batch = sum(lengths) / sum(arm.stage_tokens), batch_tokens(arm.recipe)
         return changed(arm.recipe, {"tokens": max(1, round(arm.recipe["tokens"] * factor / batch)) * batch})
     result = changed(arm.recipe, {"tokens": sum(lengths)})

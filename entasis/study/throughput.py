@@ -1,13 +1,15 @@
 """How fast each arm trains, for comparisons at equal device time: measured in turns, with its spread.
 
-All arms step in turn, round after round, on random ids, in as many worker processes at once as runs will be; other work
-on the machine so slows all alike. What is left as the error of an arm's speed against the baseline's makes its runs too
-long or too short, and is converted into bits per byte by the measured slope of its loss over tokens.
+All arms step in turn, in every different stage of their training plans, round after round, on random ids, in as many
+worker processes at once as runs will be; other work on the machine so slows all alike. What is left as the error of an
+arm's speed against the baseline's makes its runs too long or too short, and is converted into bits per byte by the
+measured slope of its loss over tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from entasis import quantities
 from entasis.errors import Damaged
 from entasis.files import write_json
+from entasis.shape import layout
 from entasis.study import machine, results
 from entasis.study.arms import Arm
 from entasis.study.config import Study
@@ -39,17 +42,49 @@ def measure(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool) -> 
     """
     if any(folder.glob("runs/*/*/result.json")):
         raise Damaged(f"damaged: {folder / FILE} is missing; the runs that are there are as long as it said")
-    jobs = machine.jobs_of({name: arms[name] for name in study.arms})
-    arguments = ([arms[names[0]].timed for names in jobs], str(study.base.get("device", "auto")))
+    steps, mixes = steps_of({name: arms[name] for name in study.arms})
+    device = str(study.base.get("device", "auto"))
     at_most = len(study.arms) * len(study.seeds)
-    workers = launchers.call(pool, "throughput", in_turn, *arguments, at_most=at_most)
-    # Arms that are the same work have the same speed, not two measurements of it.
-    told = {name: [worker[i] for worker in workers] for i, names in enumerate(jobs) for name in names}
+    workers = launchers.call(pool, "throughput", in_turn, steps, device, at_most=at_most)
+    told = {name: [mixed(worker, mix) for worker in workers] for name, mix in mixes.items()}
     write_json(folder / FILE, {"rounds": ROUNDS, "tokens_per_second": told})
 
 
-def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]]:
-    """In a worker: tokens per second of each recipe in each round."""
+Mix = Mapping[int, int]
+"""Tokens that an arm trains on by each of the steps that are measured."""
+
+
+def steps_of(arms: Mapping[str, Arm]) -> tuple[list[tuple[dict[str, Any], int]], dict[str, Mix]]:
+    """The different steps to be measured, each a recipe and the number of its stage, and what each arm is mixed of.
+
+    What is the same work has one speed, not two measurements of it: arms of one step, and stages of training plans in
+    which the backward pass ends at one layer and as many parameters of each kind and size learn.
+    """
+    steps: dict[tuple[Any, ...], tuple[dict[str, Any], int]] = {}
+    mixes: dict[str, Mix] = {}
+    for job, names in enumerate(machine.jobs_of(arms)):
+        for arm in (arms[name] for name in names):
+            tokens: Counter[int] = Counter()
+            # Without a plan an arm has one stage here, and a control's speed decides nothing.
+            planned = arm.plan is not None and not arm.control
+            for span in arm.stages if planned else arm.stages[:1]:
+                learns = set(span.trainable)
+                kinds = Counter((p.role, p.size) for p in layout.parameters(span.shape) if p.name in learns)
+                work = (job, span.first_trained, frozenset(kinds.items()))
+                steps.setdefault(work, (arm.timed, span.index))
+                tokens[list(steps).index(work)] += span.steps * span.batch_tokens
+            mixes[arm.name] = dict(tokens)
+    return list(steps.values()), mixes
+
+
+def mixed(speeds: Sequence[Sequence[float]], mix: Mix) -> list[float]:
+    """Tokens per second of an arm in each round of a worker, from those of every step."""
+    rounds = zip(*(speeds[i] for i in mix), strict=True)
+    return [sum(mix.values()) / sum(n / s for n, s in zip(mix.values(), row, strict=True)) for row in rounds]
+
+
+def in_turn(steps: Sequence[tuple[Mapping[str, Any], int]], device: str) -> list[list[float]]:
+    """In a worker: tokens per second of each step, in each round."""
     from entasis.shape import cost
     from entasis.train import device as devices
     from entasis.train import recipe
@@ -59,9 +94,9 @@ def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]
 
     devices.set_threads()
     found = devices.choose_device(device)
-    resolved = [resolve(recipe.from_dict(p), p["shape"]["vocabulary"])[:2] for p in plain]
-    ready = [(simplest(r, found), shape) for r, shape in resolved]
-    states = [cost.training_memory(shape) for _, shape in ready]
+    resolved = [(*resolve(recipe.from_dict(p), p["shape"]["vocabulary"])[:2], stage) for p, stage in steps]
+    ready = [(simplest(r, found), shape, stage) for r, shape, stage in resolved]
+    states = [cost.training_memory(shape) for _, shape, _ in ready]
     state = sum(m.weights + m.gradients + m.optimizer for m in states)
     # Kept between rounds where all of them fit, made anew for each round otherwise.
     keep = state < (devices.free_memory(found)) / 4
@@ -69,14 +104,14 @@ def in_turn(plain: Sequence[Mapping[str, Any]], device: str) -> list[list[float]
     speeds: list[list[float]] = [[] for _ in ready]
     for i in range(ROUNDS):
         for j in range(len(ready)) if i % 2 == 0 else reversed(range(len(ready))):
-            wanted, shape = ready[j]
+            wanted, shape, stage = ready[j]
             settings = settings_of(wanted)
             step = held.pop(j, None)
             if step is None:
-                step = Step(wanted, shape, found)
+                step = Step(wanted, shape, found, stage=stage)
                 step(settings)
             timing = Timing(step(settings), [step(settings) for _ in range(STEPS)])
-            speeds[j].append(wanted.batch.tokens / timing.median(wanted.sequences / step.micro))
+            speeds[j].append(step.span.batch_tokens / timing.median(step.span.sequences / step.micro))
             if keep:
                 held[j] = step
             else:

@@ -52,17 +52,19 @@ class Timing:
 
 
 class Step:
-    """A resolved recipe's model, optimizer and one micro-batch, to be stepped in any settings.
+    """A resolved recipe's model, as one of its stages trains it, and one micro-batch, to be stepped in any settings.
 
     Weights stay as they were drawn: the learning rate is zero. One model serves all settings, except where processes
     share it out or compile it in parts. Under `torchrun` every rank makes the same calls.
     """
 
-    def __init__(self, recipe: SettledRecipe, shape: ModelShape, device: torch.device) -> None:
+    def __init__(
+        self, recipe: SettledRecipe, shape: ModelShape, device: torch.device, *, stage: int = 0
+    ) -> None:
         if device.type == "cpu":
             keep_freed_memory()  # as in the run whose steps are measured
         self.recipe, self.shape, self.device = recipe, shape, device
-        self.span = stages.lay_out(recipe, shape)[0]
+        self.span = stages.lay_out(recipe, shape)[stage]
         self.micro = micro_sequences(recipe.batch.micro, self.span.sequences)
         sequence = self.span.data.sequence
         drawn = torch.randint(
@@ -122,7 +124,7 @@ class Step:
             torch.cuda.synchronize(self.device)
 
     def _runner(self, settings: Settings) -> StageRunner:
-        """The first stage's runner, switched to what `settings` say."""
+        """The stage's runner, switched to what `settings` say."""
         shared_out = self.recipe.parallel.kind != "ddp" and parallel.world() > 1
         alone = parallel.world() == 1
         key = (settings.precision if shared_out else None, None if alone else settings)
