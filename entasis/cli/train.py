@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
         from entasis.train import auto_settings, run_folder
         from entasis.train import device as devices
         from entasis.train.resolve import resolve
+        from entasis.train.training_data import weighed
 
+        recipe = weighed(recipe)
         corpus = run_folder.check_data(recipe)
         resolved, shape, _ = resolve(recipe, corpus.vocabulary)
         run_folder.check_vocabulary(shape, corpus)

@@ -228,13 +228,15 @@ def _recognise(folder: Path, arms: Mapping[str, Arm], runs: Sequence[PlannedRun]
     """Sees to it that the runs there are those that the study plans. Raises `UserError`."""
     from entasis.train import recipe, run_folder
     from entasis.train.resolve import resolve
+    from entasis.train.training_data import weighed
 
     for run in runs:
         if not (folder / run.folder / "recipe.yaml").is_file():
             continue
         # A trunk's run may be gone, and would not be found from here.
         before = arms[run.needs.arm].stages[-1] if run.needs else None
-        wanted, _, _ = resolve(recipe.from_dict(run.recipe), run.recipe["shape"]["vocabulary"], before)
+        written = weighed(recipe.from_dict(run.recipe), folder)
+        wanted, _, _ = resolve(written, run.recipe["shape"]["vocabulary"], before)
         try:
             run_folder.recognise(wanted, folder / run.folder)
         except Damaged:

@@ -40,6 +40,7 @@ from entasis.train.resolve import resolve
 from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.run import train
 from entasis.train.stage_runner import StageRunner
+from entasis.train.training_data import weighed
 
 Reporter = Callable[[str, int, int], None]
 """Told what is being measured, how much of it is done, and of how much."""
@@ -78,6 +79,7 @@ def bench(
         raise UserError("bench measures one process; for several, train and read the speed in result.json")
     say = reporter or (lambda *_: None)
     device = devices.choose_device(recipe.device)
+    recipe = weighed(recipe)
     corpus = run_folder.check_data(recipe)
     resolved, shape, _ = resolve(recipe, corpus.vocabulary)
     run_folder.check_vocabulary(shape, corpus)

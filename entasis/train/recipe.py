@@ -12,12 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from entasis.configuration import HERE, Count, Settings, Size, Steps, TokenCount, load_yaml, parse, read_yaml
+from entasis.data import mixture_rules
 from entasis.data.held_out import Part
 from entasis.errors import UserError
 from entasis.train.schedule import Schedule
@@ -31,8 +32,8 @@ class WeightedCorpus(Settings):
     """One corpus of a mixture."""
 
     path: str
-    weight: Annotated[float, Field(gt=0, le=1e6)]
-    """Its share of the tokens, relative to the others' weights."""
+    weight: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Its share of the tokens, relative to the others' weights; left out where they follow from a rule."""
 
 
 def _kind(value: object) -> str:
@@ -74,12 +75,33 @@ def held_out_of(text: str | Mapping[str, str] | None) -> dict[str, str]:
     return {"validation": text} if isinstance(text, str) else dict(text)
 
 
-class Data(Settings):
+class _Training(Settings):
+    """What is trained on."""
+
+    train: TrainingText
+    weights: str | dict[str, Any] | None = None
+    """A rule that weighs the corpora of `train`, such as `proportional`; see `entasis.data.mixture_rules`."""
+
+    @model_validator(mode="after")
+    def _weighed_once(self) -> Self:
+        corpora = {} if isinstance(self.train, str) else self.train
+        if self.weights is not None:
+            mixture_rules.read(self.weights, f"{HERE}.weights")
+            if not corpora:
+                raise UserError(f"{HERE}.weights is a rule for several corpora; train names one")
+        for name, corpus in corpora.items():
+            if corpus.weight is None and self.weights is None:
+                raise UserError(f"{HERE}.train.{name}.weight is missing; give one, or a rule as weights")
+            if corpus.weight is not None and self.weights is not None:
+                raise UserError(f"{HERE}: gives both train.{name}.weight and weights; leave one out")
+        return self
+
+
+class Data(_Training):
     """What is read. Paths of corpora (folders made by `entasis data`), relative to where the command runs."""
 
     renamed: ClassVar = {"dangerous": "allow_corruption"}
 
-    train: TrainingText
     validation: HeldOutText = None
     sequence: Positive = 1024
     document_masking: bool = False
@@ -180,8 +202,8 @@ class Start(Settings):
     """`keep` goes on reading where the run stopped; null does as `optimizer_state`."""
 
 
-class StageData(Settings):
-    train: TrainingText
+class StageData(_Training):
+    """What a stage trains on instead."""
 
 
 class StageBatch(Settings):

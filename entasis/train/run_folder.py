@@ -41,6 +41,7 @@ from entasis.train.recipe import (
 )
 from entasis.train.resolve import resolve
 from entasis.train.resolved_recipe import ResolvedRecipe, SettledBatch, SettledRecipe, difference, read_stored
+from entasis.train.training_data import weighed, weights_of
 
 RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
 
@@ -95,6 +96,7 @@ def open_run(
 
 def _look(recipe: Recipe, folder: Path, device: torch.device, held: ExitStack) -> _Found:
     """Checks data, recipe and folder, and locks the folder unless the run is finished."""
+    recipe = weighed(recipe)
     corpus = check_data(recipe)
     resolved, shape, notes = resolve(recipe, corpus.vocabulary)
     check_vocabulary(shape, corpus)
@@ -261,7 +263,7 @@ def _check_mixture(mixed: dict[str, WeightedCorpus], corpora: dict[str, Corpus],
         if other != name:
             raise UserError(f"{where}: {other} and {name} are the same text; name it once, with one weight")
     try:
-        whole_shares({name: part.weight for name, part in mixed.items()})
+        whole_shares(dict(zip(mixed, weights_of(mixed), strict=True)))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+from entasis.data import mixture_rules
 from entasis.data.corpus import Corpus
 from entasis.data.dataset import TokenDataset
 from entasis.data.mixture import Mixture, Part
-from entasis.train.recipe import Data, mixture_of
+from entasis.train.recipe import Data, Recipe, StageData, WeightedCorpus, mixture_of
 from entasis.train.stages import StageSpan
 
 Positions = Mapping[str, int]
 """Sequences read of each corpus at each length of sequence."""
+
+
+D = TypeVar("D", Data, StageData)
+
+
+def weighed(recipe: Recipe, beside: Path = Path()) -> Recipe:
+    """The recipe with numbers in place of rules for the weights of its corpora. Raises `UserError` where one is missing.
+
+    `beside` is what paths are relative to.
+    """
+
+    def numbers(data: D) -> D:
+        if data.weights is None:
+            return data
+        corpora = mixture_of(data.train)
+        rule = mixture_rules.read(data.weights, "recipe: data.weights")
+        found = mixture_rules.shares(rule, [Corpus(beside / part.path).tokens for part in corpora.values()])
+        train = {
+            name: part.replaced(weight=share)
+            for (name, part), share in zip(corpora.items(), found, strict=True)
+        }
+        return data.replaced(train=train, weights=None)
+
+    stages = tuple(s.replaced(data=numbers(s.data)) if s.data else s for s in recipe.stages)
+    return recipe.replaced(data=numbers(recipe.data), stages=stages)
 
 
 class TrainingData:
@@ -21,8 +48,10 @@ class TrainingData:
     def __init__(self, data: Data, seed: int, positions: Positions, done: int = 0) -> None:
         self.paths = [part.path for part in mixture_of(data.train).values()]
         parts = [
-            Part(name, TokenDataset(Corpus(part.path), data.sequence), part.weight)
-            for name, part in mixture_of(data.train).items()
+            Part(name, TokenDataset(Corpus(part.path), data.sequence), weight)
+            for (name, part), weight in zip(
+                mixture_of(data.train).items(), weights_of(data.train), strict=True
+            )
         ]
         self.mixture = Mixture(parts, seed)
         self.places = [f"{part.dataset.corpus.fingerprint}/{data.sequence}" for part in parts]
@@ -38,12 +67,18 @@ class TrainingData:
 
 def describe_data(data: Data, epochs: Mapping[str, float]) -> list[dict[str, Any]]:
     """Name, path, share and epochs (see `planned_epochs`) of each corpus of a stage."""
-    wanted = mixture_of(data.train)
-    total = sum(part.weight for part in wanted.values())
+    weights = weights_of(data.train)
     return [
-        {"name": name, "path": part.path, "share": part.weight / total, "epochs": epochs[part.path]}
-        for name, part in wanted.items()
+        {"name": name, "path": part.path, "share": weight / sum(weights), "epochs": epochs[part.path]}
+        for (name, part), weight in zip(mixture_of(data.train).items(), weights, strict=True)
     ]
+
+
+def weights_of(text: str | Mapping[str, WeightedCorpus]) -> list[float]:
+    """The weights of the corpora in `data.train`, which are numbers by now: see `weighed`."""
+    weights = [part.weight for part in mixture_of(text).values()]
+    assert all(weight is not None for weight in weights)
+    return [weight for weight in weights if weight is not None]
 
 
 def planned_epochs(

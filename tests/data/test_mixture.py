@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from entasis.data.corpus import Corpus
 from entasis.data.dataset import TokenDataset
 from entasis.data.mixture import LONGEST_PERIOD, Mixture, Part, interleave, whole_shares
+from entasis.data.mixture_rules import read, shares
 from entasis.data.prepare import prepare
 from entasis.errors import UserError
 
@@ -28,6 +29,18 @@ class Numbered(TokenDataset):
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
         return np.stack([np.full(len(indices), self.n), indices], axis=1)
+
+
+def test_rules_weigh_by_tokens():
+    tokens = [10_000, 100_000, 1_000_000]
+    assert shares(read("proportional", "weights"), tokens) == [0.009, 0.0901, 0.9009]
+    assert shares(read({"temperature": {"alpha": 1.0}}, "weights"), tokens) == [0.009, 0.0901, 0.9009]
+    assert shares(read({"temperature": {"alpha": 0.0}}, "weights"), tokens) == [0.3333] * 3
+    # 1 : 10^0.5 : 10
+    assert shares(read({"temperature": {"alpha": 0.5}}, "weights"), tokens) == [0.0706, 0.2233, 0.7061]
+    # None is left out, and they are few enough digits for a mixture.
+    least = shares(read("proportional", "weights"), [1, 10**9])
+    assert least == [0.0001, 1.0] and sum(whole_shares({"a": least[0], "b": least[1]}).values()) == 10_001
 
 
 def mixture(weights: list[float], seed: int = 0) -> Mixture:

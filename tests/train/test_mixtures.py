@@ -175,8 +175,44 @@ def test_mistakes_in_a_mixture_are_refused_before_the_first_step(mixed, recipe, 
     prepare([verse.parent / "1.txt"], tmp_path / "other", train_tokenizer=260, validation=0)
     other = {"a": code, "b": {"path": str(tmp_path / "other" / "train"), "weight": 1}}
     refused("another tokenizer", data={"train": other})
+    plain = {"a": {"path": str(corpora / "train")}, "b": {"path": str(verse / "train")}}
+    refused("recipe: data.train.a.weight is missing", data={"train": plain})
+    refused("did you mean proportional", data={"train": plain, "weights": "proportionate"})
+    refused("temperature: alpha is 2", data={"train": plain, "weights": {"temperature": {"alpha": 2.0}}})
+    refused(
+        "gives both train.a.weight and weights",
+        data={"train": {"a": code, "b": code}, "weights": "proportional"},
+    )
+    refused("names one", data={"train": str(corpora / "train"), "weights": "proportional"})
     text = {"a": str(verse / "validation"), "b": "nowhere"}
     refused("nowhere: no corpus here", data={"validation": text})
+
+
+def test_weights_by_rule_follow_the_corpora_s_tokens(mixed, verse, corpora, tmp_path, capsys):
+    paths = {"prose": str(verse / "train"), "code": str(corpora / "train")}
+    tokens = {name: Corpus(path).tokens for name, path in paths.items()}
+    text = {name: {"path": path} for name, path in paths.items()}
+    first = {"train": text, "weights": {"temperature": {"alpha": 0.5}}}
+    later = [{"tokens": 2048}, {"tokens": 2048, "data": {"train": text, "weights": "proportional"}}]
+    (tmp_path / "m.yaml").write_text(to_yaml(mixed(data=first, stages=later)))
+    command = ["train", str(tmp_path / "m.yaml"), "--output", str(tmp_path / "run"), "--json"]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    stored = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    for data, alpha in ((stored["data"], 0.5), (stored["stages"][1]["data"], 1.0)):
+        total = sum(n**alpha for n in tokens.values())
+        assert data["weights"] is None
+        for name, n in tokens.items():
+            assert data["train"][name]["weight"] == pytest.approx(n**alpha / total, abs=6e-5)
+    # 32 sequences of each stage, by these numbers.
+    read = sum(round(32 * s["data"]["train"]["code"]["weight"]) for s in (stored, stored["stages"][1]))
+    windows = (tokens["code"] - 1) // 64
+    assert result["epochs"][paths["code"]] == pytest.approx(read / windows, abs=1.01 / windows)
+    # The same command means this run, and so do its numbers; another rule does not.
+    assert main(command) == 0 and json.loads(capsys.readouterr().out) == result
+    assert main(["train", str(tmp_path / "run" / "recipe.yaml"), *command[2:]]) == 0
+    assert main([*command, "data.weights.temperature.alpha=0.2"]) == 2
+    assert "data.train.prose.weight is " in capsys.readouterr().err
 
 
 def test_one_corpus_in_a_mixture_is_that_corpus(recipe, corpora, tmp_path):
@@ -230,3 +266,31 @@ def test_arms_of_a_study_may_differ_in_the_mixture_and_are_judged_on_one_corpus(
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))
     assert main(["study", "plan", str(tmp_path / "s.yaml"), "--quick"]) == 2
     assert "arm even has several corpora in data.validation; a study judges on one" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("study")
+def test_a_study_knows_its_runs_whose_weights_follow_a_rule_again(mixed, tmp_path, capsys):
+    base = yaml.safe_load(to_yaml(mixed()))
+    base |= {"tokens": 1024, "stages": []}
+    base["data"]["validation"] = base["data"]["validation"]["code"]
+    for corpus in base["data"]["train"].values():
+        del corpus["weight"]
+    base["data"]["weights"] = "proportional"
+    study = {
+        "base": base,
+        "arms": {"all": {}, "even": {"data.weights": {"temperature": {"alpha": 0}}}},
+        "seeds": 1,
+    }
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(study))
+    command = ["study", "run", str(tmp_path / "s.yaml"), "--output", str(tmp_path / "s"), "--json"]
+    assert main(command) == 0 and main(command) == 0
+    weights = {
+        arm: yaml.safe_load((tmp_path / "s/runs" / arm / "seed-0/recipe.yaml").read_text())["data"]["train"]
+        for arm in study["arms"]
+    }
+    assert (
+        {c["weight"] for c in weights["even"].values()}
+        == {0.5}
+        != {c["weight"] for c in weights["all"].values()}
+    )
