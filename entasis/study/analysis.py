@@ -12,6 +12,7 @@ import numpy as np
 
 from entasis.report.tables import Column, Table
 from entasis.study import comparisons, growth, results, rounds, statistics, throughput, verdict_text
+from entasis.study.arms import active_column, shown_active
 from entasis.study.comparisons import Pairs
 from entasis.study.config import Protocol, Study
 from entasis.study.equal_cost import before_run
@@ -226,6 +227,7 @@ def _arm(
 
     return {
         "parameters": arm.parameters,
+        "active_parameters": arm.active_parameters,
         "flops_per_token": run.flops // run.tokens,
         "layers": arm.final_shape.n_layers,
         "distinct_layers": arm.final_shape.distinct_layers,
@@ -340,10 +342,12 @@ def _sequence_table(verdict: Verdict, protocol: str) -> Table:
 
 def cost_table(verdict: Verdict, protocol: str) -> Table:
     """What each arm costs, in every currency."""
+    arms = [{**row, "active": shown_active(row["active_parameters"])} for row in rows(verdict, protocol)]
     return Table(
         [
             Column("arm", "arm"),
             Column("parameters", "parameters", ",d"),
+            *active_column(arms),
             Column("layers", "layers", "d"),
             Column("distinct_layers", "distinct", "d", "layer shapes"),
             Column("flops_per_token", "FLOPs/token", ".3e", "training"),
@@ -353,7 +357,7 @@ def cost_table(verdict: Verdict, protocol: str) -> Table:
             Column("seconds", "seconds", ",.1f", "one run"),
             Column("peak_memory_bytes", "memory", ",.3e", "bytes, process"),
         ],
-        rows(verdict, protocol),
+        arms,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from entasis import quantities
+from entasis.report.tables import Column
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
 from entasis.study.config import changed
@@ -40,6 +41,11 @@ class Arm:
     def parameters(self) -> int:
         """Of the model that is judged."""
         return cost.parameters(self.final_shape)
+
+    @property
+    def active_parameters(self) -> list[int]:
+        """How many learn in each stage."""
+        return [stage.counts.active for stage in self.stages]
 
     @property
     def flops_per_token(self) -> int:
@@ -83,6 +89,23 @@ class Findings:
 
     multiplier: dict[str, float] = field(default_factory=dict)
     tokens_per_second: dict[str, float] = field(default_factory=dict)
+
+
+def active_column(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """A column of what learns in each stage, where some row's arm ever trains less than all that it ends with."""
+    freezes = any(row["active_parameters"] != [row["parameters"]] for row in rows)
+    return [Column("active", "active", "s", "by stage")] if freezes else []
+
+
+def shown_active(counts: Sequence[int]) -> str:
+    """`2.1M, 0.9M, 1.4M`: what learns in each stage; of many stages the least and the most."""
+
+    def short(n: int) -> str:
+        return f"{n / 1e6:.3g}M" if n >= 1e6 else f"{n / 1e3:.3g}k"
+
+    if len(counts) > 4:
+        return f"{short(min(counts))} to {short(max(counts))}"
+    return ", ".join(short(n) for n in counts)
 
 
 def batch_tokens(plain: Mapping[str, Any]) -> int:

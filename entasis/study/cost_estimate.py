@@ -25,7 +25,7 @@ from entasis.study import (
     throughput,
     trunks,
 )
-from entasis.study.arms import Arm, Findings, batch_tokens
+from entasis.study.arms import Arm, Findings, active_column, batch_tokens, shown_active
 from entasis.study.config import Study
 from entasis.study.executors import launchers, local
 from entasis.study.executors.worker import Place
@@ -73,6 +73,7 @@ def estimate(
             "arm": name,
             "protocol": protocol,
             "parameters": arms[name].parameters,
+            "active_parameters": arms[name].active_parameters,
             "flops_per_token": runs[0].flops // runs[0].tokens,
             "tokens": runs[0].tokens,
             "runs": len(counted),
@@ -144,13 +145,17 @@ def show(estimate: dict[str, Any], console: Console) -> None:
             Column("arm", "arm"),
             Column("protocol", "protocol"),
             Column("parameters", "parameters", ",d"),
+            *active_column(estimate["rows"]),
             Column("flops_per_token", "FLOPs/token", ".3e", "training"),
             Column("tokens", "tokens", ",d"),
             Column("flops", "FLOPs", ".2e", "one run"),
             Column("time", "time", "s", "one run"),
             Column("runs", "runs", "d"),
         ],
-        [{**row, "time": duration(row["seconds"])} for row in estimate["rows"]],
+        [
+            {**row, "time": duration(row["seconds"]), "active": shown_active(row["active_parameters"])}
+            for row in estimate["rows"]
+        ],
     )
     console.print(table.rich())
     extra = f" and {estimate['preparatory_runs']} preparatory" if estimate["preparatory_runs"] else ""
