@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from entasis.report.tables import Table
-    from entasis.study.analysis import Verdict
     from entasis.study.config import Study
+    from entasis.study.verdict import Verdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     options = dict(_pair(text) for text in args.option)
     verdict = runner.run(study, folder, console, launcher=args.launcher, options=options)
     _show(verdict, folder, args, console)
-    return 1 if verdict["failed"] else 0
+    return 1 if verdict.failed else 0
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -173,9 +173,10 @@ def _study(args: argparse.Namespace) -> Study:
 
 def _show(verdict: Verdict, folder: Path, args: argparse.Namespace, console: Console) -> None:
     from entasis.study import runner
+    from entasis.study.verdict import plain
 
     if args.json:
-        print(json.dumps(verdict, indent=1))
+        print(json.dumps(plain(verdict), indent=1))
         return
     runner.summary(verdict, console)
     console.print(f"report: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)

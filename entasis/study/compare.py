@@ -13,7 +13,8 @@ import numpy as np
 
 from entasis.errors import UserError
 from entasis.report.tables import Column, Table
-from entasis.study import results
+from entasis.study import results, verdict
+from entasis.study.verdict import Verdict
 from entasis.train.resolved_recipe import read_stored
 
 _STUDY = ("baseline", "seeds", "margin")
@@ -28,8 +29,8 @@ def compare(a: Path, b: Path) -> tuple[dict[str, Any], Table, list[str]]:
     Raises `UserError` for studies without a verdict, or evaluated on texts of different length.
     """
     names = [a.name, b.name] if a.resolve().name != b.resolve().name else [str(a), str(b)]
-    verdicts = [results.verdict_of(folder) for folder in (a, b)]
-    finished = [_finished(folder, verdict) for folder, verdict in zip((a, b), verdicts, strict=True)]
+    verdicts = [verdict.read(folder) for folder in (a, b)]
+    finished = [_finished(folder, v.study) for folder, v in zip((a, b), verdicts, strict=True)]
     first = [next(iter(runs.values()))[0][1] for runs in finished]
     sizes = [(r["validation"]["bytes"], r["validation"]["documents"]) for r in first]
     if sizes[0] != sizes[1]:
@@ -76,17 +77,18 @@ def _table(rows: list[dict[str, Any]], same_tokenizer: bool) -> Table:
     return Table(columns, rows)
 
 
-def _differences(verdicts: list[dict[str, Any]], finished: list[Runs]) -> Iterator[dict[str, Any]]:
+def _differences(verdicts: list[Verdict], finished: list[Runs]) -> Iterator[dict[str, Any]]:
     """What differs: `what`, its values `a` and `b`, and `arms`, those in which it does (null: it is the study's)."""
     for key in _STUDY:
-        if verdicts[0][key] != verdicts[1][key]:
-            yield {"what": key, "a": verdicts[0][key], "b": verdicts[1][key], "arms": None}
-    theirs = [list(runs) for runs in finished]
-    only = [[arm for arm in theirs[i] if arm not in theirs[1 - i]] for i in (0, 1)]
+        theirs = [getattr(v, key) for v in verdicts]
+        if theirs[0] != theirs[1]:
+            yield {"what": key, "a": theirs[0], "b": theirs[1], "arms": None}
+    arms = [list(runs) for runs in finished]
+    only = [[arm for arm in arms[i] if arm not in arms[1 - i]] for i in (0, 1)]
     if only[0] or only[1]:
         yield {"what": "arms of its own", "a": only[0], "b": only[1], "arms": None}
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    shared = [arm for arm in theirs[0] if arm in finished[1]]
+    shared = [arm for arm in arms[0] if arm in finished[1]]
     for arm in shared:
         a, b = (_settings(*runs[arm][0]) for runs in finished)
         for key in [*a, *(k for k in b if k not in a)]:
@@ -127,10 +129,10 @@ def _of(difference: Mapping[str, Any]) -> str:
     return "" if arms in (None, "all") else f" (arm {', '.join(arms)})"
 
 
-def _finished(folder: Path, verdict: dict[str, Any]) -> Runs:
+def _finished(folder: Path, study: str) -> Runs:
     found: Runs = {}
     for path in sorted((folder / "runs").glob("*/seed-*/result.json")):
         found.setdefault(path.parent.parent.name, []).append((path.parent, results.json_of(path)))
     if not found:
-        raise UserError(f"{folder}: study {verdict['study']} has no finished run")
+        raise UserError(f"{folder}: study {study} has no finished run")
     return found

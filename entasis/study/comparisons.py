@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -85,13 +85,23 @@ def compare(study: Study, plan: Plan, pairs: ByArm) -> tuple[dict[str, Differenc
     }, standings
 
 
-def controls(study: Study, plan: Plan, pairs: ByArm) -> dict[str, dict[str, Any]]:
-    """What is known of each positive control: its difference, a one-sided p of its own, and whether it was seen."""
-    found: dict[str, dict[str, Any]] = {}
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What is known of a positive control; without a finished pair, nothing."""
+
+    difference: Difference | None = None
+    p: float | None = None
+    """One-sided, of this comparison alone."""
+    seen: bool = False
+
+
+def controls(study: Study, plan: Plan, pairs: ByArm) -> dict[str, Control]:
+    """What is known of each positive control."""
+    found: dict[str, Control] = {}
     for name, (protocol, arm) in plan.controls(study.baseline).items():
         own = pairs[protocol][arm]
         if not own:
-            found[arm] = {"difference": None, "p": None, "seen": False}
+            found[arm] = Control()
             continue
         values = differences_of(own)
         d = statistics.compare(
@@ -106,7 +116,7 @@ def controls(study: Study, plan: Plan, pairs: ByArm) -> dict[str, dict[str, Any]
             seen = stopping.sees(looks) is not None
             alone = Standing(alone=looks, together=looks, p_holm=p, answer=None)
             d = stopping.restated(d, alone, study.until, study.margin)
-        found[arm] = {"difference": dataclasses.replace(d, p=p), "p": p, "seen": seen}
+        found[arm] = Control(dataclasses.replace(d, p=p), p, seen)
     return found
 
 

@@ -24,6 +24,7 @@ from entasis.study import (
     stopping,
     throughput,
     trunks,
+    verdict,
 )
 from entasis.study.arms import Arm, Findings, active_column, batch_tokens, shown_active
 from entasis.study.config import Study
@@ -270,9 +271,8 @@ def _noise(study: Study, folder: Path, noise: float | None) -> tuple[float | Non
         return noise, "given"
     if study.noise is not None:
         return study.noise, "from the study file"
-    path = folder / "verdict.json"
-    if path.is_file():
-        for part in results.json_of(path)["protocols"].values():
-            if part["paired_sd"]:
-                return float(part["paired_sd"]), "from the runs finished so far"
+    if (folder / verdict.FILE).is_file():
+        for part in verdict.read(folder).protocols.values():
+            if part.paired_sd:
+                return part.paired_sd, "from the runs finished so far"
     return None, "unknown"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from entasis.progress import duration
 from entasis.report import charts, silhouettes
 from entasis.report.page import Page
 from entasis.report.tables import Column, Table
-from entasis.study import analysis, downstream, results, trajectory, validation_curves
-from entasis.study.analysis import Verdict
+from entasis.study import downstream, results, trajectory, validation_curves, verdict_tables
+from entasis.study import verdict as verdicts
 from entasis.study.config import Study
 from entasis.study.plan import Plan, PlannedRun
 from entasis.study.results import Outcome
+from entasis.study.verdict import ProtocolVerdict, Verdict, plain
 from entasis.study.verdict_text import EQUAL
 
 _POINTS = 150
@@ -31,7 +32,7 @@ def write(
     """Writes `verdict.json`, `report.html`, `tables/` and `charts/` into the study's folder."""
     done = list(results.outcomes(folder, plan.runs).values())
     page = Page(study.title, subtitle=_subtitle(study, verdict))
-    page.verdict(verdict["sentence"])
+    page.verdict(verdict.sentence)
     page.section("The arms", *_columns(page, study, plan, folder))
     for protocol in study.protocols:
         heading = f"Differences: {EQUAL[protocol][0].lower()}{EQUAL[protocol][1:]}"
@@ -50,35 +51,35 @@ def write(
         )
     if study.sweep:
         page.section("Learning rates", *_sweep(page, study, prepared, folder))
-    if verdict["planned_first"]:
-        first = verdict["planned_first"]
+    if verdict.planned_first:
+        first = verdict.planned_first
         planned = {
-            "seeds": ", ".join(map(str, first["seeds"])),
-            "arms": ", ".join(first["arms"]),
+            "seeds": ", ".join(map(str, first.seeds)),
+            "arms": ", ".join(first.arms),
             "judged by": "the t test for this number of seeds"
-            if first["until"] is None
-            else str(first["until"]),
+            if first.until is None
+            else str(plain(first.until)),
         }
         said = "This study has grown after its first runs. What is claimed above is judged as it is now."
         page.section("What was planned first", page.facts(planned), page.note(said))
-    if verdict["failed"]:
-        page.section("Failed runs", page.facts(verdict["failed"]))
+    if verdict.failed:
+        page.section("Failed runs", page.facts(verdict.failed))
     page.section("To repeat this", *_repeat(page, study, done))
     page.write(folder / "report.html")
     # Last: a verdict on disk means that the report beside it is whole.
-    write_text(folder / "verdict.json", json.dumps(verdict, indent=1, allow_nan=False) + "\n")
+    verdicts.write(folder, verdict)
     return folder / "report.html"
 
 
 def _subtitle(study: Study, verdict: Verdict) -> str:
-    runs = f"{verdict['finished']} of {verdict['runs']} runs finished · " if not verdict["complete"] else ""
+    runs = f"{verdict.finished} of {verdict.runs} runs finished · " if not verdict.complete else ""
     return f"{runs}{len(study.arms)} arms × {_seeds(study, verdict)} seeds · baseline {study.baseline} · lower is better"
 
 
 def _seeds(study: Study, verdict: Verdict) -> str:
     if study.until is None:
         return str(len(study.seeds))
-    return f"up to {len(verdict['seeds'])} of {study.until.seeds}"
+    return f"up to {len(verdict.seeds)} of {study.until.seeds}"
 
 
 def _columns(page: Page, study: Study, plan: Plan, folder: Path) -> list[str]:
@@ -102,19 +103,19 @@ def _columns(page: Page, study: Study, plan: Plan, folder: Path) -> list[str]:
 
 
 def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Path) -> list[str]:
-    part = verdict["protocols"][protocol]
-    judged = {name: arm for name, arm in part["arms"].items() if arm["difference"]}
+    part = verdict.protocols[protocol]
+    rows = [
+        {
+            "arm": name,
+            **{k: plain(arm.difference)[k] for k in ("mean", "low", "high", "total_low", "total_high")},
+            "values": {f"seed {s}": v for s, v in arm.differences.items()},
+            "says": arm.says,
+        }
+        for name, arm in part.arms.items()
+        if arm.difference
+    ]
     blocks: list[str] = []
-    if judged:
-        rows = [
-            {
-                "arm": name,
-                **{k: arm["difference"][k] for k in ("mean", "low", "high", "total_low", "total_high")},
-                "values": {f"seed {s}": v for s, v in arm["differences"].items()},
-                "says": arm["says"],
-            }
-            for name, arm in judged.items()
-        ]
+    if rows:
         title = f"difference to {study.baseline}, bits per byte"
         chart = charts.forest(rows, title=title, order=list(study.arms), margin=study.margin)
         charts.save(chart, folder / "charts" / f"differences-{protocol}")
@@ -126,16 +127,16 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
                 "smaller than what matters here."
             ),
         ]
-    main = analysis.main_table(verdict, protocol)
+    main = verdict_tables.main_table(verdict, protocol)
     blocks += [
         page.table(_save(main, folder, f"results-{protocol}")),
-        *_noise(page, study, part, verdict["comparisons"]),
+        *_noise(page, study, part, verdict.comparisons),
         *(trajectory.chart(page, study, verdict, protocol, folder) if study.until else []),
     ]
     points = [
         {"arm": name, "seed": f"seed {seed}", "score": score, "place": i}
-        for i, (name, arm) in enumerate(part["arms"].items())
-        for seed, score in arm["scores"].items()
+        for i, (name, arm) in enumerate(part.arms.items())
+        for seed, score in arm.scores.items()
     ]
     if points:
         dots = charts.slopes(
@@ -144,8 +145,10 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
         charts.save(dots, folder / "charts" / f"runs-{protocol}")
         blocks += [page.chart(dots), page.note("Every run; runs of one seed are joined.")]
     tables = [
-        page.table(_save(analysis.statistics_table(verdict, protocol), folder, f"statistics-{protocol}")),
-        page.table(_save(analysis.seeds_table(verdict, protocol), folder, f"seeds-{protocol}")),
+        page.table(
+            _save(verdict_tables.statistics_table(verdict, protocol), folder, f"statistics-{protocol}")
+        ),
+        page.table(_save(verdict_tables.seeds_table(verdict, protocol), folder, f"seeds-{protocol}")),
     ]
     if study.until:
         tables.append(page.table(_save(trajectory.table(verdict, protocol), folder, f"looks-{protocol}")))
@@ -158,15 +161,14 @@ def _interval(study: Study) -> str:
     return "95 % interval that holds whenever one stops adding seeds (none: too few seeds yet)"
 
 
-def _noise(page: Page, study: Study, part: dict[str, Any], comparisons: int) -> list[str]:
-    if part["paired_sd"] is None or part["baseline_sd"] is None:
+def _noise(page: Page, study: Study, part: ProtocolVerdict, comparisons: int) -> list[str]:
+    if part.paired_sd is None or part.baseline_sd is None:
         return [page.note("With one seed there is no interval; give the study two seeds or more.")]
-    seen = max(
-        (a["difference"]["detectable"] or 0 for a in part["arms"].values() if a["difference"]), default=0
-    )
+    detectable = [arm.difference.detectable for arm in part.arms.values() if arm.difference]
+    seen = max((x for x in detectable if math.isfinite(x)), default=0)
     noise = (
-        f"Noise: sd of {study.baseline} over seeds {part['baseline_sd']:.4f}, of a paired difference "
-        f"{part['paired_sd']:.4f} (pooled over arms)."
+        f"Noise: sd of {study.baseline} over seeds {part.baseline_sd:.4f}, of a paired difference "
+        f"{part.paired_sd:.4f} (pooled over arms)."
     )
     if study.until:
         return [page.note(noise)]
@@ -258,9 +260,9 @@ def _gaps(study: Study, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cost(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Path) -> list[str]:
-    table = analysis.cost_table(verdict, protocol)
+    table = verdict_tables.cost_table(verdict, protocol)
     if protocol == "time":
-        speeds = page.table(_save(analysis.throughput_table(verdict), folder, "throughput"))
+        speeds = page.table(_save(verdict_tables.throughput_table(verdict), folder, "throughput"))
         said = (
             "Before the runs, all arms trained some steps in turn, round after round. The error of an arm's speed against "
             "the baseline's, which set its length, is worth so many bits per byte by the slope of its loss over tokens; a "

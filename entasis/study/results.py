@@ -166,24 +166,6 @@ def seeds_of(plan: Plan) -> list[int]:
     return sorted({run.seed for run in plan.runs})
 
 
-def verdict_of(folder: Path) -> dict[str, Any]:
-    """A study's `verdict.json`. Raises `UserError` where there is none."""
-    path = folder / "verdict.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: has no verdict.json; run `entasis study report {folder}` first")
-    verdict: dict[str, Any] = json_of(path)
-    return verdict
-
-
-def holds(path: Path, content: Any) -> bool:
-    """Whether a file is there, whole, and says this; one that is damaged is made again."""
-    try:
-        # JSON makes keys text, so what is compared is what would be written.
-        return path.is_file() and json_of(path) == json.loads(json.dumps(content))
-    except Damaged:
-        return False
-
-
 def json_of(path: Path) -> Any:
     """The mapping in a JSON file. Raises `Damaged`."""
     return read_json(path)

@@ -31,13 +31,15 @@ from entasis.study import (
     rounds,
     throughput,
     trunks,
+    verdict_tables,
 )
-from entasis.study.analysis import Verdict
+from entasis.study import verdict as verdicts
 from entasis.study.arms import Arm
 from entasis.study.config import Study
 from entasis.study.executors import launchers, local
 from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Plan, PlannedRun, lay_out, preparatory, solve
+from entasis.study.verdict import Verdict
 
 _PATH = re.compile(r"(stages\.)?data\.(train|validation)(\.[^.]+\.path)?|start\.from")
 """Keys of a recipe that name a folder."""
@@ -51,7 +53,7 @@ def run(
     launcher: str = "local",
     options: Mapping[str, str] | None = None,
 ) -> Verdict:
-    """Runs what is not there yet and judges what is; the content of `verdict.json`.
+    """Runs what is not there yet and judges what is.
 
     `launcher` is local (processes on this machine), slurm or ray; `options` are its own.
 
@@ -96,8 +98,7 @@ def _run(
         )
         scored = downstream.score(study, folder, list(results.outcomes(folder, plan.runs).values()), console)
         verdict = analysis.judge(study, plan, folder)
-        told = folder / "verdict.json"
-        if not scored and results.holds(told, verdict) and (folder / "report.html").is_file():
+        if not scored and verdicts.holds(folder, verdict) and (folder / "report.html").is_file():
             return verdict
         return _report(study, plan, folder, verdict, prepared, console)
 
@@ -132,11 +133,11 @@ def vocabulary(study: Study, folder: Path) -> int | None:
 
 def summary(verdict: Verdict, console: Console) -> None:
     """The answer in the terminal."""
-    for protocol in verdict["protocols"]:
-        console.print(analysis.main_table(verdict, protocol).rich())
-    for name, message in verdict["failed"].items():
+    for protocol in verdict.protocols:
+        console.print(verdict_tables.main_table(verdict, protocol).rich())
+    for name, message in verdict.failed.items():
         console.print(f"failed {name}: {message}", markup=False, highlight=False, style="red")
-    console.print(verdict["sentence"], markup=False, highlight=False, style="bold")
+    console.print(verdict.sentence, markup=False, highlight=False, style="bold")
 
 
 def at_home(study: Study) -> Study:

@@ -45,9 +45,9 @@ class Difference:
     total_high: float
     """The interval with both variances: seeds and evaluation documents."""
     p: float
-    p_pooled: float
+    p_pooled: float = math.nan
     p_equivalent: float
-    p_equivalent_pooled: float
+    p_equivalent_pooled: float = math.nan
     p_holm: float = math.nan
     p_pooled_holm: float = math.nan
     p_equivalent_holm: float = math.nan

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,23 @@ FILE = "throughput.json"
 ROUNDS = 9
 STEPS = 3
 """Timed steps of an arm in a round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """An arm's measured speed; what a single round cannot give is NaN."""
+
+    tokens_per_second: float
+    """The geometric mean of the rounds."""
+    slowest: float
+    fastest: float
+    rounds: int
+    relative_error: float
+    """Half the 95 % interval of the logarithm of its ratio to the baseline's."""
+    slope: float
+    """Bits per byte that e times as many tokens are worth."""
+    bits_per_byte: float
+    """What the error is worth, half a 95 % interval."""
 
 
 def measure(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool) -> None:
@@ -169,20 +187,20 @@ def slope(done: Iterable[Outcome]) -> float:
     return float(np.mean(found)) if found else math.nan
 
 
-def error(folder: Path, arm: str, baseline: str, done: Sequence[Outcome]) -> dict[str, Any]:
-    """What is known of an arm's speed, and what its error is worth: `bits_per_byte`, half a 95 % interval."""
+def speed(folder: Path, arm: str, baseline: str, done: Sequence[Outcome]) -> Speed:
+    """What is known of an arm's speed, and what its error is worth."""
     measured = rounds(folder)
     own, base = measured[arm], measured[baseline]
     relative, gain = relative_error(own, base), slope(done)
-    return {
-        "tokens_per_second": float(np.exp(np.log(own).mean())),
-        "slowest": float(own.min()),
-        "fastest": float(own.max()),
-        "rounds": int(own.size),
-        "relative_error": relative,
-        "slope": gain,
-        "bits_per_byte": relative * gain,
-    }
+    return Speed(
+        tokens_per_second=float(np.exp(np.log(own).mean())),
+        slowest=float(own.min()),
+        fastest=float(own.max()),
+        rounds=int(own.size),
+        relative_error=relative,
+        slope=gain,
+        bits_per_byte=relative * gain,
+    )
 
 
 def _decaying(o: Outcome) -> int:

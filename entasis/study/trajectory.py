@@ -9,14 +9,13 @@ from entasis.report import charts
 from entasis.report.page import Page
 from entasis.report.tables import Column, Table
 from entasis.study.config import Study
-
-Verdict = dict[str, Any]
+from entasis.study.verdict import Verdict, plain
 
 
 def rows(verdict: Verdict, protocol: str) -> list[dict[str, Any]]:
     """Every look of every arm."""
-    arms = verdict["protocols"][protocol]["arms"]
-    return [{"arm": name, **look} for name, arm in arms.items() for look in arm.get("looks", [])]
+    arms = verdict.protocols[protocol].arms
+    return [{"arm": name, **plain(look)} for name, arm in arms.items() for look in arm.looks or []]
 
 
 def table(verdict: Verdict, protocol: str) -> Table:

@@ -100,7 +100,7 @@ def test_the_same_results_in_the_study_folder_as_on_this_machine(text: Path, tmp
         study_of(text, **base), tmp_path / "there", console, launcher="slurm", options=OPTIONS["slurm"]
     )
     for arm in arms:
-        a, b = (v["protocols"]["params"]["arms"][arm]["scores"] for v in (here, there))
+        a, b = (v.protocols["params"].arms[arm].scores for v in (here, there))
         assert a == b
     assert (tmp_path / "there" / "report.html").is_file()
 

@@ -72,7 +72,7 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     )  # fmt: skip
     folder = tmp_path / "s"
     verdict = runner.run(study, folder, Console(file=io.StringIO(), width=160))
-    assert verdict["complete"] and set(verdict["protocols"]) == {"params", "flops", "time"}
+    assert verdict.complete and set(verdict.protocols) == {"params", "flops", "time"}
     results = {
         str(p.parent.relative_to(folder)): json.loads(p.read_text()) for p in folder.rglob("result.json")
     }
@@ -81,11 +81,11 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     assert len(sweep) == 4
     for arm in ("plain", "deep"):
         best = min((0.1, 1.0), key=lambda m: sweep[f"sweep/{arm}/lr-{m:g}/seed-1000"])
-        assert verdict["protocols"]["params"]["arms"][arm]["learning_rate_multiplier"] == best
-    flops = {arm: x["training_flops"] for arm, x in verdict["protocols"]["flops"]["arms"].items()}
-    batch = 256 * verdict["protocols"]["flops"]["arms"]["deep"]["flops_per_token"]
+        assert verdict.protocols["params"].arms[arm].learning_rate_multiplier == best
+    flops = {arm: x.training_flops for arm, x in verdict.protocols["flops"].arms.items()}
+    batch = 256 * verdict.protocols["flops"].arms["deep"].flops_per_token
     assert abs(flops["deep"] - flops["plain"]) <= batch / 2
-    tokens = {p: x["arms"]["deep"]["tokens"] for p, x in verdict["protocols"].items()}
+    tokens = {p: x.arms["deep"].tokens for p, x in verdict.protocols.items()}
     assert tokens["params"] == 4096 and tokens["flops"] < 4096
     measured = json.loads((folder / "throughput.json").read_text())["tokens_per_second"]
     assert {len(rounds) for arm in measured.values() for rounds in arm} == {throughput.ROUNDS}
@@ -93,9 +93,9 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     speed = {
         arm: statistics.geometric_mean(x for rounds in measured[arm] for x in rounds) for arm in measured
     }
-    told = verdict["protocols"]["time"]["arms"]["deep"]["throughput"]
-    assert told["tokens_per_second"] == pytest.approx(speed["deep"]) and told["relative_error"] > 0
-    assert told["slowest"] < told["fastest"] and told["rounds"] == len(measured["deep"]) * throughput.ROUNDS
+    told = verdict.protocols["time"].arms["deep"].throughput
+    assert told.tokens_per_second == pytest.approx(speed["deep"]) and told.relative_error > 0
+    assert told.slowest < told.fastest and told.rounds == len(measured["deep"]) * throughput.ROUNDS
     assert tokens["time"] == max(1, round(4096 * speed["deep"] / speed["plain"] / 256)) * 256
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Learning rates" in page and "Downstream tasks" in page

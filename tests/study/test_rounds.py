@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from entasis.study import runner, study_files
+from entasis.study.verdict import FirstPlan, Verdict, plain
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
 
@@ -43,7 +45,7 @@ def source(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def run(folder: Path, **changes: Any) -> tuple[dict[str, Any], str]:
+def run(folder: Path, **changes: Any) -> tuple[Verdict, str]:
     out = io.StringIO()
     study = study_files.from_dict(source(**changes), name="s")
     return runner.run(study, folder, Console(file=out, width=160)), out.getvalue()
@@ -54,57 +56,57 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study of two fixed seeds."""
     folder = tmp_path_factory.mktemp("fixed") / "s"
     verdict, _ = run(folder)
-    assert verdict["complete"] and verdict["until"] is None and verdict["finished"] == 6
+    assert verdict.complete and verdict.until is None and verdict.finished == 6
     return folder
 
 
 @pytest.fixture(scope="module")
-def grown(fixed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def grown(fixed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict]:
     """The same, grown until it knows."""
     folder = tmp_path_factory.mktemp("grown") / "s"
     shutil.copytree(fixed, folder)
     return folder, run(folder, until=UNTIL)[0]
 
 
-def known(verdict: dict[str, Any]) -> dict[str, Any]:
+def known(verdict: Verdict) -> dict[str, Any]:
     """What a verdict says, without what was timed."""
     timed = ("tokens_per_second", "seconds", "peak_memory_bytes")
-    plain: dict[str, Any] = json.loads(json.dumps(verdict))
-    for part in plain["protocols"].values():
+    told: dict[str, Any] = json.loads(json.dumps(plain(verdict)))
+    for part in told["protocols"].values():
         for arm in part["arms"].values():
             for key in timed:
                 arm.pop(key)
-    return plain
+    return told
 
 
 def test_growing_adds_what_is_missing_and_judges_by_the_valid_sequence(
-    fixed: Path, grown: tuple[Path, dict[str, Any]]
+    fixed: Path, grown: tuple[Path, Verdict]
 ) -> None:
     folder, verdict = grown
-    arms = verdict["protocols"]["params"]["arms"]
+    arms = verdict.protocols["params"].arms
     for path in fixed.glob("runs/*/*/result.json"):
         there = folder / path.relative_to(fixed)
         assert there.stat().st_mtime_ns == path.stat().st_mtime_ns
-    slope = arms["slope"]["difference"]
-    assert verdict["complete"] and slope["method"] == "anytime" and slope["p_pooled"] is None
-    assert 5 <= slope["n"] <= 7 and len(arms["slope"]["looks"]) == slope["n"]
+    slope = arms["slope"].difference
+    assert verdict.complete and slope.method == "anytime" and math.isnan(slope.p_pooled)
+    assert 5 <= slope.n <= 7 and len(arms["slope"].looks) == slope.n
     # Answered, or out of seeds: the half width of the simultaneous sequence is that of the last look.
-    last = arms["slope"]["looks"][-1]
-    assert slope["detectable"] == pytest.approx((last["together_high"] - last["together_low"]) / 2)
-    assert slope["detectable"] <= 0.04 or slope["n"] == 7 or slope["p_holm"] < 0.05
-    assert verdict["planned_first"] == {"seeds": [0, 1], "arms": list(ARMS), "until": None}
-    assert "planned with 2 seeds, of which no p is claimed" in verdict["sentence"]
+    last = arms["slope"].looks[-1]
+    assert slope.detectable == pytest.approx((last.together_high - last.together_low) / 2)
+    assert slope.detectable <= 0.04 or slope.n == 7 or slope.p_holm < 0.05
+    assert verdict.planned_first == FirstPlan(seeds=[0, 1], arms=list(ARMS), until=None)
+    assert "planned with 2 seeds, of which no p is claimed" in verdict.sentence
     assert (folder / "study.first.yaml").read_text() == (fixed / "study.yaml").read_text()
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "What was planned first" in page and "holds at all looks at once" in page
-    assert (folder / "tables/looks-params.csv").read_text().count("\n") == slope["n"] + 1
+    assert (folder / "tables/looks-params.csv").read_text().count("\n") == slope.n + 1
     # The control is no part of the family, and is judged by itself.
-    assert verdict["comparisons"] == 1 and arms["half"]["judgement"] in ("seen", "unseen")
-    assert verdict["controls"]["half"]["margins"] == pytest.approx(arms["half"]["difference"]["mean"] / 0.01)
+    assert verdict.comparisons == 1 and arms["half"].judgement in ("seen", "unseen")
+    assert verdict.controls["half"].margins == pytest.approx(arms["half"].difference.mean / 0.01)
 
 
 def test_a_killed_study_ends_with_the_same_verdict(
-    fixed: Path, grown: tuple[Path, dict[str, Any]], tmp_path: Path
+    fixed: Path, grown: tuple[Path, Verdict], tmp_path: Path
 ) -> None:
     folder = tmp_path / "s"
     shutil.copytree(fixed, folder)
@@ -125,7 +127,7 @@ def test_a_killed_study_ends_with_the_same_verdict(
 
 
 def test_a_seed_that_fails_again_ends_its_comparison_and_is_told(
-    grown: tuple[Path, dict[str, Any]], tmp_path: Path
+    grown: tuple[Path, Verdict], tmp_path: Path
 ) -> None:
     """A new arm on a grown study: its runs are added and nothing else; they fail, and no pair is dropped in silence."""
     folder = tmp_path / "s"
@@ -134,10 +136,10 @@ def test_a_seed_that_fails_again_ends_its_comparison_and_is_told(
     arms = {**ARMS, "wild": {"optimizer.lr": 1000, "optimizer.weight_decay": 1000}}
     verdict, out = run(folder, arms=arms, until=UNTIL)
     assert {p.relative_to(folder) for p in folder.glob("runs/*/*/result.json")} >= before
-    assert not list(folder.glob("runs/wild/*/result.json")) and not verdict["complete"]
-    assert "The comparison of wild ends after 0 seeds, as runs/wild/seed-0 failed." in verdict["sentence"]
-    assert "Added after the first runs: wild." in verdict["sentence"] and "new: wild" in out
-    assert verdict["comparisons"] == 2
+    assert not list(folder.glob("runs/wild/*/result.json")) and not verdict.complete
+    assert "The comparison of wild ends after 0 seeds, as runs/wild/seed-0 failed." in verdict.sentence
+    assert "Added after the first runs: wild." in verdict.sentence and "new: wild" in out
+    assert verdict.comparisons == 2
     assert out.count("failed  runs/wild/seed-0") == 2  # tried once more, and then no more
 
 
@@ -154,7 +156,7 @@ def test_a_control_that_is_not_seen_is_said_first(fixed: Path, tmp_path: Path) -
     base = source()["base"] | {"data": data}
     arms = {"plain": {}, "faint": {"control": True, "optimizer.weight_decay": 0.11}}
     verdict, _ = run(folder, base=base, corpora={}, arms=arms)
-    assert verdict["sentence"].startswith(
+    assert verdict.sentence.startswith(
         "This study cannot see anything: not even that its positive control faint is worse than plain"
     )
-    assert verdict["protocols"]["params"]["arms"]["faint"]["judgement"] == "unseen"
+    assert verdict.protocols["params"].arms["faint"].judgement == "unseen"

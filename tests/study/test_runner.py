@@ -23,6 +23,7 @@ from entasis.study.executors import launchers, local
 from entasis.study.executors.launchers import State, Watcher
 from entasis.study.executors.worker import Place
 from entasis.study.plan import PlannedRun, lay_out, solve
+from entasis.study.verdict import Verdict, plain
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 import browser
@@ -65,7 +66,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Verdict, str]:
     """A study run to its end: (folder, verdict, what was printed)."""
     folder = tmp_path_factory.mktemp("study") / "s"
     out = io.StringIO()
@@ -75,32 +76,32 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder, verdict, out.getvalue()
 
 
-def test_a_failed_arm_stops_no_other_and_is_reported(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_a_failed_arm_stops_no_other_and_is_reported(finished: tuple[Path, Verdict, str]) -> None:
     folder, verdict, out = finished
-    assert (verdict["runs"], verdict["finished"], verdict["complete"]) == (6, 4, False)
-    assert set(verdict["failed"]) == {"runs/wild/seed-0", "runs/wild/seed-1"}
-    assert all("finite" in message for message in verdict["failed"].values())
-    assert verdict["protocols"]["params"]["arms"]["wild"]["judgement"] == "missing"
-    assert "2 runs failed and are left out" in verdict["sentence"] and "failed runs/wild/seed-0" in out
+    assert (verdict.runs, verdict.finished, verdict.complete) == (6, 4, False)
+    assert set(verdict.failed) == {"runs/wild/seed-0", "runs/wild/seed-1"}
+    assert all("finite" in message for message in verdict.failed.values())
+    assert verdict.protocols["params"].arms["wild"].judgement == "missing"
+    assert "2 runs failed and are left out" in verdict.sentence and "failed runs/wild/seed-0" in out
     assert "Failed runs" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_numbers_are_those_of_the_runs(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_the_numbers_are_those_of_the_runs(finished: tuple[Path, Verdict, str]) -> None:
     folder, verdict, _ = finished
-    arms = verdict["protocols"]["params"]["arms"]
+    arms = verdict.protocols["params"].arms
     score = {
         (arm, seed): json.loads((folder / f"runs/{arm}/seed-{seed}/result.json").read_text())["validation"]
         for arm in ("plain", "slope")
         for seed in (0, 1)
     }
     d = [score["slope", s]["bits_per_byte"] - score["plain", s]["bits_per_byte"] for s in (0, 1)]
-    assert arms["slope"]["difference"]["mean"] == pytest.approx(sum(d) / 2)
-    assert arms["slope"]["difference"]["evaluation_error"] > 0
+    assert arms["slope"].difference.mean == pytest.approx(sum(d) / 2)
+    assert arms["slope"].difference.evaluation_error > 0
     assert len({s["bytes"] for s in score.values()}) == 1
-    assert json.loads((folder / "verdict.json").read_text())["sentence"] == verdict["sentence"]
+    assert json.loads((folder / "verdict.json").read_text())["sentence"] == verdict.sentence
 
 
-def test_same_seed_means_same_data(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_same_seed_means_same_data(finished: tuple[Path, Verdict, str]) -> None:
     folder, _, _ = finished
 
     def first_loss(arm: str, seed: int) -> float:
@@ -111,7 +112,7 @@ def test_same_seed_means_same_data(finished: tuple[Path, dict[str, Any], str]) -
     assert abs(first_loss("plain", 0) - first_loss("slope", 0)) < 0.01
 
 
-def test_charts_and_tables_are_files_too(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_charts_and_tables_are_files_too(finished: tuple[Path, Verdict, str]) -> None:
     folder, _, _ = finished
     for name in ("differences-params", "runs-params", "loss-tokens", "loss-seconds", "silhouettes"):
         assert (folder / "charts" / f"{name}.svg").stat().st_size > 500
@@ -122,38 +123,35 @@ def test_charts_and_tables_are_files_too(finished: tuple[Path, dict[str, Any], s
 
 @pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (390, "dark")])
 def test_the_report_in_a_browser(
-    finished: tuple[Path, dict[str, Any], str], tmp_path: Path, width: int, theme: str
+    finished: tuple[Path, Verdict, str], tmp_path: Path, width: int, theme: str
 ) -> None:
     folder, verdict, _ = finished
     dom = browser.dom(folder / "report.html", tmp_path, width=width, theme=theme)
     text = html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r"<script.*?</script>", "", dom, flags=re.S)))
-    assert verdict["sentence"] in text
+    assert verdict.sentence in text
     # Silhouettes of all arms; forest plot, runs, loss against tokens, loss differences.
     assert len(re.findall(r"<figure>", dom)) == 3
     assert dom.count('data-drawn="yes"') == 4 and 'data-drawn="failed"' not in dom
     assert 'data-overflow="0"' in dom and f'data-width="{width}"' in dom
     for name in ("tokens", "FLOPs", "seconds"):
         assert re.search(rf'role="tab"[^>]*>{name}<', dom)
-    assert f"{verdict['protocols']['params']['arms']['slope']['bits_per_byte']:.4f}" in text
+    assert f"{verdict.protocols['params'].arms['slope'].bits_per_byte:.4f}" in text
     assert "entasis study run study.yaml" in text and "validation fingerprint" in text
 
 
 def test_a_finished_study_answers_from_what_is_there_even_when_moved(
-    finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
+    finished: tuple[Path, Verdict, str], text: Path, tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(finished[0], moved)
     began = {p: p.stat().st_mtime_ns for p in moved.rglob("result.json")}
     verdict = runner.report(moved, Console(file=io.StringIO()))
-    assert (
-        verdict["protocols"]["params"]["arms"]["slope"] == finished[1]["protocols"]["params"]["arms"]["slope"]
-    )
+    before = finished[1].protocols["params"].arms["slope"]
+    assert plain(verdict.protocols["params"].arms["slope"]) == plain(before)
     assert {p: p.stat().st_mtime_ns for p in moved.rglob("result.json")} == began
 
 
-def test_another_study_is_kept_out(
-    finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
-) -> None:
+def test_another_study_is_kept_out(finished: tuple[Path, Verdict, str], text: Path, tmp_path: Path) -> None:
     other = study_files.from_dict(source(text, margin=0.5), name="s")
     with pytest.raises(UserError, match=r"holds another study: margin is 0\.01 there and 0\.5 here"):
         runner.run(other, finished[0], Console(file=io.StringIO()))
@@ -174,7 +172,7 @@ def execute(folder: Path, runs: Sequence[PlannedRun], watch: Watcher) -> list[St
 
 
 def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
-    finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
+    finished: tuple[Path, Verdict, str], text: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(finished[0] / "corpora", tmp_path / "corpora")
     arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}}
@@ -204,7 +202,7 @@ def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
     assert not launchers.failure_note(tmp_path, runs[0]).exists()
 
 
-def test_two_studies_side_by_side(finished: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+def test_two_studies_side_by_side(finished: tuple[Path, Verdict, str], tmp_path: Path) -> None:
     folder = finished[0]
     plain, table, notes = compare.compare(folder, folder)
     rows = plain["arms"]
@@ -239,7 +237,7 @@ def test_two_studies_side_by_side(finished: tuple[Path, dict[str, Any], str], tm
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(
-    finished: tuple[Path, dict[str, Any], str], text: Path, tmp_path: Path
+    finished: tuple[Path, Verdict, str], text: Path, tmp_path: Path
 ) -> None:
     from entasis.errors import Failure
 

@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from entasis.errors import UserError
-from entasis.study import scaling
+from entasis.study import scaling, verdict
 
 FLOOR, EXPONENT, TRUTH = 0.6, 0.12, {"base": 1.0, "better": 1.25, "same": 1.0, "worse": 0.8}
 BUDGETS = np.array([1e13, 4e13, 1.6e14, 6.4e14])
@@ -56,16 +57,19 @@ def test_one_seed_has_no_interval() -> None:
 def write(
     folder: Path, i: int, flops: dict[str, np.ndarray], scores: dict[str, np.ndarray], text: str
 ) -> Path:
+    like = verdict.read(Path(__file__).parents[2] / "results/quickstart")
+    part = like.protocols["params"]
     arms = {
-        arm: {
-            "scores": {str(s): float(scores[arm][i, s]) for s in range(scores[arm].shape[1])},
-            "training_flops": int(flops[arm][i, 0]),
-        }
+        arm: replace(
+            part.arms[like.baseline],
+            scores={s: float(scores[arm][i, s]) for s in range(scores[arm].shape[1])},
+            training_flops=int(flops[arm][i, 0]),
+        )
         for arm in scores
     }
     (folder / "runs/base/seed-0").mkdir(parents=True)
-    verdict = {"baseline": "base", "protocols": {"params": {"arms": arms}}}
-    (folder / "verdict.json").write_text(json.dumps(verdict))
+    written = replace(like, baseline="base", protocols={"params": replace(part, arms=arms)})
+    verdict.write(folder, written)
     data = {"data": {"tokenizer": "t", "validation": text}}
     (folder / "runs/base/seed-0/result.json").write_text(json.dumps(data))
     return folder
