@@ -14,7 +14,6 @@ from entasis.model.attention import Mask, attention_mask
 from entasis.model.block import Block
 from entasis.model.cache import KVCache
 from entasis.model.embedding import Embedding, Head
-from entasis.model.loss import summed_nll
 from entasis.model.normalisation import Norm
 from entasis.model.rotary import Rotation
 from entasis.shape.shapes import ModelShape
@@ -151,6 +150,6 @@ class Transformer(nn.Module):
         return self.head_loss(self.norm(x_BTD), targets_BT)
 
     def head_loss(self, x_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        """`loss` from what `hidden` gives."""
-        scale, targets_N = self.shape.logit_scale, targets_BT.flatten()
-        return summed_nll(x_BTD.flatten(0, 1), self.head_weight, self.head.bias, targets_N, scale)
+        """`loss` from hidden states x [B, T, D] after the final norm."""
+        loss: torch.Tensor = self.head(x_BTD, self.head_weight, targets_BT)
+        return loss

@@ -73,7 +73,7 @@ def save(
         parallel.barrier()
         with _quiet():
             dcp.save(tensors, checkpoint_id=partial, no_dist=parallel.world() == 1)
-        gathered = sharding.whole(model) if kept else model
+        gathered = sharding.unsharded(model) if kept else model
         remembered = moments.gather(model, optimizers) if kept else {}
         if parallel.is_main():
             files.write_json(partial / STATE, state, locked=True)
@@ -164,7 +164,7 @@ def load(
 
 
 def mark(folder: Path) -> None:
-    """Declares a folder whole: from now on its files are those that it holds."""
+    """Writes `complete` into a folder, with a hash of every file in it."""
     files.write_json(folder / MARK, {"files": _hashes(sorted(folder.iterdir()))}, locked=True)
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from entasis.model.transformer import Transformer
 from entasis.train import parallel, sharding
-
-T = TypeVar("T")
 
 
 def compiled(
@@ -19,23 +17,29 @@ def compiled(
 ) -> Callable[..., torch.Tensor]:
     """The model's loss as one graph: `fullgraph` raises where a layer would fall back to eager.
 
-    With several processes each block is a graph of its own, and the head: parameters are gathered, or gradients sent,
-    between them. What was compiled before in this process is forgotten, unless `forget` is false.
+    With several processes each part is a graph of its own: parameters are gathered, or gradients sent, between them.
+    What was compiled before in this process is forgotten, unless `forget` is false.
     """
     # Dynamo counts recompiles by code object, and earlier models in this process share ours.
     if forget:
         torch._dynamo.reset()
-    if parallel.world() > 1 or sharding.is_sharded(model):
-        least = 8 if forget else torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(least, 2 * model.shape.distinct_layers)
-        for part, name in (*((block, "forward") for block in model.blocks), (model, "head_loss")):
-            eager = getattr(type(part), name).__get__(part)
-            built = torch.compile(eager, fullgraph=True, dynamic=False, backend=backend)
-            setattr(part, name, functools.partial(_where_it_learns, built, eager))
-        return model.loss
-    return torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
+        torch._dynamo.config.recompile_limit = 8
+    if parallel.world() == 1 and not sharding.is_sharded(model):
+        return torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
+    compile_parts(model, backend=backend)
+    return model.loss
 
 
-def _where_it_learns(built: Callable[..., T], eager: Callable[..., T], *args: Any, **options: Any) -> T:
-    """Validation has batches of other sizes, for which nothing shall be built."""
-    return (built if torch.is_grad_enabled() else eager)(*args, **options)
+def compile_parts(model: Transformer, *, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compiles each block, and the head with its loss, as a graph of its own; equal blocks share one."""
+    # Of one shape there may be frozen and trained layers, with and without activation checkpointing. LayerNorm scaling
+    # gives every layer a constant of its own.
+    kinds = model.shape.n_layers if model.shape.norm_scaling else model.shape.distinct_layers
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * kinds)
+    for part in (*model.blocks, model.head):
+        part.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+def eager(when: bool = True) -> contextlib.AbstractContextManager[object]:
+    """Within it compiled parts run eagerly and nothing is compiled, as for batches of other sizes; idle unless `when`."""
+    return torch.compiler.set_stance("force_eager") if when else contextlib.nullcontext()

@@ -32,14 +32,14 @@ def non_finite(model: Transformer, step: int, loss: float, tokens_BT: torch.Tens
     """Finds the first layer whose weights, output or gradient is not finite. The update was not made."""
     kept = "; the weights were not updated and the checkpoints before it are whole"
     # What needs the other ranks comes first and unconditionally: each may then find something else.
-    whole = sharding.whole(model)
+    gathered = sharding.unsharded(model)
     parameters = list(model.named_parameters())
     bad_weights = _first_bad(parameters)
     # Backward runs from the last layer down, so the last one in forward order is where it began.
     bad_gradient = _first_bad([(n, p.grad) for n, p in reversed(parameters)])
     if name := bad_weights:
         where = f"the weights {name} were not finite before it"
-    elif place := _first_bad_output(whole, tokens_BT, micro):
+    elif place := _first_bad_output(gathered, tokens_BT, micro):
         where = f"first in the output of {place}"
     elif name := bad_gradient:
         where = f"first in the gradient of {name}"

@@ -25,5 +25,6 @@ def measure_importance(
             runner.device
         )
         batches.append((rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()))
-    with torch.autocast(runner.device.type, torch.bfloat16, enabled=runner.autocast is not None):
+    autocast = torch.autocast(runner.device.type, torch.bfloat16, enabled=runner.autocast is not None)
+    with runner.eager(), autocast:
         return parallel.broadcast_object(layer_importance.MEASURES[wanted.measure](model, batches))

@@ -32,9 +32,9 @@ from entasis.train.recipe import Parallel
 
 
 def shard(model: Transformer, how: Parallel, device: torch.device, precision: str) -> None:
-    """Leaves every process its share of an initialised model, in place and on `device`.
+    """Shards an initialised model over the processes, in place and on `device`.
 
-    Afterwards only `model.loss` may be called: what else needs the parameters takes `whole(model)`. Raises
+    Afterwards only `model.loss` may be called: what else needs the parameters takes `unsharded(model)`. Raises
     `UserError` for a `parallel.shard` that does not divide the processes.
     """
     across = mesh(how, device)
@@ -71,7 +71,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def whole(model: Transformer) -> Transformer:
+def unsharded(model: Transformer) -> Transformer:
     """A model with all its parameters on every process, LoRA's adapters merged: itself, or a copy. All ranks call it.
 
     What was sharded is gathered in fp32.
@@ -92,7 +92,7 @@ def full(x: torch.Tensor) -> torch.Tensor:
 
 
 def like(whole: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """This rank's share of a tensor that every rank has, when `p` is one."""
+    """This rank's shard of a tensor that every rank holds whole, split as `p` is; `whole` itself where `p` is not split."""
     if not isinstance(p, DTensor):
         return whole
     everywhere = [Replicate()] * p.device_mesh.ndim
@@ -102,7 +102,7 @@ def like(whole: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
-    """What of a tensor lies on this rank."""
+    """This rank's shard of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 

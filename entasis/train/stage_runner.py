@@ -22,7 +22,7 @@ from entasis.model.transformer import Transformer
 from entasis.shape import activations
 from entasis.train import adapters, failure_diagnosis, moments, optimizers, parallel, schedule, sharding
 from entasis.train.averaging import WeightAverage
-from entasis.train.compilation import compiled
+from entasis.train.compilation import compiled, eager
 from entasis.train.dataloader import Batch
 from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.moments import Moments
@@ -77,7 +77,7 @@ class StageRunner:
     ) -> None:
         """`tensors` are the weights to begin with; without them they are drawn from the recipe's seed.
 
-        With `loads` they are left as memory is, for a checkpoint to be loaded into.
+        With `loads` they are left uninitialised, for a checkpoint to be loaded into.
         """
         self.span, self.device, self.recipe = span, device, recipe
         self.autocast = torch.bfloat16 if recipe.precision == "bf16" else None
@@ -164,7 +164,8 @@ class StageRunner:
         mean, interrupted = parallel.sum_over_ranks(torch.stack([total / tokens, stop])).tolist()
         size = norm.item()
         if not (abs(mean) < float("inf") and size < float("inf")):
-            raise failure_diagnosis.non_finite(self.model, step + 1, mean, batch.tokens_BT, self.micro)
+            with self.eager():
+                raise failure_diagnosis.non_finite(self.model, step + 1, mean, batch.tokens_BT, self.micro)
         self.step(norm)
         if self.average is not None:
             self.average.update(step + 1)
@@ -182,7 +183,8 @@ class StageRunner:
     ) -> torch.Tensor:
         """Adds the gradients of a micro-batch's loss / `tokens`; returns the summed loss.
 
-        `windows` are the numbers of its sequences, which `frozen_outputs` go by. After the `last` of a step the gradients are sent to the other ranks.
+        `windows` are the numbers of its sequences, by which `frozen_outputs` are kept. The `last` micro-batch of a step
+        starts the sum of gradients over ranks.
         """
         self.gradients.sending = last
         sharding.reduce_between_copies(self.model, last)
@@ -211,20 +213,20 @@ class StageRunner:
         return self.model.loss_from(x_BTD, first, targets_BT, document_ids_BT=ids_BT)
 
     def gradient_norm(self) -> torch.Tensor:
-        """Of all gradients together, when every rank's have arrived."""
+        """The norm of all gradients together, once they are summed over ranks."""
         self.gradients.wait()
         return sharding.full(
             torch.nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
         )
 
     def step(self, norm: torch.Tensor) -> None:
-        """Shortens a gradient that is too long, updates, and forgets the gradients."""
+        """Clips the gradients, steps the optimizers and clears the gradients."""
         optimizers.update(
             self.trainable, self.optimizers, max_grad_norm=self.span.optimizer.max_grad_norm, norm=norm
         )
 
     def lr_factor(self, step: int) -> float:
-        """What the schedule multiplies the learning rate by."""
+        """The schedule's factor on the peak learning rate at `step`."""
         span = self.span
         begin, end = span.own.schedule_part or (0.0, 1.0)
         # A part of a longer schedule: the steps that all of it would have at this stage's pace.
@@ -248,7 +250,7 @@ class StageRunner:
     ) -> Score:
         """The score of a held-out corpus, each rank doing a share of it."""
         wanted = self.recipe.evaluation
-        with self.averaged():
+        with self.averaged(), self.eager():
             score = evaluate(
                 self.gathered(),
                 corpus,
@@ -271,11 +273,15 @@ class StageRunner:
         """Within it the model holds the averaged weights, where the recipe asks for them."""
         return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
+    def eager(self) -> contextlib.AbstractContextManager[object]:
+        """Within it the model runs eagerly: whatever is no training step has batches of other sizes, and compiles nothing."""
+        return eager(self.recipe.compile)
+
     def write(self, prompts: Sequence[Sequence[int]], samples: Samples) -> list[list[int]]:
-        """What the model continues these prompts with. All ranks call it."""
+        """Generates a continuation of each prompt. All ranks call it."""
         answers: list[list[int]] = [[] for _ in prompts]
         sampling = Sampling(samples.temperature, seed=self.recipe.seed)
-        with self.averaged():
+        with self.averaged(), self.eager():
             model = self.gathered()
             if parallel.is_main():
                 for step in generate(model, prompts, tokens=samples.tokens, sampling=sampling):
@@ -286,7 +292,8 @@ class StageRunner:
 
     def check_merge(self, tokens_BT: torch.Tensor) -> float:
         """How far merging LoRA's adapters moves fp32 logits, beside the largest. Raises `Failure` beyond 1e-5."""
-        moved = adapters.moved(self.model, tokens_BT[:1])
+        with self.eager():
+            moved = adapters.moved(self.model, tokens_BT[:1])
         if not moved <= adapters.MOST_MOVED:
             raise Failure(
                 f"merging the adapters of stage {self.span.index} moved logits by {moved:.1e} of the largest, more than "
@@ -296,14 +303,14 @@ class StageRunner:
 
     def gathered(self) -> Transformer:
         """The model with all its parameters on this process, adapters merged. All ranks call it."""
-        return sharding.whole(self.model)
+        return sharding.unsharded(self.model)
 
     def moments(self) -> Moments:
-        """What the optimizers remember of each parameter. All ranks call it."""
+        """The optimizers' moments of each parameter. All ranks call it."""
         return moments.gather(self.model, self.optimizers)
 
     def take_moments(self, found: Moments) -> None:
-        """Goes on with these moments; every other number of the optimizers stays the stage's own."""
+        """Sets the optimizers' moments; every other number of theirs stays the stage's own."""
         moments.put(self.model, self.optimizers, found)
 
     def close(self) -> None:

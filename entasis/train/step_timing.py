@@ -19,7 +19,7 @@ from entasis.shape.shapes import ModelShape
 from entasis.train import parallel, stages
 from entasis.train.allocation import keep_freed_memory
 from entasis.train.candidates import Settings
-from entasis.train.compilation import compiled
+from entasis.train.compilation import compiled, eager
 from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.stage_runner import StageRunner, checkpointed_layers, micro_sequences
 
@@ -54,8 +54,8 @@ class Timing:
 class Step:
     """A resolved recipe's model, as one of its stages trains it, and one micro-batch, to be stepped in any settings.
 
-    Weights stay as they were drawn: the learning rate is zero. One model serves all settings, except where processes
-    share it out or compile it in parts. Under `torchrun` every rank makes the same calls.
+    Weights stay as they were drawn: the learning rate is zero. One model serves all settings, but a sharded
+    one has its precision built in. Under `torchrun` every rank makes the same calls.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class Step:
         if recipe.data.document_masking:
             documents = torch.arange(sequence, device=device) * 4 // sequence
             self.ids_BT = documents.expand(self.micro, sequence)
-        self._runners: dict[Any, StageRunner] = {}
-        self._compiled: dict[Any, Callable[..., torch.Tensor]] = {}
+        self._runners: dict[str | None, StageRunner] = {}
+        self._compiled: dict[str | None, Callable[..., torch.Tensor]] = {}
 
     def __call__(self, settings: Settings) -> Seconds:
         """Makes one step."""
@@ -85,9 +85,10 @@ class Step:
         self._wait()
         parallel.barrier()
         begun = time.perf_counter()
-        runner.accumulate(
-            self.tokens_BT, self.targets_BT, self.ids_BT, tokens=self.targets_BT.numel(), last=True
-        )
+        with eager(not settings.compile):
+            runner.accumulate(
+                self.tokens_BT, self.targets_BT, self.ids_BT, tokens=self.targets_BT.numel(), last=True
+            )
         self._wait()
         middle = time.perf_counter()
         norm = runner.gradient_norm()
@@ -102,7 +103,7 @@ class Step:
         runner = self._runner(settings._replace(compile=False))
         self._wait()
         begun = time.perf_counter()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=runner.autocast is not None):
+        with eager(), torch.autocast(self.device.type, torch.bfloat16, enabled=runner.autocast is not None):
             runner.loss(self.tokens_BT, self.targets_BT, document_ids_BT=self.ids_BT)
         self._wait()
         return time.perf_counter() - begun
@@ -126,8 +127,7 @@ class Step:
     def _runner(self, settings: Settings) -> StageRunner:
         """The stage's runner, switched to what `settings` say."""
         shared_out = self.recipe.parallel.kind != "ddp" and parallel.world() > 1
-        alone = parallel.world() == 1
-        key = (settings.precision if shared_out else None, None if alone else settings)
+        key = settings.precision if shared_out else None
         wanted = self.recipe.replaced(
             precision=settings.precision, attention=settings.attention, compile=False
         )

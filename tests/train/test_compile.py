@@ -1,20 +1,28 @@
 """No layer may run eagerly when the recipe says compile, however many shapes there are."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 
+from entasis.data.corpus import Corpus
+from entasis.model.block import Block
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
-from entasis.train import sharding
-from entasis.train.compilation import compiled
+from entasis.train import parallel, sharding, stage_runner
+from entasis.train.auto_settings import simplest
+from entasis.train.compilation import compile_parts, compiled, eager
 from entasis.train.metrics import records
 from entasis.train.recipe import Parallel
+from entasis.train.resolve import resolve
 from entasis.train.run import train
+from entasis.train.stage_runner import StageRunner
+from entasis.train.stages import lay_out
 
 
 def many_shapes(layers: int) -> ModelShape:
@@ -79,7 +87,7 @@ def test_a_sharded_model_has_one_graph_for_each_shape(tmp_path):
             loss = loss_of(tokens, tokens)
             loss.backward()
         gradients = {name: sharding.full(p.grad) for name, p in sharded.named_parameters()}
-        with torch.no_grad():
+        with torch.no_grad(), eager():
             sharded.loss(tokens[:1], tokens[:1])
     finally:
         dist.destroy_process_group()
@@ -87,6 +95,77 @@ def test_a_sharded_model_has_one_graph_for_each_shape(tmp_path):
     assert sum(counters["graph_break"].values()) == 0
     assert torch.equal(loss, expected)
     assert all(torch.equal(gradients[name], p.grad) for name, p in plain.named_parameters())
+
+
+def test_several_processes_compile_equal_layers_once_and_compile_nothing_to_validate(
+    monkeypatch, recipe, tmp_path
+):
+    """Under `ddp`, through a stage runner: three layers of one shape and one of another."""
+    plain, other = {"n_heads": 2, "n_kv_heads": 1, "d_ff": 40}, {"n_heads": 2, "n_kv_heads": 1, "d_ff": 48}
+    shape = {**recipe().shape, "layers": [plain, plain, other, plain]}
+    wanted = simplest(resolve(recipe(shape=shape, precision="fp32"), 0)[0], torch.device("cpu"))
+    span = lay_out(wanted, ModelShape.from_dict(wanted.shape))[0]
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(stage_runner, "compiled", functools.partial(compiled, backend=backend))
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    counters.clear()
+    try:
+        losses = []
+        for compile in (False, True):
+            runner = StageRunner(span, wanted.replaced(compile=compile), torch.device("cpu"))
+            tokens = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(0))
+            for _ in range(2):
+                losses.append(runner.accumulate(tokens, tokens, None, tokens=64, last=True))
+                runner.step(runner.gradient_norm())
+            runner.evaluate(Corpus(recipe().data.validation), sequence=16)
+            runner.close()
+    finally:
+        dist.destroy_process_group()
+    assert len(seen) == 2 + 1, "one for each shape and one for the head; none to validate"
+    assert sum(counters["graph_break"].values()) == 0
+    assert losses[:2] == losses[2:]
+
+
+@pytest.mark.parametrize("how", ["whole", "parts", "sharded"])
+def test_a_layer_that_cannot_be_compiled_is_an_error(how, monkeypatch, tmp_path):
+    """Nothing falls back to eager, whatever is compiled and whatever hooks there are."""
+    model = Transformer(many_shapes(2))
+    init_weights(model, 0)
+    tokens = torch.randint(64, (1, 16))
+    forward = Block._layer
+
+    def broken(self, *args):
+        torch._dynamo.graph_break()
+        return forward(self, *args)
+
+    monkeypatch.setattr(Block, "_layer", broken)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        if how == "sharded":
+            sharding.shard(model, Parallel(kind="fsdp"), torch.device("cpu"), "fp32")
+        if how == "parts":
+            compile_parts(model, backend="eager")
+        loss_of = model.loss if how == "parts" else compiled(model, backend="eager")
+        with pytest.raises(Unsupported):
+            loss_of(tokens, tokens)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_layers_with_scales_of_their_own_are_compiled_in_parts():
+    """LayerNorm scaling makes equal layers differ by a constant."""
+    shape = dataclasses.replace(many_shapes(1), norm_scaling=True)
+    model = Transformer(dataclasses.replace(shape, layers=shape.layers * 12))
+    torch._dynamo.reset()
+    compile_parts(model, backend="eager")
+    tokens = torch.randint(64, (1, 16))
+    model.loss(tokens, tokens).backward()
 
 
 def test_more_models_than_dynamo_s_limit_in_one_process():
