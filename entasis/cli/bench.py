@@ -11,11 +11,15 @@ cost model's prediction beside it. Any part of the recipe can be set with key=va
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from entasis.cli import overrides
 from entasis.cli.numbers import whole
+
+if TYPE_CHECKING:
+    from entasis.train.bench import BenchResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +42,13 @@ def run(args: argparse.Namespace) -> int:
     with progress.bars() as advance:
         figures = bench(recipe, steps=args.steps, reporter=advance)
     if args.json:
-        print(json.dumps(figures, indent=1))
+        print(json.dumps(dataclasses.asdict(figures), indent=1))
     else:
         _print(figures)
     return 0
 
 
-def _print(figures: dict[str, Any]) -> None:
+def _print(figures: BenchResult) -> None:
     from rich.console import Console
 
     from entasis.report.tables import Column, Table
@@ -57,26 +61,26 @@ def _print(figures: dict[str, Any]) -> None:
         Column("flops", "share of FLOPs", ".1%", "cost model"),
     )
     rows = [
-        {**part, "forward": 1e3 * part["forward"], "backward": 1e3 * part["backward"] or None}
-        for part in figures["parts"]
+        {**dataclasses.asdict(part), "forward": 1e3 * part.forward, "backward": 1e3 * part.backward or None}
+        for part in figures.parts
     ]
-    step, first = figures["step_seconds"], figures["first_step_seconds"]
-    mode = "compiled" if figures["compile"] else "eager"
+    step, first = figures.step_seconds, figures.first_step_seconds
+    mode = "compiled" if figures.compile else "eager"
     lines = [
-        f"{figures['parameters']:,} parameters, {figures['distinct_layers']} distinct layer shapes, "
-        f"{figures['batch_tokens']:,} tokens a step in sequences of {figures['sequence']}",
-        f"{figures['device']}, {figures['threads']} threads, {figures['precision']}, {mode}, "
-        f"{figures['attention']} attention",
-        f"{figures['tokens_per_second']:,.0f} tokens/s: a step takes {step['median']:.3f} s "
-        f"({step['fastest']:.3f} to {step['slowest']:.3f} over {figures['steps']} steps)",
-        f"MFU {figures['mfu']:.0%} of the measured {figures['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s; "
-        f"at that ceiling a step would take {figures['seconds_at_the_ceiling']:.3f} s"
-        + (" (measured while other work took the processor: it is too low)" if figures["busy"] else ""),
-        f"peak memory {figures['peak_memory_bytes'] / 1e6:,.0f} MB, of which weights, gradients and optimizer "
-        f"state {figures['state_bytes'] / 1e6:,.0f} MB",
-        f"waiting for data {figures['data_wait']:.2%} of the step",
-        f"first step {first['eager']:.2f} s eager"
-        + (f", {first['compiled']:.2f} s compiled" if first["compiled"] is not None else ""),
+        f"{figures.parameters:,} parameters, {figures.distinct_layers} distinct layer shapes, "
+        f"{figures.batch_tokens:,} tokens a step in sequences of {figures.sequence}",
+        f"{figures.device}, {figures.threads} threads, {figures.precision}, {mode}, "
+        f"{figures.attention} attention",
+        f"{figures.tokens_per_second:,.0f} tokens/s: a step takes {step.median:.3f} s "
+        f"({step.fastest:.3f} to {step.slowest:.3f} over {figures.steps} steps)",
+        f"MFU {figures.mfu:.0%} of the measured {figures.matmul_flops_per_second / 1e9:,.0f} GFLOP/s; "
+        f"at that ceiling a step would take {figures.seconds_at_the_ceiling:.3f} s"
+        + (" (measured while other work took the processor: it is too low)" if figures.busy else ""),
+        f"peak memory {figures.peak_memory_bytes / 1e6:,.0f} MB, of which weights, gradients and optimizer "
+        f"state {figures.state_bytes / 1e6:,.0f} MB",
+        f"waiting for data {figures.data_wait:.2%} of the step",
+        f"first step {first.eager:.2f} s eager"
+        + (f", {first.compiled:.2f} s compiled" if first.compiled is not None else ""),
     ]
     print("\n".join(lines))
-    Console().print(Table(columns, rows).rich(f"one micro-batch of {figures['micro']} sequences"))
+    Console().print(Table(columns, rows).rich(f"one micro-batch of {figures.micro} sequences"))

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,29 @@ def test_recovery(trained, make_subject, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(torch.equal(before[n], p) and p.requires_grad for n, p in trained.model.named_parameters())
     fresh = rows(make_subject(untrained()), "recovery", "recovery_gap")
     assert max(map(abs, fresh)) < 0.02  # nothing to lose
+
+
+def test_recovery_finds_a_planted_slow_layer(trained, make_subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices ten times as large behind norms of a tenth compute the same, and take AdamW's steps longer to mend."""
+    monkeypatch.setattr(recovery, "SEEDS", 1)
+    steps = {}
+    for name in ("as it was", "slow"):
+        if name == "slow":
+            block = trained.model.blocks[1]
+            with torch.no_grad():
+                for norm, matrices in (
+                    (
+                        block.attention_norm,
+                        [block.attention.query, block.attention.key, block.attention.value],
+                    ),
+                    (block.feedforward_norm, [block.feedforward.gate, block.feedforward.up]),
+                ):
+                    norm.weight /= 10
+                    for matrix in matrices:
+                        matrix.weight *= 10
+        subject = replace(make_subject(trained), only=frozenset({1, 2}))
+        gaps = rows(subject, "recovery", "recovery_gap")
+        steps[name] = rows(subject, "recovery", "recovery_steps")
+        assert all(gap > recovery.SMALLEST_GAP for gap in gaps)
+    assert steps["slow"][0] > 1.5 * steps["as it was"][0]
+    assert steps["slow"][1] == steps["as it was"][1], "the other layer is as quick as before"

@@ -12,7 +12,8 @@ from entasis.model.transformer import Transformer
 from entasis.shape import cost
 from entasis.shape.specification import resolve
 from entasis.train import recipe as recipes
-from entasis.train.bench import _Walk, bench
+from entasis.train.bench import bench
+from entasis.train.part_timing import Walk
 
 
 def test_figures_agree_with_one_another_and_nothing_is_left_behind(recipe, tmp_path, monkeypatch):
@@ -25,22 +26,22 @@ def test_figures_agree_with_one_another_and_nothing_is_left_behind(recipe, tmp_p
     assert not list(tmp_path.glob("entasis*"))
     assert not (tmp_path / "runs").exists()
     shape = resolve(measured.shape).shape
-    assert figures["parameters"] == cost.parameters(shape)
+    assert figures.parameters == cost.parameters(shape)
     names = ["embedding", "layer 0", "layer 1", "head and loss", "optimizer"]
-    assert [part["name"] for part in figures["parts"]] == names
-    assert sum(part["time"] for part in figures["parts"]) == pytest.approx(1)
-    assert sum(part["flops"] for part in figures["parts"]) == pytest.approx(1)
-    by_name = {part["name"]: part for part in figures["parts"]}
+    assert [part.name for part in figures.parts] == names
+    assert sum(part.time for part in figures.parts) == pytest.approx(1)
+    assert sum(part.flops for part in figures.parts) == pytest.approx(1)
+    by_name = {part.name: part for part in figures.parts}
     expected = cost.layer_flops_per_token(shape, 1, 64) / cost.flops_per_token(shape, 64)
-    assert by_name["layer 1"]["flops"] == pytest.approx(expected)
-    assert all(part["backward"] > 0 for part in figures["parts"][:-1])
-    step = figures["step_seconds"]
-    assert step["fastest"] <= step["median"] <= step["slowest"]
-    assert figures["tokens_per_second"] == pytest.approx(512 / step["median"])
-    done = figures["tokens_per_second"] * figures["flops_per_token"]
-    assert figures["mfu"] == pytest.approx(done / figures["matmul_flops_per_second"])
-    assert 0 <= figures["data_wait"] < 1
-    assert figures["first_step_seconds"]["compiled"] is None
+    assert by_name["layer 1"].flops == pytest.approx(expected)
+    assert all(part.backward > 0 for part in figures.parts[:-1])
+    step = figures.step_seconds
+    assert step.fastest <= step.median <= step.slowest
+    assert figures.tokens_per_second == pytest.approx(512 / step.median)
+    done = figures.tokens_per_second * figures.flops_per_token
+    assert figures.mfu == pytest.approx(done / figures.matmul_flops_per_second)
+    assert 0 <= figures.data_wait < 1
+    assert figures.first_step_seconds.compiled is None
     # Whatever the recipe's length, five steps warm up and three are timed.
     assert [event for event in told if event[0] == "steps"][-1] == ("steps", 8, 8)
 
@@ -57,9 +58,8 @@ def test_timing_part_by_part_does_the_work_of_a_step(recipe, tied):
     (model.loss(tokens_BT, targets_BT, document_ids_BT=ids_BT) / tokens_BT.numel()).backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    walk = _Walk(model, tokens_BT, targets_BT, ids_BT, bf16=False)
-    walk.update = lambda rules: None
-    walk.through([])
+    walk = Walk(model, tokens_BT, targets_BT, ids_BT, bf16=False)
+    walk.through(lambda: None)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, whole[name], rtol=1e-5, atol=1e-7, msg=name)
 
@@ -73,10 +73,10 @@ def test_a_planted_slow_layer_has_the_largest_share(recipe, monkeypatch):
         return forward(self, *args)
 
     monkeypatch.setattr(Block, "_layer", dawdle)
-    parts = bench(recipe(), steps=1, repeats=1)["parts"]
-    slowest = max(parts, key=lambda part: part["time"])
-    assert slowest["name"] == "layer 0" and slowest["forward"] > slowest["backward"]
-    assert slowest["time"] > 0.5 > slowest["flops"]
+    parts = bench(recipe(), steps=1, repeats=1).parts
+    slowest = max(parts, key=lambda part: part.time)
+    assert slowest.name == "layer 0" and slowest.forward > slowest.backward
+    assert slowest.time > 0.5 > slowest.flops
 
 
 def test_command_gives_json_and_a_table_for_people(recipe, tmp_path, capsys):
@@ -94,8 +94,8 @@ def test_only_some_parameters_learn(recipe):
     """What is frozen takes no time in the backward pass where nothing below it learns."""
     source = recipe().model_dump()
     source["stages"] = [{"trainable": ["blocks.1.*", "norm.*", "head.*"], "tokens": 4096}]
-    parts = bench(recipes.from_dict(source), steps=1, repeats=1)["parts"]
-    assert {p["name"]: p["backward"] > 0 for p in parts} == {
+    parts = bench(recipes.from_dict(source), steps=1, repeats=1).parts
+    assert {p.name: p.backward > 0 for p in parts} == {
         "embedding": False, "layer 0": False, "layer 1": True, "head and loss": True, "optimizer": False
     }  # fmt: skip
 

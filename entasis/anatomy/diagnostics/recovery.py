@@ -137,7 +137,6 @@ def _loss(
     rotation: Rotation | None,
 ) -> torch.Tensor:
     """Nats per token with `block` in place of the layer; `x_BTD` is the stream in front of it."""
-    model = subject.model
     with subject.autocast():
-        x_BTD = model.run_layers(block(x_BTD, rotation), rotation, layer + 1)
-        return model.head_loss(model.norm(x_BTD), targets_BT) / (targets_BT != -100).sum()
+        nll = subject.model.loss_from(block(x_BTD, rotation), layer + 1, targets_BT)
+        return nll / (targets_BT != -100).sum()

@@ -1,0 +1,168 @@
+"""A model's training step part by part: one micro-batch forward and back, each part timed alone."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from entasis.data.corpus import Corpus
+from entasis.data.dataset import TokenDataset
+from entasis.model.attention import attention_mask
+from entasis.model.transformer import Transformer
+from entasis.shape import cost
+from entasis.shape.shapes import ModelShape
+from entasis.train import stages
+from entasis.train.compilation import compile_parts
+from entasis.train.resolved_recipe import SettledRecipe
+from entasis.train.stage_runner import StageRunner
+
+Reporter = Callable[[str, int, int], None]
+"""Told what is being measured, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the model: seconds for one micro-batch, and shares of the whole step's time and FLOPs.
+
+    With many logits the loss makes its gradients as it goes, so that their time stands under `forward`.
+    """
+
+    name: str
+    forward: float
+    backward: float
+    time: float
+    """Share of the time of all parts, the optimizer's included; accumulation is taken into account."""
+    flops: float
+    """The cost model's share."""
+
+
+def time_parts(
+    recipe: SettledRecipe,
+    shape: ModelShape,
+    corpus: Corpus,
+    device: torch.device,
+    repeats: int,
+    say: Reporter,
+) -> tuple[list[Part], float]:
+    """Each part's share of a step, and the seconds of the first eager step."""
+    runner = StageRunner(stages.lay_out(recipe, shape)[0], recipe.replaced(compile=False), device)
+    model = runner.model
+    dataset = TokenDataset(corpus, recipe.data.sequence)
+    micro = recipe.batch.micro
+    chosen = torch.arange(micro).numpy() % len(dataset)
+    rows = torch.from_numpy(dataset.batch(chosen)).to(device)
+    ids_BT = None
+    if recipe.data.document_masking:
+        ids_BT = torch.from_numpy(dataset.document_ids(chosen)).to(device)[:, :-1]
+    walk = Walk(
+        model, rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), ids_BT, recipe.precision == "bf16"
+    )
+    rounds = []
+    begun = time.perf_counter()
+    first = 0.0
+    for i in range(repeats + 1):
+        times = walk.through(lambda: runner.step(runner.gradient_norm()))
+        if i == 0:
+            first = time.perf_counter() - begun
+            if recipe.compile:
+                # No cut can be made through the one graph that training compiles.
+                compile_parts(model)
+                walk.through(lambda: runner.step(runner.gradient_norm()))
+        else:
+            rounds.append(times)
+        say("parts", i + 1, repeats + 1)
+    median = {key: statistics.median(times[key] for times in rounds) for key in rounds[0]}
+    return _table(median, shape, recipe), first
+
+
+class Walk:
+    """One micro-batch through the model, cut between its parts so that each is timed alone."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        ids_BT: torch.Tensor | None,
+        bf16: bool,
+    ) -> None:
+        self.model, self.device, self.bf16 = model, tokens_BT.device, bf16
+        rotation = model.rotation(0, tokens_BT.shape[1], self.device)
+        mask_BTS = attention_mask(0, tokens_BT.shape[1], ids_BT, self.device, model.attention)
+
+        def layer(i: int) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda x_BTD: model.run_layers(x_BTD, rotation, i, i + 1, mask_BTS=mask_BTS)
+
+        def head(x_BTD: torch.Tensor) -> torch.Tensor:
+            return model.head_loss(model.norm(x_BTD), targets_BT)
+
+        self.tokens_BT = tokens_BT
+        self.parts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"embedding": model.embed}
+        self.parts |= {f"layer {i}": layer(i) for i in range(len(model.blocks))}
+        self.parts["head and loss"] = head
+
+    def through(self, update: Callable[[], None]) -> dict[tuple[str, str], float]:
+        """Seconds of each (part, direction), and of the optimizer's `update`."""
+        times: dict[tuple[str, str], float] = {}
+        inputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor] = {}
+        x = self.tokens_BT
+        for name, part in self.parts.items():
+            # Below what learns nothing goes back.
+            x = x.detach().requires_grad_(x.requires_grad)
+            inputs[name] = x
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                times[name, "forward"], x = self.timed(functools.partial(part, x))
+            outputs[name] = x
+        grad: torch.Tensor | None = torch.full_like(x, 1 / self.tokens_BT.numel())
+        for name in reversed(self.parts):
+            y, dy = outputs.pop(name), grad
+            if y.requires_grad:
+                times[name, "backward"], _ = self.timed(functools.partial(y.backward, dy))
+            else:
+                times[name, "backward"] = 0.0
+            grad = inputs.pop(name).grad
+        times["optimizer", "forward"], _ = self.timed(update)
+        return times
+
+    def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        self.wait()
+        begun = time.perf_counter()
+        result = work()
+        self.wait()
+        return time.perf_counter() - begun, result
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _table(times: dict[tuple[str, str], float], shape: ModelShape, recipe: SettledRecipe) -> list[Part]:
+    micro_batches = recipe.sequences / recipe.batch.micro
+    sequence = recipe.data.sequence
+    whole = cost.flops_per_token(shape, sequence)
+    flops = {f"layer {i}": cost.layer_flops_per_token(shape, i, sequence) for i in range(shape.n_layers)}
+    flops["head and loss"] = whole - sum(flops.values())
+    names = list(dict.fromkeys(name for name, _ in times))
+    seconds = {
+        name: (times[name, "forward"] + times.get((name, "backward"), 0.0))
+        * (1 if name == "optimizer" else micro_batches)
+        for name in names
+    }
+    total = sum(seconds.values())
+    return [
+        Part(
+            name,
+            times[name, "forward"],
+            times.get((name, "backward"), 0.0),
+            seconds[name] / total,
+            flops.get(name, 0.0) / whole,
+        )
+        for name in names
+    ]
