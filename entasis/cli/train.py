@@ -38,17 +38,17 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = recipes.read(args.recipe, args.set)
     if args.print_config:
-        from entasis.train import auto_settings, run_folder
+        from entasis.train import auto_settings, preflight
         from entasis.train import device as devices
         from entasis.train.resolve import resolve
         from entasis.train.training_data import weighed
 
         recipe = weighed(recipe)
-        corpus = run_folder.check_data(recipe)
+        corpus = preflight.check_data(recipe)
         resolved, shape, _ = resolve(recipe, corpus.vocabulary)
-        run_folder.check_vocabulary(shape, corpus)
+        preflight.check_vocabulary(shape, corpus)
         device = devices.choose_device(recipe.device)
-        run_folder.check_settings(resolved, device)
+        preflight.check_settings(resolved, device)
         print(recipes.to_yaml(auto_settings.choose(resolved, shape, device)[0]), end="")
         return 0
     from entasis.train import parallel

@@ -148,7 +148,7 @@ def measure(
     With a limit, a recipe is left untimed whose one step would take longer than its part of it at a third of what a
     large matrix product reaches (`flops_per_second`), or whose weights and moments do not fit the free memory.
     """
-    from entasis.train import auto_settings, recipe, run_folder
+    from entasis.train import auto_settings, preflight, recipe
     from entasis.train import device as devices
     from entasis.train.resolve import resolve
     from entasis.train.stage_runner import micro_sequences
@@ -160,7 +160,7 @@ def measure(
     jobs = []
     for plain, count in zip(recipes, runs, strict=True):
         resolved, shape, _ = resolve(recipe.from_dict(plain), plain["shape"]["vocabulary"])
-        run_folder.check_settings(resolved, found)
+        preflight.check_settings(resolved, found)
         base = auto_settings.simplest(resolved, found)
         open_ = any(getattr(resolved, key) == "auto" for key in KEYS)
         timed: list[Measured] = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.util
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,27 +20,22 @@ from filelock import FileLock, Timeout
 from entasis import files
 from entasis.data import glyphs
 from entasis.data.corpus import Corpus
-from entasis.data.doctor import examine
-from entasis.data.mixture import whole_shares
-from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import Damaged, UserError
 from entasis.model import weights
 from entasis.shape.interfaces import Glyph
 from entasis.shape.shapes import ModelShape
-from entasis.train import auto_settings, checkpoint, moments, parallel
+from entasis.train import auto_settings, checkpoint, parallel, preflight
 from entasis.train import device as devices
 from entasis.train.environment import describe_environment
 from entasis.train.recipe import (
     Recipe,
-    Stage,
-    WeightedCorpus,
     held_out_of,
     mixture_of,
     to_yaml,
 )
 from entasis.train.resolve import resolve
 from entasis.train.resolved_recipe import ResolvedRecipe, SettledBatch, SettledRecipe, difference, read_stored
-from entasis.train.training_data import weighed, weights_of
+from entasis.train.training_data import weighed
 
 RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
 
@@ -97,12 +91,12 @@ def open_run(
 def _look(recipe: Recipe, folder: Path, device: torch.device, held: ExitStack) -> _Found:
     """Checks data, recipe and folder, and locks the folder unless the run is finished."""
     recipe = weighed(recipe)
-    corpus = check_data(recipe)
+    corpus = preflight.check_data(recipe)
     resolved, shape, notes = resolve(recipe, corpus.vocabulary)
-    check_vocabulary(shape, corpus)
+    preflight.check_vocabulary(shape, corpus)
     wanted = recognise(resolved, folder)
     if wanted is None:
-        check_settings(resolved, device)
+        preflight.check_settings(resolved, device)
     if wanted is None or not (folder / RESULT).is_file():
         notes += lock(folder, held)
         # Another process may have begun it, or finished it, meanwhile.
@@ -209,94 +203,8 @@ def doubts(folder: Path, result: dict[str, Any]) -> list[str]:
     return said
 
 
-def check_data(recipe: Recipe) -> Corpus:
-    """Opens and examines all corpora, those of later stages too; returns the first one to train on. Raises `UserError`."""
-    corpora = {path: Corpus(path) for path in _paths(recipe)}
-    first, corpus = next(iter(corpora.items()))
-    for path, other in corpora.items():
-        if other.tokenizer_hash != corpus.tokenizer_hash:
-            raise UserError(
-                f"data: {path} was made with another tokenizer than {first}; "
-                "prepare both with the same tokenizer.json"
-            )
-    if recipe.start is not None:
-        tokenizer = _tokenizer_of(Path(recipe.start.folder))
-        if load_tokenizer(tokenizer).hash != corpus.tokenizer_hash:
-            raise UserError(
-                f"data: {first} was made with another tokenizer than the model in {recipe.start.folder} "
-                f"has; prepare it with --tokenizer {tokenizer}"
-            )
-        if "keep" in (recipe.start.optimizer_state, recipe.start.data_position):
-            moments.require(Path(recipe.start.folder))
-    for path, opened in corpora.items():
-        if corruption := opened.corruption:
-            if recipe.data.allow_corruption:
-                continue
-            raise UserError(
-                f"data: {path} was corrupted on purpose ({corruption}); data.allow_corruption=true trains on it all the same"
-            )
-        diagnosis = examine(path)
-        if not diagnosis.sound:
-            worst = diagnosis.findings[0]
-            raise UserError(f"data: {path} is corrupt: {worst.name}: {worst.evidence}; {worst.fix}")
-    for opened in corpora.values():
-        opened.verify()
-    for index, stage in enumerate(recipe.stages or (Stage(),)):
-        mixed = mixture_of((stage.data or recipe.data).train)
-        sequence = stage.sequence or recipe.data.sequence
-        for part in mixed.values():
-            if corpora[part.path].tokens < sequence + 1:
-                raise UserError(
-                    f"data: {part.path} has {corpora[part.path].tokens} tokens, fewer than data.sequence {sequence} + 1"
-                )
-        _check_mixture(
-            mixed, corpora, f"recipe: stages[{index}].data.train" if stage.data else "recipe: data.train"
-        )
-    return corpus
-
-
-def _check_mixture(mixed: dict[str, WeightedCorpus], corpora: dict[str, Corpus], where: str) -> None:
-    """Refuses weights that cannot be followed, and a text that is named twice. Raises `UserError`."""
-    seen: dict[str, str] = {}
-    for name, part in mixed.items():
-        other = seen.setdefault(corpora[part.path].fingerprint, name)
-        if other != name:
-            raise UserError(f"{where}: {other} and {name} are the same text; name it once, with one weight")
-    try:
-        whole_shares(dict(zip(mixed, weights_of(mixed), strict=True)))
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _tokenizer_of(start: Path) -> Path:
-    """The tokenizer of a model to start from; a checkpoint's is its run's. Raises `UserError`."""
-    folder = start.parent.parent if start.parent.name == "checkpoints" else start
-    if not (start / weights.WEIGHTS).is_file() or not (folder / weights.TOKENIZER).is_file():
-        raise UserError(
-            f"recipe: start.from is {start}, which holds no model; name a finished run, a checkpoint that was kept "
-            "(checkpoint.keep_every), or an imported model"
-        )
-    return folder / weights.TOKENIZER
-
-
-def _paths(recipe: Recipe) -> dict[str, None]:
-    """Every corpus that a recipe names, once, the first to train on first."""
-    texts = [recipe.data.train, *(stage.data.train for stage in recipe.stages if stage.data)]
-    trained_on = [part.path for text in texts for part in mixture_of(text).values()]
-    return dict.fromkeys([*trained_on, *held_out_of(recipe.data.validation).values()])
-
-
-def check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
-    """The shape's vocabulary is the corpus's, or that padded by less than 128. Raises `UserError`."""
-    if not corpus.vocabulary <= shape.vocabulary < corpus.vocabulary + 128:
-        raise UserError(
-            f"shape: vocabulary is {shape.vocabulary}, but the tokenizer has {corpus.vocabulary} ids; "
-            f"set shape.vocabulary={corpus.vocabulary}, or prepare the corpus with the matching tokenizer"
-        )
-
-
 def adopt(recipe: ResolvedRecipe, stored: SettledRecipe) -> SettledRecipe:
-    """Leaves to the machine nothing that was settled when the run began: resuming changes nothing."""
+    """The recipe with each `auto` as it was settled when the run began, so that resuming changes nothing."""
     left = [n for n in ("precision", "compile", "attention", "device") if getattr(recipe, n) == "auto"]
     micro = stored.batch.micro if recipe.batch.micro == "auto" else recipe.batch.micro
     ours, theirs = (r.shape.get("interface", {}) for r in (recipe, stored))
@@ -308,27 +216,6 @@ def adopt(recipe: ResolvedRecipe, stored: SettledRecipe) -> SettledRecipe:
         batch=recipe.batch.narrowed(SettledBatch, micro=micro),
         **{name: getattr(stored, name) for name in left},
     )
-
-
-def check_settings(recipe: Recipe, device: torch.device) -> None:
-    """Refuses settings that this machine cannot run with. Raises `UserError`."""
-    if recipe.logging.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "recipe: logging.wandb is true, but wandb is not installed: pip install 'entasis[wandb]'"
-        )
-    if any(stage.lora for stage in recipe.stages) and importlib.util.find_spec("peft") is None:
-        raise UserError("recipe: a stage has lora, but peft is not installed: pip install 'entasis[lora]'")
-    if recipe.compile is True and not devices.has_compiler(device):
-        raise UserError(
-            "recipe: compile is true, but there is no C++ compiler (g++ or clang++); use compile=false"
-        )
-    if recipe.attention == "flex" and (
-        device.type != "cuda" or recipe.compile is not True or parallel.world() > 1
-    ):
-        raise UserError(
-            "recipe: attention is flex, which trains on CUDA, compiled (compile=true) and in one process only; "
-            "use auto"
-        )
 
 
 def _environment(folder: Path, corpus: Corpus, recipe: SettledRecipe) -> dict[str, Any] | None:
@@ -353,7 +240,7 @@ def _fingerprints(corpus: Corpus, recipe: SettledRecipe) -> dict[str, str]:
             n if isinstance(held_out, str) else f"validation.{n}": p for n, p in held_out_of(held_out).items()
         },
     }
-    named |= {path: path for path in _paths(recipe) if path not in named.values()}
+    named |= {path: path for path in preflight.corpora_of(recipe) if path not in named.values()}
     fingerprints = {name: Corpus(path).fingerprint for name, path in named.items()}
     return {"tokenizer": corpus.tokenizer_hash, **fingerprints}
 
@@ -388,7 +275,7 @@ def _begin(
 
 
 def _restore(folder: Path, shape: ModelShape, corpus: Corpus) -> list[str]:
-    """Sees that a folder at work has what can be made again, the drawing and the tokenizer; says what was damaged."""
+    """Writes `shape.json` and the tokenizer again where they are missing or damaged; returns a line for each that was damaged."""
     said = []
     contents = {
         weights.SHAPE: (json.dumps(shape.to_dict(), indent=1) + "\n").encode(),

@@ -12,7 +12,7 @@ from entasis.data.corruption import corrupt
 from entasis.data.doctor import examine
 from entasis.data.prepare import prepare
 from entasis.errors import UserError
-from entasis.train import recipe, run_folder
+from entasis.train import preflight, recipe
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def test_training_refuses_it_unless_told(sound: Path, tmp_path: Path) -> None:
         }
     )
     with pytest.raises(UserError, match=r"corrupted on purpose .*data\.allow_corruption=true"):
-        run_folder.check_data(wanted)
+        preflight.check_data(wanted)
     wanted.data.allow_corruption = True
-    assert run_folder.check_data(wanted).tokens == 2 * Corpus(sound / "train").tokens
+    assert preflight.check_data(wanted).tokens == 2 * Corpus(sound / "train").tokens
     with pytest.raises(
         UserError, match=r"unknown key data\.dangerous; it is called data\.allow_corruption now"
     ):
@@ -59,11 +59,11 @@ def test_training_refuses_it_unless_told(sound: Path, tmp_path: Path) -> None:
     index["danger"] = index.pop("corruption")
     (tmp_path / "bad" / "corpus.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="corrupted on purpose"):
-        run_folder.check_data(wanted)
+        preflight.check_data(wanted)
     del index["danger"]
     (tmp_path / "bad" / "corpus.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="is corrupt"):
-        run_folder.check_data(wanted)
+        preflight.check_data(wanted)
 
 
 def test_unknown_corruptions_and_full_folders(sound: Path, tmp_path: Path) -> None:
