@@ -83,7 +83,8 @@ class Request(threading.Event):
 
 @contextlib.contextmanager
 def requested() -> Iterator[Request]:
-    """An event that the first signal sets, at once where one has come already; one that comes more than a second later acts as it did before."""
+    """Yields an event that the first signal sets, at once where one has come already; a signal more than a second later has
+    its effect of before the block."""
     asked = Request()
     first = 0.0
 

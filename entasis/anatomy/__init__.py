@@ -1,4 +1,4 @@
-"""Floor 6: what each layer of a trained model does.
+"""Floor 7: what each layer of a trained model does.
 
 from entasis.anatomy import dissect
 frame = dissect("runs/tiny", "corpora/stdlib/validation", measures=["structure", "skip"])

@@ -22,7 +22,7 @@ from entasis.errors import Failure, UserError
 from entasis.grow import growth, provenance
 from entasis.grow.growth import Operator
 from entasis.grow.provenance import Lineage
-from entasis.grow.resize import Plan
+from entasis.grow.resize import ResizePlan
 from entasis.grow.transitions import Init
 from entasis.model import weights, weights_writer
 from entasis.model.weights import StoredWeights
@@ -140,7 +140,7 @@ def _home(source: Path) -> Path:
     return source.parent.parent if source.resolve().parent.name == "checkpoints" else source
 
 
-def _describe(stored: StoredWeights, plan: Plan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _describe(stored: StoredWeights, plan: ResizePlan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name → dtype and size of what is written: a moved parameter keeps its dtype, a made one has that of the norms."""
     common = stored.dtypes["norm.weight"]
     return {

@@ -14,7 +14,7 @@ uniform:8}}`), and `entasis grow MODEL DIR --operator average --after uniform:8`
 **On shapes**, without torch (a module of `operators/` imports it inside functions only), so that a late stage is checked
 before the first step. `layers(shape)` says of every layer of the new model, in order, what it is made of: a `GrownLayer`.
 An old layer comes once at most; `is_new` marks what was added. `compose` turns the list into a
-`resize.Plan`: the new shape, an `Origin` for every layer, a `ParameterMap` for every parameter. For most operators that is
+`resize.ResizePlan`: the new shape, an `Origin` for every layer, a `ParameterMap` for every parameter. For most operators that is
 all: copies, weighted means, silent or halved branches are maps, carried out one parameter at a time by `resize.apply`.
 
 **On weights**. What no map can say, the operator makes. `GrownLayer(made="matrices")` leaves a new layer's matrices to it
@@ -45,7 +45,7 @@ from pydantic import PrivateAttr
 from entasis.configuration import parse
 from entasis.errors import UserError
 from entasis.grow import resize
-from entasis.grow.resize import NewUnits, Order, Origin, ParameterMap, Plan, Read
+from entasis.grow.resize import NewUnits, Order, Origin, ParameterMap, Read, ResizePlan
 from entasis.grow.transitions import TRANSITIONS, Init, Transition
 from entasis.registry import Registry
 from entasis.shape import layout
@@ -126,14 +126,14 @@ class Operator(Transition):
         """About the most bytes that is held to fit something to a model of `shape`."""
         return 0
 
-    def make(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+    def make(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every parameter that the plan leaves to the operator, in any order."""
         return iter(())
 
-    def plan(self, shape: ModelShape) -> Plan:
+    def plan(self, shape: ModelShape) -> ResizePlan:
         return compose(shape, self.layers(shape), name_of(self))
 
-    def weights(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         yield from resize.apply(plan, read)
         yield from self.make(plan, read, init)
 
@@ -174,7 +174,7 @@ def compose(
     *,
     orders: Mapping[int, Order] | None = None,
     new_units: NewUnits = "copies",
-) -> Plan:
+) -> ResizePlan:
     """The plan of a model of these layers; layers of another shape than their source are widened or cut.
 
     `orders` and `new_units` are `resize.plan`'s. Under LayerNorm scaling a layer's norms take along the factor of the place
@@ -198,7 +198,7 @@ def compose(
     origins = tuple(
         Origin(tuple(s for s, _ in g.sources), None if g.is_kept else operator, g.is_new) for g in layers
     )
-    return Plan(new, origins, resize.with_outer(new, parameters))
+    return ResizePlan(new, origins, resize.with_outer(new, parameters))
 
 
 def _map(

@@ -1,7 +1,7 @@
 """How much each layer matters to the loss, measured on a few batches of training text while a model is trained.
 
-A measure is one registered function of a model and batches that gives a number for each layer, larger where the layer matters more. What it
-costs is in `flops_per_token`, so that it can be paid from the run's budget.
+A measure is one registered function of a model and batches that gives a number for each layer, larger where the layer
+matters more. `flops_per_token` is its cost, which a run's budget pays.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 
 from entasis import files
 from entasis.errors import Damaged
-from entasis.grow.resize import Origin, Plan
+from entasis.grow.resize import Origin, ResizePlan
 
 PROVENANCE = "provenance.json"
 
@@ -33,7 +33,7 @@ class Lineage:
         """Positions of the layers that the last transition added."""
         return tuple(i for i, origin in enumerate(self.origins) if origin.is_new)
 
-    def after(self, plan: Plan) -> Lineage:
+    def after(self, plan: ResizePlan) -> Lineage:
         """The lineage of the model that a transition makes of this one."""
         fresh = itertools.count(max(self.ids) + 1)
         ids = (next(fresh) if x.is_new else self.ids[x.sources[0]] for x in plan.layers)

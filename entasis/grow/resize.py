@@ -121,7 +121,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResizePlan:
     """How a model of another list of layers is made."""
 
     shape: ModelShape
@@ -142,7 +142,7 @@ def plan(
     sources: Sequence[int] | None = None,
     new_units: NewUnits = "zeros",
     orders: Mapping[int, Order] | None = None,
-) -> Plan:
+) -> ResizePlan:
     """How a model of `shape` becomes one of `layers`.
 
     `sources` names for each new layer the old one that it is made from; without it they correspond one to one, and
@@ -162,7 +162,7 @@ def plan(
     for i, source in enumerate(sources):
         order = (orders or {}).get(source, Order())
         parameters |= map_layer(shape, source, new, i, order, new_units)
-    return Plan(new, _origins(shape, layers, sources), with_outer(new, parameters))
+    return ResizePlan(new, _origins(shape, layers, sources), with_outer(new, parameters))
 
 
 def with_outer(shape: ModelShape, layers: Mapping[str, ParameterMap]) -> dict[str, ParameterMap]:
@@ -175,7 +175,7 @@ def with_outer(shape: ModelShape, layers: Mapping[str, ParameterMap]) -> dict[st
     return {name: {**outside, **layers}[name] for name in layout.sizes(shape)}
 
 
-def apply(plan: Plan, tensors: Mapping[str, torch.Tensor] | Read) -> Iterator[tuple[str, torch.Tensor]]:
+def apply(plan: ResizePlan, tensors: Mapping[str, torch.Tensor] | Read) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of the new model, one at a time, in the model's order, but for those that an operator makes.
 
     `tensors` are the old model's, or a function that reads one of them. What does not change is passed on, and copied

@@ -48,15 +48,17 @@ class Transition(Settings):
         """The transition with these options. Raises `UserError`, which begins with `where`."""
         return parse(cls, options, where)
 
-    def plan(self, shape: ModelShape) -> resize.Plan:
+    def plan(self, shape: ModelShape) -> resize.ResizePlan:
         """The next model's shape, and where each of its layers and parameters comes from. Raises `UserError`."""
         raise AssertionError("each transition has its own")
 
-    def settle(self, plan: resize.Plan, read: resize.Read, shape: ModelShape) -> resize.Plan:
+    def settle(self, plan: resize.ResizePlan, read: resize.Read, shape: ModelShape) -> resize.ResizePlan:
         """The plan once the weights, of a model of `shape`, are there; of the same new shape and the same origins."""
         return plan
 
-    def weights(self, plan: resize.Plan, read: resize.Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(
+        self, plan: resize.ResizePlan, read: resize.Read, init: Init
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every parameter of the next model, one at a time, in any order."""
         return resize.apply(plan, read)
 
@@ -87,7 +89,7 @@ class Resize(Transition):
     new_units: Literal["zeros", "copies"] = "copies"
     """New heads and FFN units: zeros (which no gradient reaches), or copies that share out what reads them."""
 
-    def plan(self, shape: ModelShape) -> resize.Plan:
+    def plan(self, shape: ModelShape) -> resize.ResizePlan:
         return resize.plan(shape, read_layers(self.layers), sources=self.sources, new_units=self.new_units)
 
 
@@ -98,7 +100,7 @@ class Scale(Transition):
     layers: list[int] = Field(min_length=1)
     factor: Annotated[float, Field(gt=0, le=10)] = 0.9
 
-    def plan(self, shape: ModelShape) -> resize.Plan:
+    def plan(self, shape: ModelShape) -> resize.ResizePlan:
         if wrong := [i for i in self.layers if not 0 <= i < shape.n_layers]:
             raise UserError(f"scale: there is no layer {wrong[0]}; the model's are 0 to {shape.n_layers - 1}")
         same = resize.plan(shape, shape.layers)

@@ -76,7 +76,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         index: int = 0,
     ) -> torch.Tensor:
-        """`rotation` is rotary's (cos, sin); `mask_BTS` comes from `attention_mask`."""
+        """`rotation` is (cos, sin) of `rotary.table`; `mask_BTS` comes from `attention_mask`."""
         B, T, _ = x_BTD.shape
         q_BHTK, k_BGTK, v_BGTK = self.project(x_BTD, rotation)
         if cache is not None:

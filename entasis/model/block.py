@@ -78,7 +78,7 @@ class Block(nn.Module):
         return x_BTD
 
     def read(self, x_BTD: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """What a half of the layer reads of the residual stream."""
+        """The input of attention or FFN: the residual stream, normed unless norms come after the branch."""
         return x_BTD if self.reordered else norm(x_BTD, self.norm_scale)
 
     def _add(self, x_BTD: torch.Tensor, y_BTD: torch.Tensor, norm: Norm) -> torch.Tensor:

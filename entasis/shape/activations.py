@@ -10,10 +10,11 @@ of a matrix product's operand (4 in fp32, 2 in bf16) and s the keys that a query
                                         b·d each, bf16
 
 That is what eager torch keeps on a CPU, exactly so for rotary positions with norms in front. Compiled code was measured
-to keep 0.70 to 0.83 of it; CUDA's fused norms should keep less too, which was not measured. Not counted: embedding, loss, weights and their bf16 copies.
+to keep 0.70 to 0.83 of it; CUDA's fused norms should keep less too, which was not measured. Not counted: embedding,
+loss, weights and their bf16 copies.
 
-A layer under activation checkpointing is computed once more in the backward pass and keeps its input (4·d). While its backward pass runs it needs everything once more, together
-with what the layers *before* it keep; those after it are done. So checkpointing the last layer frees nothing at the
+A layer under activation checkpointing is computed once more in the backward pass and keeps its input (4·d). While its
+backward pass runs it needs everything once more, together with what the layers *before* it keep; those after it are done. So checkpointing the last layer frees nothing at the
 moment that counts, and of two equal layers the earlier is the better choice. The gradients inside the layer that is at
 work come on top: measured, up to 0.4 of what that layer keeps.
 """

@@ -2,7 +2,8 @@
 
 FLOPs are those of the matrix products, a multiply and an add counted as two, as `torch.utils.flop_counter` does.
 Per token and layer, forward: two for every number in its matrices (`entasis.shape.layout`), and `4·s·h·k` for the
-scores and their sum with h query heads, k the head width and s the attended length; the head adds `2·d·V`. Training is three times forward: each product has two in the backward pass.
+scores and their sum with h query heads, k the head width and s the attended length; the head adds `2·d·V`. Training is three times
+forward: each product has two in the backward pass.
 
 The attended length is the whole sequence by default ("full": what a plain product or flop_counter computes);
 "causal" counts half of it, what a kernel that skips the masked half computes.
@@ -102,9 +103,8 @@ def stage_flops_per_token(
     """Training FLOPs per token where only the parameters named in `learning` learn.
 
     Forward all of it; backward what is needed: a product's gradient by its weight where that learns, by its input where
-    something in front of it learns. With everything learning that is `flops_per_token`. `ranks` are those of LoRA adapters, by the matrix
-    adapted. Layers that are computed twice
-    to save memory are not counted twice.
+    something in front of it learns. With everything learning that is `flops_per_token`. `ranks` are those of LoRA
+    adapters, by the matrix adapted. Activation checkpointing's second forward pass is not counted.
     """
     length = sequence if attended == "full" else sequence // 2
     work = flops_per_token(shape, sequence, training=False, attended=attended)

@@ -1,6 +1,6 @@
 """What a model is, before it has a single weight.
 
-A `ModelShape` is the whole drawing of a decoder-only language model; its primary part is the list of
+A `ModelShape` describes a decoder-only language model; its primary part is the list of
 `LayerShape`s. Twelve equal layers are only a list of twelve. Nothing here imports torch.
 """
 
@@ -58,7 +58,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The whole drawing of a decoder-only language model.
+    """Everything about a decoder-only language model but its weights.
 
     Raises `UserError` (a `ValueError`) when built invalid; the message names the layer, the field, the
     value and what would be valid.

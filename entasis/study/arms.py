@@ -49,7 +49,7 @@ class Arm:
 
     @property
     def flops_per_token(self) -> int:
-        """Training, as the recipe is written: three times forward, attention over the full sequence."""
+        """Training FLOPs per token of the recipe as written: three times forward, attention over the full sequence."""
         return flops_per_token(self.stages)
 
     @property
@@ -73,7 +73,7 @@ class Arm:
 
     @property
     def timed(self) -> dict[str, Any]:
-        """A recipe of the same work: of an arm of a trunk, which is not there yet, one that draws its first model."""
+        """A recipe whose steps cost the same. An arm that starts from a trunk begins with initial weights instead."""
         if self.trunk is None:
             return self.recipe
         plain, first = changed(self.recipe, {"shape": self.stages[0].shape.to_dict()}), self.stages[0]

@@ -1,6 +1,6 @@
 """Two studies beside each other; bits per byte compare across tokenizers, perplexities do not.
 
-Told first is what differs between them, from the recipes that were run: a comparison of scores means nothing without it.
+The differences between the recipes that were run come first: a comparison of scores means nothing without them.
 """
 
 from __future__ import annotations

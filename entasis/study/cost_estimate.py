@@ -49,19 +49,7 @@ def estimate(
     that of its finished runs, is taken.
     """
     study, changes = growth.intended(runner.at_home(study), folder)
-    vocabulary = runner.vocabulary(study, folder) or next(
-        (c.train_tokenizer for c in study.corpora.values() if c.train_tokenizer), None
-    )
-    arms = held_out.agree(study, folder, solve(study, vocabulary))
-    prepared = preparatory(study, arms)
-    # Until speeds are measured, equal time is taken as equal FLOPs.
-    found = results.findings(study, folder, prepared, throughput.speeds(folder))
-    assumed = {name: 1e12 / arm.flops_per_token for name, arm in arms.items()}
-    plan = lay_out(
-        study,
-        arms,
-        Findings(multiplier=found.multiplier, tokens_per_second=found.tokens_per_second or assumed),
-    )
+    arms, prepared, plan = _planned(study, folder)
     asked = rounds.wanted(study, plan, folder).runs
     seconds_per_flop, at_once, source = _speeds(study, folder, plan, quick)
 
@@ -112,6 +100,24 @@ def estimate(
         "noise_source": sd_source,
         "detectable": sd * factor if sd is not None and factor == factor else None,
     }
+
+
+def _planned(study: Study, folder: Path) -> tuple[dict[str, Arm], list[PlannedRun], Plan]:
+    """The arms, the runs before the main grid, and the main grid. Raises `UserError`."""
+    vocabulary = runner.vocabulary(study, folder) or next(
+        (c.train_tokenizer for c in study.corpora.values() if c.train_tokenizer), None
+    )
+    arms = held_out.agree(study, folder, solve(study, vocabulary))
+    prepared = preparatory(study, arms)
+    # Until speeds are measured, equal time is taken as equal FLOPs.
+    found = results.findings(study, folder, prepared, throughput.speeds(folder))
+    assumed = {name: 1e12 / arm.flops_per_token for name, arm in arms.items()}
+    plan = lay_out(
+        study,
+        arms,
+        Findings(multiplier=found.multiplier, tokens_per_second=found.tokens_per_second or assumed),
+    )
+    return arms, prepared, plan
 
 
 def _left(estimate: dict[str, Any]) -> str:

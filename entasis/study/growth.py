@@ -1,4 +1,4 @@
-"""A study's folder and a study that is to run in it: the same one, one that it grows to, or another.
+"""Whether a study may run in a folder: it holds the same study, one that grows to this one, or another.
 
 More seeds and further arms may be added at any time: the runs that are missing are added, and nothing else. Seeds that
 are added once runs are finished depend on what was seen, so the study is judged by the anytime-valid t from then on, and

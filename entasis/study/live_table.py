@@ -1,4 +1,4 @@
-"""What one sees while a study runs: a live table of all runs, or plain lines where there is no terminal."""
+"""Shows a study while it runs: a live table of all runs, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EVERY = 20.0
 
 @contextlib.contextmanager
 def watching(console: Console, title: str) -> Iterator[Watcher]:
-    """Yields what `execute` calls with the states of all runs."""
+    """Yields a function that `execute` calls with the states of all runs."""
     clock = _Clock()
     if not console.is_terminal:
         yield _Lines(console, clock)
@@ -34,7 +34,7 @@ def watching(console: Console, title: str) -> Iterator[Watcher]:
 
 @contextlib.contextmanager
 def preparing(console: Console, title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields what corpus preparation calls with its phase, the bytes done and the bytes in all."""
+    """Yields a function that corpus preparation calls with its phase, the bytes done and the bytes in all."""
     with progress.bars("bytes", console=console) as advance:
         yield lambda phase, done, total: advance(f"{title}: {phase}", done, total)
 

@@ -1,4 +1,4 @@
-"""Which runs a study that ends when it knows asks for, round by round; `plan`, `run` and `report` ask the same question."""
+"""The runs that a study with `until` still needs, round by round; `plan`, `run` and `report` all ask here."""
 
 from __future__ import annotations
 

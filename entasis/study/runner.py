@@ -141,7 +141,7 @@ def summary(verdict: Verdict, console: Console) -> None:
 
 
 def at_home(study: Study) -> Study:
-    """Paths outside the study's folder made absolute, as the folder and the caller's place may differ."""
+    """The study with paths outside its folder made absolute, so that it runs the same from anywhere."""
     own = tuple(f"corpora/{name}/" for name in study.corpora)
 
     def absolute(value: Any, key: str = "") -> Any:
@@ -182,7 +182,7 @@ def _prepare(study: Study, folder: Path, console: Console) -> None:
 
 
 def _settled(study: Study, folder: Path, console: Console, pool: Pool) -> Study:
-    """The study with what it leaves to the machine settled for all its runs, once."""
+    """The study with every `auto` settled, once for all its runs."""
     if not machine.settled(study, folder):
         console.print("timing the settings left to auto", markup=False, highlight=False)
         arms = solve(study, vocabulary(study, folder))

@@ -126,26 +126,8 @@ def scale(folders: Sequence[Path]) -> tuple[dict[str, Any], Table, list[str]]:
         raise UserError(
             f"a scaling fit needs at least {LEAST} studies of different budgets, not {len(folders)}"
         )
-    verdicts = [verdict.read(folder) for folder in folders]
-    baselines = {v.baseline for v in verdicts}
-    if len(baselines) > 1:
-        raise UserError(f"the studies have different baselines: {', '.join(sorted(baselines))}")
-    baseline = baselines.pop()
-    protocol = next(iter(verdicts[0].protocols))
-    parts = [v.protocols[protocol] for v in verdicts if protocol in v.protocols]
-    if len(parts) < len(verdicts):
-        raise UserError(f"protocol {protocol} is not in every study")
-    _same_text(folders)
-    arms = [a for a in parts[0].arms if all(a in p.arms for p in parts)]
-    seeds = sorted(set.intersection(*({*p.arms[a].scores} for p in parts for a in arms)))
-    if len(arms) < 2 or not seeds:
-        raise UserError("the studies share no two arms with a finished seed in every budget")
-    scores = {a: np.array([[p.arms[a].scores[s] for s in seeds] for p in parts]) for a in arms}
-    flops = {
-        a: np.array([[float(p.arms[a].training_flops or math.nan)] * len(seeds) for p in parts]) for a in arms
-    }
-    if len({float(x) for x in flops[baseline][:, 0]}) < LEAST:
-        raise UserError(f"the baseline's training FLOPs take fewer than {LEAST} different values")
+    baseline, protocol, flops, scores, seeds = _budgets(folders)
+    arms = list(scores)
     found, answer = multipliers(flops, scores, baseline)
     rows = [
         {
@@ -186,6 +168,33 @@ def scale(folders: Sequence[Path]) -> tuple[dict[str, Any], Table, list[str]]:
         "arms": [{k: None if v != v else v for k, v in row.items()} for row in rows],
     }
     return plain, table, notes
+
+
+def _budgets(
+    folders: Sequence[Path],
+) -> tuple[str, str, dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]], list[int]]:
+    """Baseline, protocol, training FLOPs and scores of each arm ([budgets, seeds] each), and the seeds. Raises `UserError`."""
+    verdicts = [verdict.read(folder) for folder in folders]
+    baselines = {v.baseline for v in verdicts}
+    if len(baselines) > 1:
+        raise UserError(f"the studies have different baselines: {', '.join(sorted(baselines))}")
+    baseline = baselines.pop()
+    protocol = next(iter(verdicts[0].protocols))
+    parts = [v.protocols[protocol] for v in verdicts if protocol in v.protocols]
+    if len(parts) < len(verdicts):
+        raise UserError(f"protocol {protocol} is not in every study")
+    _same_text(folders)
+    arms = [a for a in parts[0].arms if all(a in p.arms for p in parts)]
+    seeds = sorted(set.intersection(*({*p.arms[a].scores} for p in parts for a in arms)))
+    if len(arms) < 2 or not seeds:
+        raise UserError("the studies share no two arms with a finished seed in every budget")
+    scores = {a: np.array([[p.arms[a].scores[s] for s in seeds] for p in parts]) for a in arms}
+    flops = {
+        a: np.array([[float(p.arms[a].training_flops or math.nan)] * len(seeds) for p in parts]) for a in arms
+    }
+    if len({float(x) for x in flops[baseline][:, 0]}) < LEAST:
+        raise UserError(f"the baseline's training FLOPs take fewer than {LEAST} different values")
+    return baseline, protocol, flops, scores, seeds
 
 
 def _says(arm: str, m: float, low: float, high: float, baseline: str) -> str:

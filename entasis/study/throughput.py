@@ -1,8 +1,8 @@
 """How fast each arm trains, for comparisons at equal device time: measured in turns, with its spread.
 
 All arms step in turn, in every different stage of their training plans, round after round, on random ids, in as many
-worker processes at once as runs will be; other work on the machine so slows all alike. What is left as the error of an
-arm's speed against the baseline's makes its runs too long or too short, and is converted into bits per byte by the
+worker processes at once as runs will be; other work on the machine so slows all alike. The remaining error of an
+arm's speed relative to the baseline's makes its runs too long or too short, and is converted into bits per byte by the
 measured slope of its loss over tokens.
 """
 

@@ -140,7 +140,7 @@ def lucky(d: Difference) -> bool:
 
 
 def hidden_by_speed(d: Difference) -> bool:
-    """At equal time: a claim that the error of the measured speeds, which set the lengths, could undo or is unknown to."""
+    """At equal time: whether the error of the measured speeds, which set the lengths, could undo a claim, or is unknown."""
     if d.p_holm < ALPHA and not lucky(d):
         return not d.length_error < abs(d.mean)
     return _within(d) and not d.length_error < d.margin

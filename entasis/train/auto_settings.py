@@ -142,7 +142,7 @@ def measure(
 
 
 def compilation_seconds(shape: ModelShape) -> float:
-    """What compiling should take at most: reckoned with before it has been tried."""
+    """An upper estimate of the seconds that compiling takes, used before it has been tried."""
     return 30.0 + 10.0 * shape.distinct_layers
 
 

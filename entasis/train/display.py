@@ -1,4 +1,4 @@
-"""What one sees while a run trains: a bar on a terminal, lines elsewhere, or with `live` one table at a glance.
+"""Shows a run while it trains: a bar on a terminal, lines elsewhere, or with `live` one table at a glance.
 
 All of it is on standard error, so that `--json` stays clean.
 """

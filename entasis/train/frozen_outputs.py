@@ -1,4 +1,4 @@
-"""What the frozen layers at the bottom of a model make of each window, kept on disk while a stage trains what is above.
+"""The outputs of the frozen layers at the bottom of a model, kept on disk by window while a stage trains those above.
 
 A stage that reads its windows more than once computes the frozen layers once for each. The file is scratch: a run that
 goes on begins it anew. It holds the residual stream as it is, in fp32, so losses are those without it, to the bit.

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from entasis import files
 from entasis.errors import Damaged, UserError
-from entasis.grow.resize import Plan
+from entasis.grow.resize import ResizePlan
 from entasis.model import weights
 from entasis.train import adapters, sharding
 
@@ -58,7 +58,7 @@ def put(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], fou
             }
 
 
-def resized(found: Moments, plan: Plan) -> Moments:
+def resized(found: Moments, plan: ResizePlan) -> Moments:
     """The moments of the next model's parameters, taken from where its weights come from; new layers have none."""
     result: Moments = {}
     for name, entry in plan.parameters.items():

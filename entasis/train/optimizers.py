@@ -82,7 +82,7 @@ def update(
     max_grad_norm: float | None,
     norm: torch.Tensor | None = None,
 ) -> None:
-    """Shortens a gradient that is too long, updates, and forgets the gradients.
+    """Clips the gradients to `max_grad_norm`, steps the optimizers and clears the gradients.
 
     `norm` is that of all gradients together, where it is known already.
     """

@@ -1,9 +1,9 @@
-"""Data parallelism: one process a device, started by `torchrun`; in one process nothing is sent.
+"""Data parallelism: one process a device, started by `torchrun`. One process alone needs no process group.
 
     torchrun --nproc-per-node 2 -m entasis train tiny --output runs/tiny
 
 Every rank takes its slice of each batch. It holds the whole model and sums gradients with the others, unless the recipe
-has the model shared out (`entasis.train.sharding`).
+shards the model (`entasis.train.sharding`).
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ AT_ONCE = 25 << 20
 
 
 class GradientSum:
-    """Adds gradients over all ranks while the backward pass runs: they leave in groups, as soon as they are whole.
+    """Sums gradients over all ranks while the backward pass runs: one all-reduce for every 25 MB of finished gradients.
 
-    Ranks run the same graph, so they send in the same order. With one process no hook is registered.
+    Ranks run the same graph, so their all-reduces come in the same order. With one process no hook is registered.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], *, at_once: int = AT_ONCE) -> None:
         self.sending = False
-        """Whether the next backward pass is the last of its step; sums of micro-batches before it stay at home."""
+        """Whether the next backward pass is the last of its step: gradients of earlier micro-batches are accumulated locally."""
         self._at_once = at_once
         self._waiting: list[torch.Tensor] = []
         self._under_way: list[tuple[dist.Work, torch.Tensor, list[torch.Tensor]]] = []
@@ -99,7 +99,7 @@ class GradientSum:
         self._waiting = []
 
     def wait(self) -> None:
-        """Returns when every gradient is the sum."""
+        """Waits for the all-reduces; afterwards every gradient is the sum over ranks."""
         if self._waiting:
             self._send()
         for work, together, parameters in self._under_way:

@@ -173,7 +173,7 @@ class Run:
         return index < len(self.timeline.spans)
 
     def begin(self, before: StageRunner | None, resumes: Path | None) -> StageRunner:
-        """The runner of this stage: from its checkpoint, from the stage before, from other weights, or drawn."""
+        """Builds this stage's runner, with weights of its checkpoint, of the stage before, of `start`, or initial ones."""
         span, start = self.span, self.recipe.start
         tensors: Mapping[str, torch.Tensor] | None = None
         found: Moments = {}
@@ -338,7 +338,7 @@ class Run:
         assert self.metrics is not None, "the main rank keeps it"
         hashes[METRICS] = self.metrics.mark()["hash"]
         if validation is not None:
-            hashes |= run_result.save_scores(self.folder, validation.whole)
+            hashes |= run_result.save_scores(self.folder, validation.overall)
         epochs = planned_epochs(self.timeline.spans, self.recipe.seed, self.positions, self.step)
         result = {
             **run_result.summarise(self.folder, self.timeline, self.environment, validation),

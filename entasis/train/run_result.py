@@ -74,7 +74,7 @@ def summarise(
         return {
             **timeline.describe_stage(span),
             "tokens": span.tokens(span.stop) - span.tokens_before,
-            "bits_per_byte": validation.whole.bits_per_byte if validation and span is last else found,
+            "bits_per_byte": validation.overall.bits_per_byte if validation and span is last else found,
         }
 
     return {

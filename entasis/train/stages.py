@@ -11,7 +11,7 @@ from entasis.configuration import parse
 from entasis.errors import UserError
 from entasis.grow import provenance, transitions
 from entasis.grow.provenance import Lineage
-from entasis.grow.resize import Plan
+from entasis.grow.resize import ResizePlan
 from entasis.grow.transitions import Transition
 from entasis.shape import cost, layout, selectors
 from entasis.shape.shapes import ModelShape
@@ -40,7 +40,7 @@ class StageSpan:
     """Of every layer the id that it keeps when layers are inserted before it, and what the last transition made it of."""
     trainable: tuple[str, ...]
     """Names of the parameters that learn."""
-    transition: tuple[Transition, Plan, ModelShape] | None
+    transition: tuple[Transition, ResizePlan, ModelShape] | None
     """What makes this stage's model, how, and the shape of the one before."""
     optimizer_state: str
     adapted: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class StageSpan:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Of the adapters, by the matrix adapted."""
+        """The rank of each LoRA adapter, by the matrix adapted."""
         lora = self.own.lora
         return {} if lora is None else dict.fromkeys(self.adapted, lora.rank)
 
@@ -67,7 +67,7 @@ class StageSpan:
 
     @property
     def flops_per_token(self) -> int:
-        """Forward of all, backward of what learns."""
+        """Training FLOPs per token: forward of all layers, backward of what needs gradients."""
         return cost.stage_flops_per_token(self.shape, self.trainable, self.data.sequence, ranks=self.ranks)
 
     @property
@@ -157,7 +157,7 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
 
 
 def flops_per_token(spans: Sequence[StageSpan]) -> int:
-    """Of a whole run: its FLOPs over its tokens."""
+    """Training FLOPs per token of a whole run: its FLOPs over its tokens."""
     total = sum(span.steps * span.batch_tokens for span in spans)
     return round(sum(s.steps * s.batch_tokens * s.flops_per_token for s in spans) / total)
 
@@ -175,7 +175,7 @@ def _optimizer_of(recipe: ResolvedRecipe, stage: ResolvedStage, where: str) -> O
 
 def _optimizer_state(
     stage: ResolvedStage,
-    changed: tuple[Transition, Plan, ModelShape] | None,
+    changed: tuple[Transition, ResizePlan, ModelShape] | None,
     optimizer: Optimizer,
     before: Sequence[StageSpan],
 ) -> str:

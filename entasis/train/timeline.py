@@ -47,7 +47,7 @@ class Timeline:
 
     @property
     def steps(self) -> int:
-        """Of the whole run. Before the last measurement a guess: what the recipe's tokens make, and more than is known."""
+        """Steps of the whole run; before the plan's last measurement an estimate from the recipe's tokens."""
         known = self.spans[-1].stop
         if self.missing is None:
             return known

@@ -16,7 +16,7 @@ class Validation:
         self.scores = dict(scores)
 
     @cached_property
-    def whole(self) -> Score:
+    def overall(self) -> Score:
         """The score of all documents of all corpora."""
         return join(list(self.scores.values()))
 
@@ -28,8 +28,8 @@ class Validation:
     def event(self) -> dict[str, Any]:
         """What a reporter is told of it; `nll` is the mean in nats per token."""
         return {
-            "bits_per_byte": self.whole.bits_per_byte,
-            "nll": self.whole.nll_sum / self.whole.tokens,
+            "bits_per_byte": self.overall.bits_per_byte,
+            "nll": self.overall.nll_sum / self.overall.tokens,
             "by_corpus": {name: score.bits_per_byte for name, score in self.each.items()},
         }
 
@@ -37,12 +37,12 @@ class Validation:
         """What a record of `metrics.jsonl` says of it."""
         name = "validation_bits_per_byte"
         each = {f"{name}/{corpus}": score.bits_per_byte for corpus, score in self.each.items()}
-        return {name: self.whole.bits_per_byte, **each}
+        return {name: self.overall.bits_per_byte, **each}
 
     def result(self) -> dict[str, Any]:
         """What `result.json` says of it."""
         each = {name: _told(score) for name, score in self.each.items()}
-        return {**_told(self.whole), **({"by_corpus": each} if each else {})}
+        return {**_told(self.overall), **({"by_corpus": each} if each else {})}
 
 
 def _told(score: Score) -> dict[str, Any]:

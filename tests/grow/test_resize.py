@@ -27,7 +27,7 @@ def random_model(shape: ModelShape) -> Transformer:
     return model
 
 
-def resized(model: Transformer, plan: resize.Plan) -> Transformer:
+def resized(model: Transformer, plan: resize.ResizePlan) -> Transformer:
     result = Transformer(plan.shape).double()
     found = dict(resize.apply(plan, {n: p.detach() for n, p in model.named_parameters()}))
     assert list(found) == [n for n, _ in result.named_parameters()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from entasis.grow import positions, resize
 from entasis.grow.growth import OPERATORS, GrownLayer, Operator, insert
 from entasis.grow.positions import Positions
-from entasis.grow.resize import Plan, Read
+from entasis.grow.resize import Read, ResizePlan
 from entasis.grow.transitions import Init
 from entasis.shape.shapes import ModelShape
 
@@ -31,7 +31,7 @@ class AlignedAverage(Operator):
     def memory(self, shape: ModelShape) -> int:
         return matching_memory(shape)
 
-    def weights(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         from entasis.grow import alignment, symmetry
 
         old, kept, matched = shape_before(plan), dict(plan.parameters), []
@@ -56,7 +56,7 @@ def matching_memory(shape: ModelShape) -> int:
     return 28 * d_ff**2 + 24 * d_ff * shape.d_model
 
 
-def shape_before(plan: Plan) -> ModelShape:
+def shape_before(plan: ResizePlan) -> ModelShape:
     """The shape of the model that layers were inserted into."""
     old = [shape for shape, layer in zip(plan.shape.layers, plan.layers, strict=True) if not layer.is_new]
     return dataclasses.replace(plan.shape, layers=tuple(old))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from entasis.grow.growth import OPERATORS, GrownLayer, Operator, kept
-from entasis.grow.resize import Plan, Read
+from entasis.grow.resize import Read, ResizePlan
 from entasis.grow.transitions import Init
 from entasis.shape.shapes import ModelShape, read_layers
 
@@ -30,7 +30,7 @@ class AppendRandom(Operator):
         fresh = GrownLayer(is_new=True, shape=drawn, made="all")
         return [*(kept(i) for i in range(shape.n_layers)), *[fresh] * self.count]
 
-    def make(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+    def make(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         from entasis.model.initialisation import draw
 
         like = read("norm.weight")

@@ -11,7 +11,7 @@ from pydantic import Field
 from entasis.grow import positions
 from entasis.grow.growth import OPERATORS, GrownLayer, Operator, insert
 from entasis.grow.positions import Positions
-from entasis.grow.resize import Plan, Read
+from entasis.grow.resize import Read, ResizePlan
 from entasis.grow.transitions import Init
 from entasis.shape.shapes import ModelShape
 
@@ -63,7 +63,7 @@ class Interpolate(Operator):
             {i: GrownLayer(tuple((i + k, x) for k, x in shares), is_new=True, made=made) for i in places},
         )
 
-    def make(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+    def make(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         for name, entry in plan.parameters.items():
             if entry.fill is None and not entry.sources:
                 _, index, inside = name.split(".", 2)

@@ -12,7 +12,7 @@ from entasis.grow.growth import OPERATORS, GrownLayer, Operator, insert, name_of
 from entasis.grow.network_settings import NetworkSettings
 from entasis.grow.operators.aligned import matching_memory, shape_before
 from entasis.grow.positions import Positions
-from entasis.grow.resize import Plan, Read
+from entasis.grow.resize import Read, ResizePlan
 from entasis.grow.transitions import Init
 from entasis.shape import layout
 from entasis.shape.shapes import ModelShape
@@ -45,7 +45,7 @@ class _Predicted(Operator):
         """Bytes of what is fitted to a matrix [M, N]: here the shared basis with its inverse, eigenvectors and their scaling."""
         return 32 * M * M
 
-    def weights(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         old = {name: entry for name, entry in plan.parameters.items() if not plan.is_new(name)}
         new = {name: entry for name, entry in plan.parameters.items() if plan.is_new(name)}
         yield from resize.apply(dataclasses.replace(plan, parameters=old), read)
@@ -53,11 +53,11 @@ class _Predicted(Operator):
         yield from resize.apply(dataclasses.replace(plan, parameters=new), near)
         yield from self.make(plan, near, init)
 
-    def aligned(self, plan: Plan, read: Read, init: Init) -> Read:
+    def aligned(self, plan: ResizePlan, read: Read, init: Init) -> Read:
         """What new layers are made of: the old ones, in an order that they share where the operator gives them one."""
         return read
 
-    def make(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+    def make(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         from entasis.grow import lesa
 
         places = {i: layer.sources[0] for i, layer in enumerate(plan.layers) if layer.is_new}
@@ -112,7 +112,7 @@ class AlignedLesa(Lesa):
     def held(self, M: int, N: int) -> int:
         return max(16 * M * M, 28 * N * N) if self.predictor == "ridge" else super().held(M, N)
 
-    def aligned(self, plan: Plan, read: Read, init: Init) -> Read:
+    def aligned(self, plan: ResizePlan, read: Read, init: Init) -> Read:
         from entasis.grow import alignment, symmetry
 
         old, order, matched = shape_before(plan), {}, []

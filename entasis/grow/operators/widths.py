@@ -13,7 +13,7 @@ from entasis.errors import UserError
 from entasis.grow import growth, resize
 from entasis.grow.growth import OPERATORS, GrownLayer, Operator
 from entasis.grow.importance import SCORES
-from entasis.grow.resize import AxisMap, Plan, Read
+from entasis.grow.resize import AxisMap, Read, ResizePlan
 from entasis.grow.transitions import Init
 from entasis.registry import advise
 from entasis.shape import layout
@@ -75,10 +75,10 @@ class Reshape(Operator):
     def check(self, where: str, old: LayerShape, new: LayerShape) -> None:
         """Raises `UserError`, which begins with `where`, for what is not this operator's to do."""
 
-    def plan(self, shape: ModelShape) -> Plan:
+    def plan(self, shape: ModelShape) -> ResizePlan:
         return growth.compose(shape, self.layers(shape), growth.name_of(self), new_units=self.new_units)
 
-    def settle(self, plan: Plan, read: Read, shape: ModelShape) -> Plan:
+    def settle(self, plan: ResizePlan, read: Read, shape: ModelShape) -> ResizePlan:
         orders = {}
         for i, (old, new) in enumerate(zip(shape.layers, plan.shape.layers, strict=True)):
             if _narrower(old, new):
@@ -91,7 +91,7 @@ class Reshape(Operator):
             shape, self.layers(shape), growth.name_of(self), orders=orders, new_units=self.new_units
         )
 
-    def weights(self, plan: Plan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         reading = {p.name for p in layout.parameters(plan.shape) if p.is_matrix and p.axes[0] == "residual"}
         for name, x in resize.apply(plan, read):
             axis = plan.parameters[name].axes[-1:]

@@ -37,7 +37,7 @@ class Job(Protocol):
 
 
 class Pool(Protocol):
-    """What calls are submitted to."""
+    """Runs submitted calls, on this machine or others."""
 
     at_once: int | None
     """How many jobs it is given at a time; None is all of them."""
@@ -142,7 +142,7 @@ def execute(folder: Path, runs: Sequence[PlannedRun], pool: Pool, watch: Watcher
 
 
 def call(pool: Pool, name: str, function: Callable[..., Any], *arguments: Any, at_most: int = 1) -> list[Any]:
-    """What a call returns on machines of the pool: made beside itself as often as runs will be, `at_most` times.
+    """Makes a call on as many workers at once as runs will be, `at_most` times; returns what each of them returned.
 
     Raises what the call raises of `UserError` and `Failure`, and `Failure` when a job is lost.
     """

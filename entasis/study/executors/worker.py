@@ -1,4 +1,4 @@
-"""What the processes that work for a study do: one call after another, or one as somebody else's job."""
+"""The worker processes of a study: they serve calls one after another, or make one call as a cluster's job."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def occupy(place: Place) -> None:
 
 
 def _die_with_parent() -> None:
-    """Nobody would take what an orphan makes, and the same command would start another in its folder."""
+    """Ends this process when its parent ends: the same command would start another run in the folder of an orphan."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
