@@ -33,7 +33,9 @@ class Block(nn.Module):
             shape.norm_placement == "reordered",
             shape.residual_scale,
         )
-        self.norm_scale = 1 / math.sqrt(index + 1) if shape.norm_scaling else 1.0
+        self.norm_scale: float | torch.Tensor | None = (
+            1 / math.sqrt(index + 1) if shape.norm_scaling else None
+        )
         if layer.n_heads:
             self.attention_norm = Norm(shape.d_model, shape, bias=shape.norm_bias)
         self.attention = Attention(shape, layer, implementation) if layer.n_heads else None

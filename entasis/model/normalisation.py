@@ -12,7 +12,7 @@ from entasis.shape.shapes import ModelShape
 class Norm(nn.Module):
     """Normalises the last dimension of x [..., width].
 
-    `scale` multiplies the output: LayerNorm scaling (2502.05795) gives 1/sqrt(layer) here.
+    `scale`, if there is one, multiplies the output: LayerNorm scaling (2502.05795) gives 1/sqrt(layer) here.
     """
 
     def __init__(self, width: int, shape: ModelShape, *, bias: bool = False, rms: bool = False) -> None:
@@ -21,7 +21,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, scale: float | torch.Tensor | None = None) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, width = self.weight.to(wide), (x.shape[-1],)
         if self.rms:
@@ -29,4 +29,4 @@ class Norm(nn.Module):
         else:
             bias = None if self.bias is None else self.bias.to(wide)
             y = F.layer_norm(x.to(wide), width, weight, bias, self.eps)
-        return (y * scale if scale != 1.0 else y).to(x.dtype)
+        return (y if scale is None else y * scale).to(x.dtype)

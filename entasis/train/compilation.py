@@ -32,10 +32,15 @@ def compiled(
 
 def compile_parts(model: Transformer, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compiles each block, and the head with its loss, as a graph of its own; equal blocks share one."""
-    # Of one shape there may be frozen and trained layers, with and without activation checkpointing. LayerNorm scaling
-    # gives every layer a constant of its own.
-    kinds = model.shape.n_layers if model.shape.norm_scaling else model.shape.distinct_layers
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * kinds)
+    # Of one shape there may be frozen and trained layers, with and without activation checkpointing.
+    limit = max(torch._dynamo.config.recompile_limit, 8 * model.shape.distinct_layers)
+    torch._dynamo.config.recompile_limit = limit
+    for block in model.blocks:
+        if block.norm_scale is not None:
+            # A number would be a constant of the graph, and each layer would need its own.
+            block.norm_scale = torch.as_tensor(
+                block.norm_scale, dtype=torch.float64, device=model.norm.weight.device
+            )
     for part in (*model.blocks, model.head):
         part.compile(fullgraph=True, dynamic=False, backend=backend)
 

@@ -158,14 +158,25 @@ def test_a_layer_that_cannot_be_compiled_is_an_error(how, monkeypatch, tmp_path)
         dist.destroy_process_group()
 
 
-def test_layers_with_scales_of_their_own_are_compiled_in_parts():
-    """LayerNorm scaling makes equal layers differ by a constant."""
+def test_equal_layers_are_compiled_once_though_layernorm_scaling_gives_each_a_number_of_its_own():
     shape = dataclasses.replace(many_shapes(1), norm_scaling=True)
     model = Transformer(dataclasses.replace(shape, layers=shape.layers * 12))
-    torch._dynamo.reset()
-    compile_parts(model, backend="eager")
+    init_weights(model, 0)
     tokens = torch.randint(64, (1, 16))
     model.loss(tokens, tokens).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compile_parts(model, backend=backend)
+    model.loss(tokens, tokens).backward()
+    assert len(seen) == 2, "one for the layers and one for the head"
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
 
 
 def test_more_models_than_dynamo_s_limit_in_one_process():
