@@ -123,10 +123,10 @@ def test_a_study_of_plans_at_equal_time(tmp_path: Path):
     )  # fmt: skip
     folder = tmp_path / "s"
     verdict = runner.run(study, folder, Console(file=io.StringIO(), width=160))
-    assert verdict["complete"], verdict
+    assert verdict.complete, verdict
     speeds = throughput.speeds(folder)
-    for name, arm in verdict["protocols"]["time"]["arms"].items():
+    for name, arm in verdict.protocols["time"].arms.items():
         wanted = 8192 * speeds[name] / speeds["uniform"]
         done = json.loads((folder / f"runs/{name}/seed-0/result.json").read_text())
         assert done["tokens"] == pytest.approx(wanted, abs=256 * max(1, len(done.get("stages", [])))), name
-        assert arm["throughput"]["relative_error"] >= 0
+        assert arm.throughput.relative_error >= 0
