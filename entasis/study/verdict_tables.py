@@ -106,7 +106,9 @@ def _sequence_table(verdict: Verdict, protocol: str) -> Table:
 
 def cost_table(verdict: Verdict, protocol: str) -> Table:
     """What each arm costs, in every currency."""
-    arms = [{**row, "active": shown_active(row["active_parameters"] or [])} for row in rows(verdict, protocol)]
+    arms = [
+        {**row, "active": shown_active(row["active_parameters"] or [])} for row in rows(verdict, protocol)
+    ]
     return Table(
         [
             Column("arm", "arm"),
