@@ -27,6 +27,7 @@ base:
   batch: {tokens: 512}
   optimizer: {lr: 3e-3}
   evaluation: {tokens: 5k}
+  checkpoint: {every: null}
   tokens: 5k
   precision: fp32
   attention: sdpa
@@ -131,8 +132,14 @@ TOYS = {
     "entasis data task": ["--items", "10"],
     "entasis study plan where-capacity-belongs": ["--quick"],
     "entasis study plan quickstart": ["--quick"],
-    "entasis train": ["tokens=10k", "batch.tokens=2048", "evaluation.tokens=5k", *FIXED],
-    "entasis bench": ["--steps", "2", "batch.tokens=2048", *FIXED],
+    "entasis train": [
+        "tokens=4k",
+        "batch.tokens=1024",
+        "evaluation.tokens=2k",
+        "checkpoint.every=null",
+        *FIXED,
+    ],
+    "entasis bench": ["--steps", "2", "batch.tokens=512", *FIXED],
     "entasis anatomy": ["--tokens", "600", "--sequence", "64"],
     "entasis generate": ["--tokens", "4"],
 }

@@ -21,10 +21,11 @@ addEventListener("load", () => setInterval(() => {
 NARROWEST = 500
 """Pixels: Chromium's windows are no narrower, so a phone is a frame, whose page takes the window's place at the end."""
 FRAME = """<body style="margin:0"><iframe style="border:0" width="%d" height="900" src="%s"></iframe><script>
-setTimeout(() => {
+setTimeout(() => setInterval(() => {
   const inside = document.querySelector("iframe").contentDocument.documentElement;
+  if (!inside.dataset.width) return;  // on a busy machine it comes late
   document.replaceChild(document.importNode(inside, true), document.documentElement);
-}, 6000);
+}, 50), 6000);
 </script></body>"""
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
 Command = Callable[..., tuple[int, str, str]]
 MODULES = ("argparse", "ast", "difflib", "inspect", "tarfile", "typing", "zipfile", "shutil", "calendar", "cgitb",
            "cmd", "codecs", "copy", "csv", "dis", "enum", "glob", "gzip")  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_core() -> Iterator[None]:
-    """A study of toys has one worker then: starting a second takes longer than they do."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    yield
-    os.sched_setaffinity(0, cores)
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +60,7 @@ def write(folder: Path, corpus: Path, **changes: Any) -> Path:
         "batch": {"tokens": 256},
         "optimizer": {"lr": 5e-3},
         "evaluation": {"tokens": "6k"},
+        "checkpoint": {"every": None},
         "logging": {"tensorboard": False},
         "precision": "fp32",
         "attention": "sdpa",

@@ -55,6 +55,7 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
                 "batch": {"tokens": 256},
                 "optimizer": {"lr": 5e-3},
                 "logging": {"tensorboard": False},
+                "checkpoint": {"every": None},
                 "precision": "fp32",
             },
             "corpora": {"code": {"sources": [str(text)], "train_tokenizer": 512, "validation": 0.5}},

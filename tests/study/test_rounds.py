@@ -35,6 +35,7 @@ def source(**changes: Any) -> dict[str, Any]:
             "batch": {"tokens": 256},
             "optimizer": {"lr": 5e-3},
             "logging": {"tensorboard": False},
+            "checkpoint": {"every": None},
             "evaluation": {"tokens": 4000},
             "precision": "fp32", "attention": "sdpa", "compile": False,
         },

@@ -17,11 +17,10 @@ from rich.console import Console
 
 from entasis.errors import UserError
 from entasis.files import SEAL
-from entasis.study import compare, machine, runner, study_files
+from entasis.study import compare, runner, study_files
 from entasis.study.arms import Findings
 from entasis.study.executors import launchers, local
 from entasis.study.executors.launchers import State, Watcher
-from entasis.study.executors.worker import Place
 from entasis.study.plan import PlannedRun, lay_out, solve
 from entasis.study.verdict import Verdict, plain
 
@@ -31,7 +30,7 @@ import browser
 # One process runs the study that most of these look at.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
 
-LONG = {"tokens": "60k", "attention": "sdpa", "compile": False}
+LONG = {"tokens": "60k", "attention": "sdpa", "compile": False, "checkpoint": {"every": 40}}
 """So long that it is not done before the first look."""
 MODULES = ("argparse", "ast", "difflib", "inspect", "tarfile", "typing", "zipfile", "shutil")
 
@@ -46,7 +45,7 @@ def source(text: Path, **changes: Any) -> dict[str, Any]:
             "tokens": 3072,
             "batch": {"tokens": 256},
             "optimizer": {"lr": 5e-3},
-            "checkpoint": {"every": 4},
+            "checkpoint": {"every": None},
             "logging": {"tensorboard": False},
             "precision": "fp32",
         },
@@ -167,7 +166,7 @@ def test_another_study_is_kept_out(finished: tuple[Path, Verdict, str], text: Pa
 
 
 def execute(folder: Path, runs: Sequence[PlannedRun], watch: Watcher) -> list[State]:
-    with local.pool_of([Place("cpu-0", 1)], folder / "logs") as pool:
+    with local.pool_of(local.places(1)[:1], folder / "logs") as pool:
         return launchers.execute(folder, runs, pool, watch)
 
 
@@ -179,9 +178,6 @@ def test_a_killed_worker_costs_one_run_and_the_next_call_finishes_it(
     plain = source(text, arms=arms, seeds=1)
     plain["base"] = {**plain["base"], **LONG}
     study = study_files.from_dict(plain, name="s")
-    with local.pool_of([Place("cpu-0", 1)]) as pool:
-        machine.settle(study, tmp_path, solve(study), pool)
-    study = machine.applied(study, tmp_path)
     runs = lay_out(study, solve(study), Findings()).runs
     killed: list[int] = []
 
@@ -245,9 +241,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     plain = source(text, arms={"plain": {}}, seeds=1)
     plain["base"] = {**plain["base"], **LONG}
     study = study_files.from_dict(plain, name="s")
-    with local.pool_of([Place("cpu-0", 1)]) as pool:
-        machine.settle(study, tmp_path, solve(study), pool)
-    study = machine.applied(study, tmp_path)
     runs = lay_out(study, solve(study), Findings()).runs
 
     def interrupt(states: Sequence[State]) -> None:
