@@ -14,8 +14,10 @@ from rich.console import Console
 from entasis.data.prepare import prepare
 from entasis.errors import UserError
 from entasis.study import downstream, study_files
+from entasis.study.arms import Findings
 from entasis.study.config import Study
-from entasis.study.plan import solve
+from entasis.study.plan import lay_out, solve
+from entasis.study.results import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +75,25 @@ def test_without_lm_eval_it_is_said_before_training_and_nothing_is_scored(corpus
     said = prepared(corpus, tmp_path, wanted)
     assert said.startswith("downstream: left out. Tasks need lm-eval (pip install 'entasis[eval]')")
     assert not downstream.score(study(corpus, wanted), tmp_path, [], Console(file=io.StringIO()))
+
+
+def test_the_table_pairs_scores_by_seed(corpus, tmp_path):
+    asked = study(corpus, {"tasks": ["t"]}).replaced(seeds=[0, 1, 2])
+    plan = lay_out(asked, solve(asked, 257), Findings())
+    scores = {"a": [0.5, 0.7, 0.6], "b": [0.6, 0.82, 0.71]}
+    done = {}
+    for arm, runs in plan.grid["params"].items():
+        for run, score in zip(runs, scores[arm], strict=True):
+            (tmp_path / run.folder).mkdir(parents=True)
+            told = {"t": {"acc": score}, "group": {}}
+            (tmp_path / run.folder / downstream.FILE).write_text(json.dumps(told))
+            done[run.folder] = Outcome(run, tmp_path / run.folder, {})
+    a, b = downstream.table(plan, done, "a").rows
+    assert a == {"protocol": "params", "task": "t", "metric": "acc", "arm": "a", "mean": pytest.approx(0.6)}
+    # Differences 0.10, 0.12, 0.11: far less spread than the scores. t at 0.975 with two degrees of freedom is 4.303.
+    half = 4.303 * 0.01 / 3**0.5
+    assert b["difference"] == pytest.approx(0.11)
+    assert (b["low"], b["high"]) == (
+        pytest.approx(0.11 - half, abs=1e-4),
+        pytest.approx(0.11 + half, abs=1e-4),
+    )
