@@ -150,7 +150,7 @@ BUDGETS = {
 
 
 def toy(command: str) -> list[str]:
-    """What makes a command quick: options after its own, before `--output`; the last counts."""
+    """What makes a command quick: options after its own; the last counts."""
     return next((extra for begin, extra in TOYS.items() if command.startswith(begin)), [])
 
 
@@ -185,7 +185,8 @@ def main(stock: Path, pages: dict[str, list[list[str]]], results: Path) -> None:
         os.chdir(folder)
         for argv in commands:
             supply(stock, argv)
-            at = argv.index("--output") if "--output" in argv else len(argv)
+            # Of a recipe's keys the last counts, wherever it stands; elsewhere they come before `--output`.
+            at = argv.index("--output") if "--output" in argv and argv[0] != "train" else len(argv)
             quick = toy(" ".join(["entasis", *argv]))
             if argv[:2] == ["study", "run"] and argv[-1] in BUDGETS:
                 quick = BUDGETS[argv[-1]]
