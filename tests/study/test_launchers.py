@@ -47,6 +47,11 @@ def study_of(text: Path, **changes: Any) -> config.Study:
     return study_files.from_dict(source | changes, name="s")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_core() -> None:
+    """Not here: Ray's own processes would all have to share it."""
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
