@@ -28,7 +28,7 @@ from entasis.data import prepare
 from entasis.study import statistics, study_files
 
 SIZES: dict[str, dict[str, Any]] = {
-    "440k": {},
+    "440k": {"budget": "440k", "layers": 8, "d_model": 64},
     "220k": {"budget": "220k", "layers": 6, "d_model": 48},
     "110k": {"budget": "110k", "layers": 6, "d_model": 32, "head_dim": 8},
 }
