@@ -214,24 +214,25 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
     """Seconds that a FLOP of each arm takes in training, how many runs go at once, and where the numbers come from."""
     arms = plan.arms
     done = list(results.outcomes(folder, plan.runs).values())
-    device = str(study.base.get("device", "auto"))
     # All that needs torch is done by other processes.
     with local.pool_of([Place("counting", 1)]) as one:
-        [(where, ceiling)] = launchers.call(one, "counting", _look, study.threads, device, quick and not done)
+        [where] = launchers.call(one, "counting", local.places, study.threads)
     where = where[: len(plan.runs)]
     if done:
         mean = sum(o.result["seconds"] / o.run.flops for o in done) / len(done)
         own = {name: [o.result["seconds"] / o.run.flops for o in done if o.run.arm == name] for name in arms}
         speeds = {name: sum(x) / len(x) if x else mean for name, x in own.items()}
         return speeds, len(where), f"measured in {len(done)} finished runs"
-    if ceiling is not None:
-        return dict.fromkeys(arms, 1 / ceiling), len(where), "a third of the measured matmul ceiling"
     applied = solve(machine.applied(study, folder), next(iter(arms.values())).shape.vocabulary)
-    jobs = machine.jobs_of(applied)
+    jobs = [] if quick else machine.jobs_of(applied)
     recipes = [applied[names[0]].timed for names in jobs]
+    device = str(study.base.get("device", "auto"))
     arguments = (recipes, [len(study.seeds)] * len(jobs), device, _LIMIT)
     with local.pool_of(where) as pool:
         answers = launchers.call(pool, "steps", machine.measure, *arguments, at_most=len(where))
+    ceiling = 1 / median(a["flops_per_second"] for a in answers)
+    if quick:
+        return dict.fromkeys(arms, ceiling), len(where), "a third of the measured matmul ceiling"
     chosen = machine.decide(jobs, answers)
     timed: dict[str, float] = {}
     for name, arm in applied.items():
@@ -241,7 +242,7 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
                 timed[name] = measured.median / (batch_tokens(arm.recipe) * arm.flops_per_token)
     if not timed:
         return (
-            dict.fromkeys(arms, 1 / median(a["flops_per_second"] for a in answers)),
+            dict.fromkeys(arms, ceiling),
             len(where),
             "a third of the matmul ceiling: steps are too long to time",
         )
@@ -251,12 +252,6 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
     if left:
         source += f"; {', '.join(left)} by FLOPs, as its steps are too long to time"
     return {name: timed.get(name, rest) for name in arms}, len(where), source
-
-
-def _look(threads: int | None, device: str, speed: bool) -> tuple[list[Place], float | None]:
-    """In a worker: where runs will go, and, if `speed` is asked for, what is assumed of theirs (FLOP/s)."""
-    where = local.places(threads)
-    return where, machine.assumed_speed(device, where[0].threads) if speed else None
 
 
 def _validation_flops(run: PlannedRun, arm: Arm, folder: Path) -> float:

@@ -46,10 +46,8 @@ def settle(study: Study, folder: Path, arms: Mapping[str, Arm], pool: Pool) -> s
     if jobs:
         # Where the runs will run: the machine that submits them may be another kind.
         counts = [runs * len(names) for names in jobs]
-        at_most = runs * sum(map(len, jobs))
-        untimed = not any(r.get(key, "auto") == "auto" for r in recipes for key in KEYS)
         answers = launchers.call(
-            pool, "choices", measure, recipes, counts, wanted, at_most=at_most, lightly=untimed
+            pool, "choices", measure, recipes, counts, wanted, at_most=runs * sum(map(len, jobs))
         )
         chosen = decide(jobs, answers)
     if before:
@@ -157,7 +155,7 @@ def measure(
 
     devices.set_threads()
     found = devices.choose_device(device)
-    speed = assumed_speed(device)
+    speed = devices.measure_matmul_ceiling(found, _product(found)) / 3
     free = devices.free_memory(found)
     jobs = []
     for plain, count in zip(recipes, runs, strict=True):
@@ -186,19 +184,6 @@ def measure(
             }
         )
     return {"device": found.type, "flops_per_second": speed, "jobs": jobs}
-
-
-def assumed_speed(device: str, threads: int | None = None) -> float:
-    """In a worker: FLOP/s, a third of what a large matrix product reaches in the faster precision."""
-    import torch
-
-    from entasis.train import device as devices
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    found = devices.choose_device(device)
-    precision = "bf16" if devices.bf16_product_is_faster(found) else "fp32"
-    return devices.measure_matmul_ceiling(found, precision) / 3
 
 
 def _precision(jobs: Sequence[tuple[Sequence[Measured], float]]) -> Any:
@@ -236,3 +221,10 @@ def _merged(workers: Sequence[Sequence[Mapping[str, Any]]]) -> list[Measured]:
 
 def _open(base: Mapping[str, Any], changes: Mapping[str, Any], key: str) -> bool:
     return changes.get(key, base.get(key, "auto")) == "auto"
+
+
+def _product(device: Any) -> str:
+    """The precision of the faster large matrix product."""
+    from entasis.train import device as devices
+
+    return "bf16" if devices.bf16_product_is_faster(device) else "fp32"

@@ -31,19 +31,13 @@ class Running:
 
     def workers(self) -> list[int]:
         """The processes that train."""
-        children = _children(self.process.pid)
-        servers = [p for p in children if "multiprocessing.forkserver" in _command(p)]
-        forked = [p for server in servers for p in _children(server)]
-        return forked or [p for p in children if "spawn_main" in _command(p)]
+        tasks = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [p for p in map(int, tasks.read_text().split()) if "spawn_main" in _command(p)]
 
     def end(self) -> tuple[int, str]:
         """(Exit code, what was said on stderr), when it has ended."""
         _, errors = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, errors
-
-
-def _children(pid: int) -> list[int]:
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _command(pid: int) -> str:
@@ -103,7 +97,7 @@ def test_a_killed_study_leaves_no_worker(running: Running) -> None:
     assert workers
     running.process.kill()
     running.end()
-    until(lambda: not any(Path(f"/proc/{p}").exists() and "multiprocessing" in _command(p) for p in workers))
+    until(lambda: not any(Path(f"/proc/{p}").exists() and "spawn_main" in _command(p) for p in workers))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits another process")

@@ -141,22 +141,13 @@ def execute(folder: Path, runs: Sequence[PlannedRun], pool: Pool, watch: Watcher
     return states
 
 
-def call(
-    pool: Pool,
-    name: str,
-    function: Callable[..., Any],
-    *arguments: Any,
-    at_most: int = 1,
-    lightly: bool = False,
-) -> list[Any]:
+def call(pool: Pool, name: str, function: Callable[..., Any], *arguments: Any, at_most: int = 1) -> list[Any]:
     """Makes a call on as many workers at once as runs will be, `at_most` times; returns what each of them returned.
-
-    One that leaves next to nothing in memory is called `lightly`: its processes go on with runs.
 
     Raises what the call raises of `UserError` and `Failure`, and `Failure` when a job is lost.
     """
     jobs = [
-        pool.submit(name, worker.attempt_lightly if lightly else worker.attempt, function, *arguments)
+        pool.submit(name, worker.attempt, function, *arguments)
         for _ in range(max(1, min(pool.alike, at_most)))
     ]
     answers = []

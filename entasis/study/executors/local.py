@@ -10,7 +10,6 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,27 +17,21 @@ from typing import Any
 
 from entasis.errors import UserError
 from entasis.study.executors.launchers import Answer, Pool, launcher
-from entasis.study.executors.worker import Place, attempt_lightly, serve, train_one
+from entasis.study.executors.worker import Place, serve, train_one
 
 _FORGETS = Path("/proc/self/clear_refs").exists()
 """Whether a process can forget the peak of its memory; else every run gets one of its own (`train.metrics.forget_peak`)."""
-
-_IMPORTED_ONCE = ["torch", "torch._dynamo", "torch.distributed.checkpoint.state_dict"]
-"""What takes every run seconds to import: workers at places that say `forked` share one import of it."""
 
 
 class _Worker:
     """A process at a place, which answers calls through a pipe."""
 
     def __init__(self, place: Place, logs: Path | None) -> None:
-        context: Any = multiprocessing.get_context("forkserver" if place.forked else "spawn")
-        if place.forked:
-            context.set_forkserver_preload(_IMPORTED_ONCE)
+        context = multiprocessing.get_context("spawn")
         self.place = place
         self.pipe, theirs = context.Pipe()
         log = str(logs / f"{place.name}.log") if logs else None
-        arguments = (theirs, place, log, dict(os.environ))
-        self.process = context.Process(target=serve, args=arguments, daemon=True, name=place.name)
+        self.process = context.Process(target=serve, args=(theirs, place, log), daemon=True, name=place.name)
         self.process.start()
         theirs.close()
 
@@ -107,7 +100,7 @@ class _Places:
         self.workers[place] = worker
         worker.ask((function, arguments))
         # torch stays imported from run to run; what measuring has left in memory goes.
-        return _Job(self, worker, keep=function in (train_one, attempt_lightly) and _FORGETS)
+        return _Job(self, worker, keep=function is train_one and _FORGETS)
 
     def close(self) -> None:
         left = [worker for worker in self.workers.values() if worker]
@@ -145,8 +138,7 @@ def places(threads: int | None) -> list[Place]:
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return [Place(f"cuda-{i}", max(1, min(each, cores() // count)), i) for i in range(count)]
-    # CUDA, and libraries of other systems, do not outlive a fork for sure.
-    return [Place(f"cpu-{i}", each, forked=sys.platform == "linux") for i in range(cores() // each)]
+    return [Place(f"cpu-{i}", each) for i in range(cores() // each)]
 
 
 def threads_of_a_run(wanted: int | None) -> int:

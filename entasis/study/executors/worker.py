@@ -29,8 +29,6 @@ class Place:
     name: str
     threads: int
     gpu: int | None = None
-    forked: bool = False
-    """Whether its process is forked from one that has imported torch."""
 
 
 def train_one(folder: str, run: str, recipe: dict[str, Any]) -> tuple[str, Any]:
@@ -60,15 +58,9 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
         return "raised", error
 
 
-def attempt_lightly(function: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
-    """`attempt` of what leaves next to nothing in memory: runs may follow in the same process."""
-    return attempt(function, *arguments)
-
-
-def serve(connection: Connection, place: Place, log: str | None, environment: dict[str, str]) -> None:
+def serve(connection: Connection, place: Place, log: str | None) -> None:
     """Answers calls (function, arguments) with ("value", result) or ("lost", why) until it is told to stop (None)."""
     global _log
-    os.environ.update(environment)  # a forked process has that of the day when the first one was started
     occupy(place)
     signal.signal(signal.SIGTERM, lambda number, frame: _asked.set())
     if log is not None:
@@ -94,7 +86,7 @@ def serve(connection: Connection, place: Place, log: str | None, environment: di
 
 
 def occupy(place: Place) -> None:
-    """Keeps this process to its threads and GPU; before a GPU is used. It lives as long as the process that asked for it.
+    """Keeps this process to its threads and GPU; before torch is imported. It lives as long as its parent.
 
     Signals that reach every process of a study are left to the parent, and kill nobody here.
     """
