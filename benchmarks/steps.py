@@ -43,7 +43,7 @@ class Stepper:
         self.model = Transformer(shape, attention=attention).to(device)  # type: ignore[arg-type]
         init_weights(self.model, 0)
         names = [name for name, _ in self.model.named_parameters()]
-        self.rules = optimizers.build(self.model, Optimizer(), names)
+        self.optimizers = optimizers.build(self.model, Optimizer(), names)
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(shape.vocabulary, (batch, sequence + 1), generator=generator).to(device)
         self.tokens_BT, self.targets_BT = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -59,9 +59,9 @@ class Stepper:
         loss.backward()
         self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         self.loss = loss.item()
-        for rule in self.rules:
-            rule.step()
-            rule.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.device == "cuda":
             torch.cuda.synchronize()
         return self.clock() - begun

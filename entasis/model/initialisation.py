@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from entasis.model import parametrisation as rules
+from entasis.model import parametrisation as factors_of
 from entasis.model.transformer import Transformer
 from entasis.shape import layout
 from entasis.shape.interfaces import FULL, Random
@@ -80,7 +80,7 @@ def draw(
 
     With `nested` each head's and each FFN unit's numbers depend on its place alone, not on how many there are.
     """
-    described = rules.describe(shape, parametrisation, base_width=base_width)
+    described = factors_of.describe(shape, parametrisation, base_width=base_width)
     sizes = layout.sizes(shape)
     axes = {p.name: p.axes for p in layout.parameters(shape) if p.layer is not None} if nested else {}
     branch_scaled = shape.norm_scaling or shape.residual_scale != 1.0
@@ -90,11 +90,11 @@ def draw(
             own = seed if table.seed is None else table.seed
             yield name, draw_normal(sizes[name], own, name) * table.std
             continue
-        rule = described[name]
-        if rule.kind == "vector":
+        factors = described[name]
+        if factors.kind == "vector":
             yield name, torch.full(sizes[name], 0.0 if name.endswith("bias") else 1.0)
             continue
-        std = STD * rule.init * (depth if rule.writes else 1.0)
+        std = STD * factors.init * (depth if factors.writes else 1.0)
         normal = (
             draw_nested(sizes[name], axes[name], seed, name)
             if name in axes

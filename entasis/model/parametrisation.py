@@ -34,7 +34,7 @@ Kind = Literal["embedding", "hidden", "head", "vector"]
 
 
 @dataclass(frozen=True)
-class Rule:
+class Factors:
     """Factors on the recipe's numbers for one parameter."""
 
     kind: Kind
@@ -51,8 +51,8 @@ def describe(
     *,
     base_width: int | None = None,
     muon: bool = False,
-) -> dict[str, Rule]:
-    """The rule of every parameter, by name.
+) -> dict[str, Factors]:
+    """The factors of every parameter, by name.
 
     `base_width` is the d_model at which the learning rate was found; `muon` whether Muon has the hidden matrices.
     """
@@ -62,14 +62,14 @@ def describe(
             continue
         kind = _kind(parameter)
         writes = kind == "hidden" and parameter.axes[0] == "residual"
-        result[parameter.name] = Rule(kind, writes=writes)
+        result[parameter.name] = Factors(kind, writes=writes)
         if parametrisation == "mup" and kind == "hidden":
             assert base_width, "muP needs base_width"
             fan_out, fan_in = parameter.size
             base_out, base_in = (_mean(shape, axis) / shape.d_model * base_width for axis in parameter.axes)
             m = fan_in / base_in
             lr = _muon(fan_out, fan_in) / _muon(base_out, base_in) if muon else 1 / m
-            result[parameter.name] = Rule(kind, init=m**-0.5, lr=lr, weight_decay=1 / lr, writes=writes)
+            result[parameter.name] = Factors(kind, init=m**-0.5, lr=lr, weight_decay=1 / lr, writes=writes)
     return result
 
 

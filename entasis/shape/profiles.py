@@ -1,8 +1,8 @@
-"""Profiles: rules that turn depth into multipliers.
+"""Profiles: functions that turn depth into multipliers.
 
 A profile gives every layer a multiplier for its FFN (`d_ff = multiplier · d_model`) or for its heads
 (`n_heads = multiplier · d_model / head_dim`). FFN and heads have each their own. A new profile is one registered
-function `rule(n, **numbers) -> list of n multipliers`; the numbers it takes are its keyword arguments.
+function `profile(n, **numbers) -> list of n multipliers`; the numbers it takes are its keyword arguments.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from entasis.configuration import Settings, parse
 from entasis.errors import UserError
 from entasis.registry import Registry
 
-Rule = Callable[..., list[float]]
-PROFILES: Registry[Rule] = Registry("shape: profile")
+Profile = Callable[..., list[float]]
+PROFILES: Registry[Profile] = Registry("shape: profile")
 _MOST = 10_000
 DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 """Numbers of a profile for FFN and for heads where the user gives none."""
 
 
-def register(name: str, *, ffn: dict[str, Any], heads: dict[str, Any]) -> Callable[[Rule], Rule]:
+def register(name: str, *, ffn: dict[str, Any], heads: dict[str, Any]) -> Callable[[Profile], Profile]:
     """Makes a profile known by `name`, with its default numbers."""
 
-    def add(rule: Rule) -> Rule:
+    def add(profile: Profile) -> Profile:
         DEFAULTS[name] = (ffn, heads)
-        return PROFILES.register(name)(rule)
+        return PROFILES.register(name)(profile)
 
     return add
 
@@ -153,14 +153,16 @@ def multipliers(name: str, n: int, part: str, numbers: Mapping[str, Any]) -> lis
     `name` may carry a control: `crown/reversed`, `crown/shuffled:3` (a permutation of layers that depends on the
     seed and n alone, so FFN and heads of a layer move together). Raises `UserError`.
     """
-    rule_name, _, control = name.partition("/")
-    rule = PROFILES.find(rule_name)
-    kinds = {p.name: (p.annotation, ...) for p in inspect.signature(rule, eval_str=True).parameters.values()}
+    plain, _, control = name.partition("/")
+    profile = PROFILES.find(plain)
+    kinds = {
+        p.name: (p.annotation, ...) for p in inspect.signature(profile, eval_str=True).parameters.values()
+    }
     del kinds["n"]
-    given = {**DEFAULTS[rule_name][part == "heads"], **numbers}
-    # The rule's own annotations say what its numbers are.
-    typed = parse(create_model(rule_name, __base__=Settings, **kinds), given, f"shape: {part} of {rule_name}")  # type: ignore[call-overload]
-    values = rule(n, **dict(typed))
+    given = {**DEFAULTS[plain][part == "heads"], **numbers}
+    # Its own annotations say what its numbers are.
+    typed = parse(create_model(plain, __base__=Settings, **kinds), given, f"shape: {part} of {plain}")  # type: ignore[call-overload]
+    values = profile(n, **dict(typed))
     if any(not 0 <= v <= _MOST for v in values):
         worst = min(values) if min(values) < 0 else max(values)
         raise UserError(

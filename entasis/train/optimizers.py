@@ -41,19 +41,19 @@ def build(
     the recipe's `precision`. Parameters with different labels in `apart` are in different groups.
     """
     parameters = dict(model.named_parameters())
-    rules = parametrisation.describe(
+    factors = parametrisation.describe(
         model.shape, recipe.parametrisation, base_width=recipe.base_width, muon=recipe.name == "muon"
     )
     gathered: dict[tuple[str, float, float, Hashable], list[nn.Parameter]] = defaultdict(list)
     for name in trainable:
         # LoRA's adapters are no parameters of the shape: AdamW at the recipe's rate, without decay.
-        rule, parameter = rules.get(name, parametrisation.Rule("vector")), parameters[name]
-        hidden = rule.kind == "hidden"
-        decays = hidden or rule.kind == "head"
+        own, parameter = factors.get(name, parametrisation.Factors("vector")), parameters[name]
+        hidden = own.kind == "hidden"
+        decays = hidden or own.kind == "head"
         key = (
             "muon" if hidden and recipe.name == "muon" else "adamw",
-            recipe.lr * rule.lr,
-            recipe.weight_decay * rule.weight_decay if decays else 0.0,
+            recipe.lr * own.lr,
+            recipe.weight_decay * own.weight_decay if decays else 0.0,
             (apart or {}).get(name),
         )
         gathered[key].append(parameter)

@@ -1,6 +1,6 @@
 """Learning-rate schedules: pure functions of the step.
 
-A new schedule is one registered function `rule(step, steps, *, decay, min_lr_factor) -> factor`; `step` and `steps` count from
+A new schedule is one registered function `find_factor(step, steps, *, decay, min_lr_factor) -> factor`; `step` and `steps` count from
 the end of the warm-up, `decay` is `schedule.decay` in steps and `min_lr_factor` the factor where a falling schedule ends.
 """
 
@@ -17,8 +17,7 @@ from entasis.configuration import HERE, Settings, Steps
 from entasis.errors import UserError
 from entasis.registry import Registry, advise
 
-Rule = Callable[..., float]
-SCHEDULES: Registry[Rule] = Registry("recipe: schedule.name")
+SCHEDULES: Registry[Callable[..., float]] = Registry("recipe: schedule.name")
 
 
 def _known(name: str) -> str:
@@ -68,9 +67,9 @@ def factor(schedule: Schedule, step: float, steps: float) -> float:
 
     Warm-up is linear and reaches 1 at its last step. Raises `UserError` for a schedule that is not registered.
     """
-    rule = SCHEDULES.find(schedule.name)
+    find_factor = SCHEDULES.find(schedule.name)
     warmup = quantities.steps(schedule.warmup, steps, "recipe: schedule.warmup")
     if step < warmup:
         return (step + 1) / warmup
     decay = quantities.steps(schedule.decay, steps, "recipe: schedule.decay")
-    return rule(step - warmup, steps - warmup, decay=decay, min_lr_factor=schedule.min_lr_factor)
+    return find_factor(step - warmup, steps - warmup, decay=decay, min_lr_factor=schedule.min_lr_factor)

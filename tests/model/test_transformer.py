@@ -226,15 +226,15 @@ def test_initial_values_follow_the_table():
 
 def test_mup_takes_each_matrixs_own_fan_in_against_the_mean_layers_at_the_base_width():
     model = Transformer(shape(d_model=128, layers=(LayerShape(4, 2, 256), LayerShape(12, 6, 1024))))
-    rules = parametrisation.describe(model.shape, "mup", base_width=64)
+    factors = parametrisation.describe(model.shape, "mup", base_width=64)
     mean = 8 * model.shape.head_dim / 128
-    assert rules["blocks.0.attention.query.weight"].lr == 1 / 2
-    assert rules["blocks.0.attention.output.weight"].lr == 64 * mean / (4 * model.shape.head_dim)
-    assert rules["blocks.1.attention.output.weight"].lr == 64 * mean / (12 * model.shape.head_dim)
-    assert rules["blocks.0.feedforward.down.weight"].lr == 320 / 256
-    assert rules["blocks.1.feedforward.down.weight"].lr == 320 / 1024
-    assert rules["blocks.1.feedforward.down.weight"].weight_decay == 1024 / 320
-    assert rules["embedding.tokens.weight"].lr == rules["norm.weight"].lr == 1
+    assert factors["blocks.0.attention.query.weight"].lr == 1 / 2
+    assert factors["blocks.0.attention.output.weight"].lr == 64 * mean / (4 * model.shape.head_dim)
+    assert factors["blocks.1.attention.output.weight"].lr == 64 * mean / (12 * model.shape.head_dim)
+    assert factors["blocks.0.feedforward.down.weight"].lr == 320 / 256
+    assert factors["blocks.1.feedforward.down.weight"].lr == 320 / 1024
+    assert factors["blocks.1.feedforward.down.weight"].weight_decay == 1024 / 320
+    assert factors["embedding.tokens.weight"].lr == factors["norm.weight"].lr == 1
     init_weights(model, 0, parametrisation="mup", base_width=64)
     assert model.blocks[0].attention.query.weight.std().item() == pytest.approx(0.02 / 2**0.5, rel=0.05)
 

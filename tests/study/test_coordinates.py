@@ -53,7 +53,7 @@ def moved(source: dict[str, Any]) -> dict[str, float]:
     scheme = resolved.optimizer
     model = Transformer(shape)
     init_weights(model, resolved.seed, parametrisation=scheme.parametrisation, base_width=scheme.base_width)
-    rules = optimizers.build(model, scheme, [name for name, _ in model.named_parameters()])
+    built = optimizers.build(model, scheme, [name for name, _ in model.named_parameters()])
     tokens_BT = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(0))
 
     def outputs() -> dict[str, torch.Tensor]:
@@ -72,9 +72,9 @@ def moved(source: dict[str, Any]) -> dict[str, float]:
     before = outputs()
     for _ in range(STEPS):
         model.loss(tokens_BT[:, :-1], tokens_BT[:, 1:]).backward()
-        for rule in rules:
-            rule.step()
-            rule.zero_grad()
+        for optimizer in built:
+            optimizer.step()
+            optimizer.zero_grad()
     after = outputs()
     return {name: (after[name] - before[name]).square().mean().sqrt().item() for name in before}
 
