@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.bare:
-        print(json.dumps(bare_steps(json.loads(args.bare))))
+        print(json.dumps(bare_steps(args.size, json.loads(args.bare))))
         return
     settings = {
         **peers.SIZES[args.size],
@@ -55,7 +55,7 @@ def main() -> None:
             if way == "train":
                 told = peers.one(Path(sys.executable), "entasis", settings)["tokens_per_second"]
             else:
-                command = [sys.executable, __file__, "--bare", json.dumps(settings)]
+                command = [sys.executable, __file__, "--size", args.size, "--bare", json.dumps(settings)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 told = json.loads(done.stdout.splitlines()[-1])
             speed[way].append(told)
@@ -72,23 +72,12 @@ def main() -> None:
     )
 
 
-def bare_steps(settings: dict[str, Any]) -> float:
+def bare_steps(size: str, settings: dict[str, Any]) -> float:
     """Tokens per second, the median of the steps after those to warm up."""
     from steps import Stepper
 
-    from entasis.shape.shapes import LayerShape, ModelShape
-
-    layer = LayerShape(settings["heads"], settings["heads"], settings["d_ff"])
-    shape = ModelShape(
-        d_model=settings["d_model"],
-        head_dim=settings["d_model"] // settings["heads"],
-        vocabulary=settings["vocabulary"],
-        layers=(layer,) * settings["layers"],
-        tied_embeddings=True,
-        context=settings["sequence"],
-    )
     stepper = Stepper(
-        shape,
+        peers.shape_of(size),
         settings["batch"],
         settings["sequence"],
         compile=settings["compile"],

@@ -25,7 +25,7 @@ import venv
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -33,6 +33,9 @@ CACHE = ROOT / ".cache/peers"
 sys.path.insert(0, str(HERE.parent))
 
 from common import write  # noqa: E402
+
+if TYPE_CHECKING:
+    from entasis.shape.shapes import ModelShape
 
 SIZES = {
     "small": {"layers": 6, "d_model": 192, "heads": 6, "d_ff": 512, "batch": 8},
@@ -141,13 +144,12 @@ def prepare() -> Path:
     return corpus
 
 
-def flops_per_token(size: str) -> int:
-    """By the cost model: the whole T × T of attention, training."""
-    from entasis.shape import cost
+def shape_of(size: str) -> ModelShape:
+    """The model that all but nanoGPT have exactly."""
     from entasis.shape.shapes import LayerShape, ModelShape
 
     s = SIZES[size]
-    shape = ModelShape(
+    return ModelShape(
         d_model=s["d_model"],
         head_dim=s["d_model"] // s["heads"],
         vocabulary=8192,
@@ -155,7 +157,13 @@ def flops_per_token(size: str) -> int:
         tied_embeddings=True,
         context=256,
     )
-    return cost.flops_per_token(shape, 256)
+
+
+def flops_per_token(size: str) -> int:
+    """By the cost model: the whole T × T of attention, training."""
+    from entasis.shape import cost
+
+    return cost.flops_per_token(shape_of(size), 256)
 
 
 def interpreter(name: str) -> Path:

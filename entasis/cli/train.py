@@ -40,13 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         from entasis.train import auto_settings, preflight
         from entasis.train import device as devices
-        from entasis.train.resolve import resolve
-        from entasis.train.training_data import weighed
 
-        recipe = weighed(recipe)
-        corpus = preflight.check_data(recipe)
-        resolved, shape, _ = resolve(recipe, corpus.vocabulary)
-        preflight.check_vocabulary(shape, corpus)
+        resolved, shape, _, _ = preflight.resolve_with_data(recipe)
         device = devices.choose_device(recipe.device)
         preflight.check_settings(resolved, device)
         print(recipes.to_yaml(auto_settings.choose(resolved, shape, device)[0]), end="")

@@ -26,10 +26,8 @@ from entasis.train import device as devices
 from entasis.train import recipe as recipes
 from entasis.train.part_timing import Part, Reporter, time_parts
 from entasis.train.recipe import Recipe
-from entasis.train.resolve import resolve
 from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.run import train
-from entasis.train.training_data import weighed
 
 WARM_UP = 5
 """The steps after a start that the loop marks as warming."""
@@ -104,10 +102,7 @@ def bench(
         raise UserError("bench measures one process; for several, train and read the speed in result.json")
     say = reporter or (lambda *_: None)
     device = devices.choose_device(recipe.device)
-    recipe = weighed(recipe)
-    corpus = preflight.check_data(recipe)
-    resolved, shape, _ = resolve(recipe, corpus.vocabulary)
-    preflight.check_vocabulary(shape, corpus)
+    resolved, shape, _, corpus = preflight.resolve_with_data(recipe)
     # Chosen as for the whole run: whether compiling pays depends on its length.
     preflight.check_settings(resolved, device)
     settled, auto = auto_settings.choose(resolved, shape, device)

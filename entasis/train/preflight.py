@@ -20,7 +20,21 @@ from entasis.shape.shapes import ModelShape
 from entasis.train import device as devices
 from entasis.train import moments, parallel
 from entasis.train.recipe import Recipe, Stage, WeightedCorpus, held_out_of, mixture_of
-from entasis.train.training_data import weights_of
+from entasis.train.resolve import resolve
+from entasis.train.resolved_recipe import ResolvedRecipe
+from entasis.train.training_data import weighed, weights_of
+
+
+def resolve_with_data(recipe: Recipe) -> tuple[ResolvedRecipe, ModelShape, list[str], Corpus]:
+    """The recipe resolved, its shape and notes (see `resolve`), and the first corpus to train on, once all are examined.
+
+    Raises `UserError`.
+    """
+    recipe = weighed(recipe)
+    corpus = check_data(recipe)
+    resolved, shape, notes = resolve(recipe, corpus.vocabulary)
+    _check_vocabulary(shape, corpus)
+    return resolved, shape, notes, corpus
 
 
 def check_data(recipe: Recipe) -> Corpus:
@@ -100,7 +114,7 @@ def corpora_of(recipe: Recipe) -> dict[str, None]:
     return dict.fromkeys([*trained_on, *held_out_of(recipe.data.validation).values()])
 
 
-def check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
+def _check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
     """The shape's vocabulary is the corpus's, or that padded by less than 128. Raises `UserError`."""
     if not corpus.vocabulary <= shape.vocabulary < corpus.vocabulary + 128:
         raise UserError(

@@ -33,9 +33,7 @@ from entasis.train.recipe import (
     mixture_of,
     to_yaml,
 )
-from entasis.train.resolve import resolve
 from entasis.train.resolved_recipe import ResolvedRecipe, SettledBatch, SettledRecipe, difference, read_stored
-from entasis.train.training_data import weighed
 
 RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
 
@@ -90,10 +88,7 @@ def open_run(
 
 def _look(recipe: Recipe, folder: Path, device: torch.device, held: ExitStack) -> _Found:
     """Checks data, recipe and folder, and locks the folder unless the run is finished."""
-    recipe = weighed(recipe)
-    corpus = preflight.check_data(recipe)
-    resolved, shape, notes = resolve(recipe, corpus.vocabulary)
-    preflight.check_vocabulary(shape, corpus)
+    resolved, shape, notes, corpus = preflight.resolve_with_data(recipe)
     wanted = recognise(resolved, folder)
     if wanted is None:
         preflight.check_settings(resolved, device)
