@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from entasis.cli import overrides
 from entasis.cli.numbers import real
 from entasis.errors import UserError
 
@@ -33,11 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("run", "run a study, or go on with it"),
         ("plan", "print its grid and its price"),
     ):
-        action = actions.add_parser(name, help=help_text)
+        action = actions.add_parser(name, help=help_text, epilog="Any key can be set: seeds=5 base.tokens=2M")
         action.add_argument("study", help="a YAML file, or the name of a shipped study")
-        action.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="such as seeds=5 base.tokens=2M"
-        )
+        overrides.accept(action, dashes=False)
         action.add_argument("--size", help="one of the study's sizes")
         action.add_argument(
             "--output", type=Path, metavar="DIR", help="the study's folder (default: studies/NAME)"
@@ -168,7 +167,7 @@ def _tell(plain: Any, table: Table, notes: list[str], args: argparse.Namespace, 
 def _study(args: argparse.Namespace) -> Study:
     from entasis.study import study_files
 
-    return study_files.read(args.study, size=args.size, overrides=args.overrides)
+    return study_files.read(args.study, size=args.size, overrides=args.set)
 
 
 def _show(verdict: Verdict, folder: Path, args: argparse.Namespace, console: Console) -> None:

@@ -25,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe", help="a YAML file (docs/training.md lists its keys), or the name of a shipped recipe: tiny"
     )
     parser.add_argument("--output", metavar="FOLDER", help="the run's folder (default: runs/NAME-OF-RECIPE)")
-    parser.add_argument("--print_config", action="store_true", help="show the fully resolved recipe and stop")
+    parser.add_argument(
+        "--print-config",
+        "--print_config",
+        action="store_true",
+        help="show the fully resolved recipe and stop",
+    )
     parser.add_argument(
         "--live", action="store_true", help="on a terminal: a table of the run instead of a bar"
     )

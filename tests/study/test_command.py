@@ -15,7 +15,8 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from entasis import files
-from entasis.cli import main
+from entasis.cli import main, parse
+from entasis.errors import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
 
@@ -310,3 +311,11 @@ def test_arms_with_other_held_out_documents_are_refused_before_anything_runs(
         code, _, errors = entasis("study", verb, file, "--output", tmp_path / "s")
         assert code == 2 and "arm less would be judged on" in errors and "of them the same" in errors
     assert not (tmp_path / "s/runs").exists()
+
+
+def test_keys_may_stand_before_and_behind_options() -> None:
+    for words in (["seeds=2", "--size", "nano", "--quick"], ["--size", "nano", "seeds=2", "--quick"]):
+        args = parse(["study", "plan", "growth", *words])
+        assert (args.set, args.size, args.quick) == (["seeds=2"], "nano", True)
+    with pytest.raises(UserError, match="unrecognized arguments: --seeds=2"):
+        parse(["study", "plan", "growth", "--seeds=2"])

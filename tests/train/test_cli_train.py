@@ -27,7 +27,7 @@ def test_json_is_the_result_and_overrides_stand_anywhere(written, tmp_path, caps
 
 
 def test_printed_config_is_a_recipe_with_nothing_open(written, tmp_path, capsys):
-    assert main(["train", str(written), "--print_config", "precision=auto", "batch.micro=auto"]) == 0
+    assert main(["train", str(written), "--print-config", "precision=auto", "batch.micro=auto"]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     recipe = recipes.read(printed)
