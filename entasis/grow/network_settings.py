@@ -14,6 +14,8 @@ Amount = Annotated[int, Field(ge=1, le=1_000_000)]
 class NetworkSettings(Settings):
     """The defaults are those of LESA's code, early stopping apart."""
 
+    basis: Literal["shared", "none"] = "shared"
+    """What the network sees rows of: V_i in the basis that all layers share, or (the paper's ablation) W_i as it is."""
     norm_loss: Literal["batch", "row", "none"] = "batch"
     """(‖out‖ − ‖V‖)² of a batch as one vector, as in LESA's code; the mean of that over its rows; or left out."""
     norm_weight: Annotated[float, Field(ge=0, le=1)] = 5e-4

@@ -55,7 +55,10 @@ def fit(
     The components V of all layers are kept in a temporary file, from which rows are read at random. `progress` gets
     the part done.
     """
-    basis = shared_basis.decompose(shared_basis.add_up(read(i) for i in range(n_layers)))
+    gram_MM = shared_basis.add_up(read(i) for i in range(n_layers))
+    basis = (
+        shared_basis.identity(len(gram_MM)) if settings.basis == "none" else shared_basis.decompose(gram_MM)
+    )
     with tempfile.TemporaryFile() as file:
         for i in range(n_layers):
             v_CN = (basis.inverse_CM @ read(i).double()).float()

@@ -69,6 +69,12 @@ def decompose(gram_MM: torch.Tensor) -> SharedBasis:
     return SharedBasis(u_MC * s_C, (u_MC / s_C).T.contiguous(), len(squares_M) - kept)
 
 
+def identity(size: int) -> SharedBasis:
+    """The basis in which V_i is W_i itself, whose matrices have `size` rows."""
+    eye_MM = torch.eye(size, dtype=torch.float64)
+    return SharedBasis(eye_MM, eye_MM, dropped=0)
+
+
 def whiten(gram_MM: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
     """What makes components [C, N] of a matrix, those of `decompose` up to a rotation, and how many were dropped.
 

@@ -119,6 +119,16 @@ def test_training_ends_early_with_the_best_network_and_follows_from_the_seed():
     assert to_the_end.epochs == a.epochs + 3
 
 
+def test_raw_rows_are_what_the_network_sees_and_gives():
+    layers = alike()
+    fitted = fit_network(layers, NetworkSettings(basis="none"))
+    with torch.no_grad():
+        rows = fitted.network(torch.cat([layers[3], layers[4]], dim=1))
+    torch.testing.assert_close(fitted(layers[3], layers[4]), rows)
+    with pytest.raises(UserError, match="NaN or infinity"):
+        fit_network([*layers[:-1], torch.full((M, N), torch.nan)], NetworkSettings(basis="none"))
+
+
 def test_effective_rank():
     assert lesa.effective_rank(torch.eye(5)) == pytest.approx(5)
     assert lesa.effective_rank(torch.ones(4, 9)) == pytest.approx(1, abs=1e-5)
