@@ -70,7 +70,7 @@ def test_what_is_not_run_is_understood(command):
     assert cli.parse(words(command)).verb == words(command)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.wheel
 def test_every_command_runs_from_a_wheel_in_an_empty_folder(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     source = tmp_path / "source"  # so that building leaves nothing behind in the checkout

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("main-path")
+
 RECIPE = """
 shape: {profile: crown, layers: 4, d_model: 32, head_dim: 8, tied_embeddings: true, context: 64}
 data: {train: %(corpus)s/train, validation: %(corpus)s/validation, sequence: 64}

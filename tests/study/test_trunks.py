@@ -16,6 +16,8 @@ from entasis.study import config, plan, study_files, trunks
 from entasis.study.arms import Findings
 from entasis.study.equal_cost import before_run
 
+pytestmark = pytest.mark.xdist_group("trunks")
+
 LAYERS = [{"n_heads": 4, "n_kv_heads": 4, "d_ff": 64}] * 4
 TWICE = {"grow": {"operator": "stack", "times": 2}}
 SMALL = {"start": {"from": {"trunk": "small"}}}

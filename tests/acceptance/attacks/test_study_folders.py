@@ -10,6 +10,8 @@ from entasis.cli import main
 
 from .damage import DAMAGES
 
+pytestmark = pytest.mark.xdist_group("study-folders")
+
 STUDY = """
 base:
   shape: {{d_model: 16, head_dim: 8, context: 32, layers: [
