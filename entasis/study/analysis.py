@@ -13,12 +13,13 @@ from entasis.study import comparisons, growth, results, rounds, statistics, thro
 from entasis.study.comparisons import Control, Pairs
 from entasis.study.config import Protocol, Study
 from entasis.study.equal_cost import before_run
-from entasis.study.plan import Plan, PlannedRun
+from entasis.study.plan import Comparison, Plan, PlannedRun
 from entasis.study.results import Outcome
 from entasis.study.stopping import Standing
 from entasis.study.throughput import Speed
 from entasis.study.verdict import (
     ArmVerdict,
+    ContrastVerdict,
     ControlResult,
     FirstPlan,
     LookResult,
@@ -33,21 +34,22 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
     done = results.outcomes(folder, plan.runs)
     failed = results.failures(folder, plan.runs)
     pairs = comparisons.pairs_of(study, plan, done)
-    compared = plan.comparisons(study.baseline)
+    compared = plan.comparisons(study)
     found, standings = comparisons.compare(study, plan, pairs)
     controls = comparisons.controls(study, plan, pairs)
     asked = rounds.wanted(study, plan, folder, lost=failed)
     protocols = {}
     for p in study.protocols:
         speeds = _speeds(study, plan, folder, done) if p == "time" else {}
-        names = {arm: name for (q, arm), name in compared.items() if q == p}
-        differences = {arm: found[name] for arm, name in names.items() if name in found}
-        looks = {arm: _looks(standings[name]) for arm, name in names.items() if name in standings}
+        names = {c: name for c, name in compared.items() if c.protocol == p}
+        differences = {c: found[name] for c, name in names.items() if name in found}
+        looks = {c: _looks(standings[name]) for c, name in names.items() if name in standings}
         if p == "time":
             differences = {
-                arm: _at_equal_time(d, speeds[arm], study.margin) for arm, d in differences.items()
+                c: _at_equal_time(d, _speed(plan, folder, done, c.arm, c.against), study.margin)
+                for c, d in differences.items()
             }
-        judging = _Judging(study, plan, p, done, pairs[p], controls, differences, looks, speeds)
+        judging = _Judging(study, plan, p, done, pairs, controls, differences, looks, speeds)
         protocols[p] = judging.verdict(failed)
     first = growth.first(folder)
     sentences = _controls_say(study, controls)
@@ -88,10 +90,12 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
 
 
 def _speeds(study: Study, plan: Plan, folder: Path, done: Mapping[str, Outcome]) -> dict[str, Speed]:
-    return {
-        arm: throughput.speed(folder, arm, study.baseline, [done[r.folder] for r in runs if r.folder in done])
-        for arm, runs in plan.grid["time"].items()
-    }
+    return {arm: _speed(plan, folder, done, arm, study.baseline) for arm in plan.grid["time"]}
+
+
+def _speed(plan: Plan, folder: Path, done: Mapping[str, Outcome], arm: str, against: str) -> Speed:
+    runs = [done[run.folder] for run in plan.grid["time"][arm] if run.folder in done]
+    return throughput.speed(folder, arm, against, runs)
 
 
 def _controls_say(study: Study, controls: Mapping[str, Control]) -> dict[str, str]:
@@ -121,11 +125,14 @@ def _how(
         numbers = [d.n for d in found.values()]
         planned = len(first.seeds) if first and first.until is None else None
         said.append(verdict_text.method(study.until, (min(numbers), max(numbers)), planned))
-    names = {**comparisons.family(study, plan), **plan.controls(study.baseline)}
+    names = {**comparisons.family(study, plan), **plan.controls(study)}
     for name, run in asked.ended.items():
         n = found[name].n if name in found else 0
+        whom = names[name].arm + (
+            f" with {names[name].against}" if names[name].against != study.baseline else ""
+        )
         said.append(
-            f"The comparison of {names[name][1]} ends after {n} {'seed' if n == 1 else 'seeds'}, as {run} failed."
+            f"The comparison of {whom} ends after {n} {'seed' if n == 1 else 'seeds'}, as {run} failed."
         )
     if added := [arm for arm in study.arms if first and arm not in first.arms]:
         said.append(f"Added after the first runs: {verdict_text.listed(added)}.")
@@ -160,10 +167,10 @@ class _Judging:
     plan: Plan
     protocol: Protocol
     done: Mapping[str, Outcome]
-    pairs: Mapping[str, Pairs]
+    pairs: Mapping[Comparison, Pairs]
     controls: Mapping[str, Control]
-    differences: Mapping[str, statistics.Difference]
-    looks: Mapping[str, list[LookResult]]
+    differences: Mapping[Comparison, statistics.Difference]
+    looks: Mapping[Comparison, list[LookResult]]
     speeds: Mapping[str, Speed]
 
     @property
@@ -177,7 +184,10 @@ class _Judging:
         scores = [o.bits_per_byte for o in self._finished(study.baseline)]
         return ProtocolVerdict(
             sentence=verdict_text.verdict(
-                self.differences,
+                {
+                    rival: {c.arm: d for c, d in self.differences.items() if c.against == rival}
+                    for rival in [study.baseline, *dict.fromkeys(rival for _, rival in study.contrasted)]
+                },
                 baseline=study.baseline,
                 protocol=self.protocol,
                 margin=study.margin,
@@ -185,8 +195,26 @@ class _Judging:
                 twins=self.twins,
             ),
             baseline_sd=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
-            paired_sd=_number(next((d.noise for d in self.differences.values()), None)),
+            paired_sd=_number(
+                next((d.noise for c, d in self.differences.items() if c.against == study.baseline), None)
+            ),
             arms={arm: self._arm(runs[arm][0]) for arm in study.arms},
+            contrasts=[self._contrast(Comparison(self.protocol, *both)) for both in study.contrasted],
+        )
+
+    def _contrast(self, c: Comparison) -> ContrastVerdict:
+        d = self.differences.get(c)
+        judgement, says = self._words(d)
+        if c.arm in self.plan.twins(self.protocol, c.against):
+            judgement, says = "itself", f"{c.against} itself: the same shape and recipe"
+        return ContrastVerdict(
+            arm=c.arm,
+            against=c.against,
+            judgement=judgement,
+            says=says,
+            difference=d,
+            differences=_by_seed(self.pairs[c]),
+            looks=self.looks.get(c),
         )
 
     def _finished(self, arm: str) -> list[Outcome]:
@@ -196,6 +224,7 @@ class _Judging:
     def _arm(self, run: PlannedRun) -> ArmVerdict:
         """The verdict of the arm that `run` is the first run of."""
         name, arm = run.arm, self.plan.arms[run.arm]
+        compared = Comparison(self.protocol, name, self.study.baseline)
         done = self._finished(name)
         scores = [o.bits_per_byte for o in done]
         before = before_run(self.plan.arms, arm)
@@ -224,14 +253,15 @@ class _Judging:
             says=says,
             difference=difference,
             planned_tokens=run.tokens,
-            differences={x.run.seed: x.bits_per_byte - b.bits_per_byte for b, x in self.pairs.get(name, [])},
-            looks=self.looks.get(name),
+            differences=_by_seed(self.pairs.get(compared, [])),
+            looks=self.looks.get(compared),
             throughput=self.speeds.get(name),
         )
 
     def _judge(self, arm: str) -> tuple[statistics.Difference | None, str, str]:
         """The difference to the baseline, the judgement, and the same in words."""
-        study, control, d = self.study, self.controls.get(arm), self.differences.get(arm)
+        study, control = self.study, self.controls.get(arm)
+        d = self.differences.get(Comparison(self.protocol, arm, study.baseline))
         if arm == study.baseline:
             return d, "baseline", "baseline"
         if arm in self.twins:
@@ -239,9 +269,16 @@ class _Judging:
         if control and control.difference:
             seen = "worse, as it must be" if control.seen else "not seen to be worse"
             return control.difference, "seen" if control.seen else "unseen", f"positive control: {seen}"
+        return d, *self._words(d)
+
+    def _words(self, d: statistics.Difference | None) -> tuple[str, str]:
         if d:
-            return d, str(verdict_text.judge(d)), verdict_text.says(d, study.margin)
-        return None, "missing", "no finished pair"
+            return str(verdict_text.judge(d)), verdict_text.says(d, self.study.margin)
+        return "missing", "no finished pair"
+
+
+def _by_seed(pairs: Pairs) -> dict[int, float]:
+    return {x.run.seed: x.bits_per_byte - b.bits_per_byte for b, x in pairs}
 
 
 def _number(x: float | None) -> float | None:

@@ -175,6 +175,8 @@ class Study(Settings):
     base: dict[str, Any]
     arms: Changes
     baseline: Annotated[str, BeforeValidator(str)]
+    contrasts: Annotated[dict[str, list[str]], BeforeValidator(_named)] = Field(default_factory=dict)
+    """Arms, each with the arms that it is compared with besides the baseline; planned before the first run."""
     seeds: Seeds = Field(default=3, validate_default=True)
     until: Until | None = None
     """When the study ends, if it adds seeds until it knows; null: all arms get all seeds."""
@@ -229,12 +231,31 @@ class Study(Settings):
             if corpus.copy_of and corpus.copy_of not in above:
                 raise UserError(f"corpora.{name}: copy_of is {corpus.copy_of!r}; name a corpus above it")
             above.append(name)
+        for pair in self.contrasted:
+            self._check_contrast(*pair)
         if self.sweep and (shared := sorted(set(self.sweep.seeds) & set(self.seeds))):
             raise UserError(
                 f"sweep.seeds holds {shared[0]}, a seed of the study too; choose others, or say how many (2)"
             )
         trunks.check(list(self.trunks), {name: self.trunk_of(name) for name in [*self.trunks, *self.arms]})
         return self
+
+    @property
+    def contrasted(self) -> list[tuple[str, str]]:
+        """The contrasts, one by one: an arm, and what it is compared with."""
+        return [(arm, rival) for arm, rivals in self.contrasts.items() for rival in rivals]
+
+    def _check_contrast(self, arm: str, rival: str) -> None:
+        where = f"contrasts: {arm}: {rival}"
+        for name in (arm, rival):
+            if name not in self.arms:
+                raise UserError(f"{where}: {name!r} is no arm; {advise(name, self.arms)}")
+            if name in self.controls:
+                raise UserError(f"{where}: {name} is a control, which is compared with the baseline alone")
+            if name == self.baseline:
+                raise UserError(f"{where}: every arm is compared with the baseline, {name}, anyway")
+        if arm == rival or self.contrasted.count((arm, rival)) > 1 or (rival, arm) in self.contrasted:
+            raise UserError(f"{where}: an arm is compared with itself, or two arms twice")
 
     def base_of(self, name: str) -> dict[str, Any]:
         """What an arm or trunk changes."""

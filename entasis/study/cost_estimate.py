@@ -76,7 +76,7 @@ def estimate(
     rows = [row(name, "trunk", [r for r in first if r.arm == name]) for name in study.trunks]
     rows += [row(name, p, runs) for p, by_arm in plan.grid.items() for name, runs in by_arm.items()]
     total = sum(r.flops for r in [*first, *prepared, *asked])
-    comparisons = len(set(plan.comparisons(study.baseline).values()))
+    comparisons = len(set(plan.comparisons(study).values()))
     factor = statistics.detectable_effect(1.0, len(study.seeds), max(1, comparisons))
     sd, sd_source = _noise(study, folder, noise)
     return {

@@ -40,6 +40,16 @@ class PlannedRun:
     """The trunk's run that it starts from."""
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One arm against another, under one protocol."""
+
+    protocol: Protocol
+    arm: str
+    against: str
+    """The baseline, or what a contrast names."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The main grid: per protocol and arm one run a seed. Runs that protocols share are the same object."""
@@ -53,27 +63,34 @@ class Plan:
         unique = {run.folder: run for arms in self.grid.values() for runs in arms.values() for run in runs}
         return sorted(unique.values(), key=lambda run: run.seed)
 
-    def twins(self, protocol: Protocol, baseline: str) -> list[str]:
-        """Arms whose runs repeat the baseline's: shapes that round to one."""
+    def twins(self, protocol: Protocol, against: str) -> list[str]:
+        """Arms whose runs repeat those of `against`: shapes that round to one."""
         runs = {arm: [run.recipe for run in runs] for arm, runs in self.grid[protocol].items()}
-        return [arm for arm in runs if arm != baseline and runs[arm] == runs[baseline]]
+        return [arm for arm in runs if arm != against and runs[arm] == runs[against]]
 
-    def comparisons(self, baseline: str) -> dict[tuple[Protocol, str], str]:
-        """What is compared with the baseline under each protocol; what two protocols share has one name in both."""
+    def name(self, c: Comparison) -> str:
+        """The same for what two protocols share."""
+        arms = self.grid[c.protocol]
+        return f"{arms[c.arm][0].folder} - {arms[c.against][0].folder}"
+
+    def pairs(self, study: Study) -> list[Comparison]:
+        """Every arm beside the baseline, controls and twins too, and the contrasts, under each protocol."""
+        others = [(arm, study.baseline) for arm in study.arms if arm != study.baseline]
+        return [Comparison(p, *both) for p in self.grid for both in [*others, *study.contrasted]]
+
+    def comparisons(self, study: Study) -> dict[Comparison, str]:
+        """What is judged together, with its name; what two protocols share has one name in both."""
         return {
-            (protocol, arm): f"{runs[0].folder} - {arms[baseline][0].folder}"
-            for protocol, arms in self.grid.items()
-            for arm, runs in arms.items()
-            if arm != baseline and not self.arms[arm].control and arm not in self.twins(protocol, baseline)
+            c: self.name(c)
+            for c in self.pairs(study)
+            if not self.arms[c.arm].control and c.arm not in self.twins(c.protocol, c.against)
         }
 
-    def controls(self, baseline: str) -> dict[str, tuple[Protocol, str]]:
+    def controls(self, study: Study) -> dict[str, Comparison]:
         """Comparisons of the positive controls, by their names: each under the first protocol."""
-        protocol, arms = next(iter(self.grid.items()))
+        first = next(iter(self.grid))
         return {
-            f"{runs[0].folder} - {arms[baseline][0].folder}": (protocol, arm)
-            for arm, runs in arms.items()
-            if self.arms[arm].control
+            self.name(c): c for c in self.pairs(study) if c.protocol == first and self.arms[c.arm].control
         }
 
 

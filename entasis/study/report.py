@@ -130,6 +130,7 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
     main = verdict_tables.main_table(verdict, protocol)
     blocks += [
         page.table(_save(main, folder, f"results-{protocol}")),
+        *_contrasts(page, verdict, protocol, folder),
         *_noise(page, study, part, verdict.comparisons),
         *(trajectory.chart(page, study, verdict, protocol, folder) if study.until else []),
     ]
@@ -153,6 +154,14 @@ def _differences(page: Page, study: Study, verdict: Verdict, protocol: str, fold
     if study.until:
         tables.append(page.table(_save(trajectory.table(verdict, protocol), folder, f"looks-{protocol}")))
     return [*blocks, page.folded("All statistics, and every run's score", *tables)]
+
+
+def _contrasts(page: Page, verdict: Verdict, protocol: str, folder: Path) -> list[str]:
+    if not verdict.protocols[protocol].contrasts:
+        return []
+    table = verdict_tables.contrast_table(verdict, protocol)
+    said = "Contrasts that the study names: arms beside others than the baseline, corrected (Holm) together with the rest."
+    return [page.table(_save(table, folder, f"contrasts-{protocol}")), page.note(said)]
 
 
 def _interval(study: Study) -> str:

@@ -27,11 +27,11 @@ def wanted(study: Study, plan: Plan, folder: Path, lost: Collection[str] = ()) -
     if study.until is None:
         return Wanted(runs=plan.runs, ended={})
     done = results.outcomes(folder, plan.runs)
-    family, controls = comparisons.family(study, plan), plan.controls(study.baseline)
+    family, controls = comparisons.family(study, plan), plan.controls(study)
     differences: dict[str, list[float]] = {}
     ended: dict[str, str] = {}
-    for name, (protocol, arm) in {**family, **controls}.items():
-        pairs, failed = comparisons.in_order(plan, protocol, arm, study.baseline, done, lost)
+    for name, c in {**family, **controls}.items():
+        pairs, failed = comparisons.in_order(plan, c, done, lost)
         differences[name] = comparisons.differences_of(pairs)
         if failed:
             ended[name] = failed
@@ -46,8 +46,8 @@ def wanted(study: Study, plan: Plan, folder: Path, lost: Collection[str] = ()) -
     for name in controls:
         counts[name] = stopping.needed_to_see(differences[name], study.until, max(1, len(family)), most)
     asked: dict[str, PlannedRun] = {}
-    for name, (protocol, arm) in {**family, **controls}.items():
-        for runs in (plan.grid[protocol][study.baseline], plan.grid[protocol][arm]):
+    for name, c in {**family, **controls}.items():
+        for runs in (plan.grid[c.protocol][c.against], plan.grid[c.protocol][c.arm]):
             asked |= {run.folder: run for run in runs[: counts[name]]}
     return Wanted(runs=sorted(asked.values(), key=lambda run: study.seeds.index(run.seed)), ended=ended)
 

@@ -135,6 +135,8 @@ def summary(verdict: Verdict, console: Console) -> None:
     """The answer in the terminal."""
     for protocol in verdict.protocols:
         console.print(verdict_tables.main_table(verdict, protocol).rich())
+        if verdict.protocols[protocol].contrasts:
+            console.print(verdict_tables.contrast_table(verdict, protocol).rich())
     for name, message in verdict.failed.items():
         console.print(f"failed {name}: {message}", markup=False, highlight=False, style="red")
     console.print(verdict.sentence, markup=False, highlight=False, style="bold")

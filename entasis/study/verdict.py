@@ -114,6 +114,23 @@ class ArmVerdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ContrastVerdict:
+    """How one arm compares with another that is not the baseline, as the study planned to ask."""
+
+    arm: str
+    against: str
+    judgement: str
+    """A key of `verdict_text.SHORT`."""
+    says: str
+    difference: Annotated[Difference, BeforeValidator(_numbers)] | None
+    """None without a finished pair, and for two arms that are the same."""
+    differences: dict[int, float]
+    """By seed."""
+    looks: list[Annotated[LookResult, BeforeValidator(_numbers)]] | None = None
+    """In a study that adds seeds until it knows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProtocolVerdict:
     """All arms under one protocol of equal cost."""
 
@@ -123,6 +140,7 @@ class ProtocolVerdict:
     paired_sd: float | None
     """Of a paired difference, pooled over arms; None with one seed."""
     arms: dict[str, ArmVerdict]
+    contrasts: list[ContrastVerdict] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +168,9 @@ class Verdict:
     protocols: dict[str, ProtocolVerdict]
 
 
-def plain(part: Verdict | ArmVerdict | LookResult | Difference | Speed | Until) -> dict[str, Any]:
+def plain(
+    part: Verdict | ArmVerdict | ContrastVerdict | LookResult | Difference | Speed | Until,
+) -> dict[str, Any]:
     """A verdict, or a part of one, as JSON has it."""
     return dataclasses.asdict(part, dict_factory=_entries)
 

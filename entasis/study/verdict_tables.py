@@ -8,27 +8,13 @@ from typing import Any
 from entasis.report.tables import Column, Table
 from entasis.study import verdict_text
 from entasis.study.arms import active_column, shown_active
-from entasis.study.verdict import Verdict, plain
+from entasis.study.verdict import ArmVerdict, ContrastVerdict, Verdict, plain
 
 
 def rows(verdict: Verdict, protocol: str) -> list[dict[str, Any]]:
     """One flat row an arm: what the tables show."""
-    result = []
-    for name, arm in verdict.protocols[protocol].arms.items():
-        d = arm.difference
-        known = d is not None and math.isfinite(d.low)
-        result.append(
-            {
-                "arm": name,
-                **plain(arm),
-                **({f"difference_{k}": v for k, v in plain(d).items()} if d else {}),
-                "interval": f"{verdict_text.signed(d.low)} … {verdict_text.signed(d.high)}"
-                if d and known
-                else None,
-                "short": verdict_text.SHORT[arm.judgement],
-            }
-        )
-    return result
+    arms = verdict.protocols[protocol].arms
+    return [{"arm": name, **plain(arm), **_flat(arm)} for name, arm in arms.items()]
 
 
 def main_table(verdict: Verdict, protocol: str) -> Table:
@@ -47,6 +33,37 @@ def main_table(verdict: Verdict, protocol: str) -> Table:
         ],
         rows(verdict, protocol),
     )
+
+
+def contrast_table(verdict: Verdict, protocol: str) -> Table:
+    """Arms beside others than the baseline."""
+    return Table(
+        [
+            Column("arm", "arm"),
+            Column("against", "against"),
+            Column("difference_n", "pairs", "d"),
+            Column("difference_mean", "difference", "+.4f"),
+            Column("interval", *_interval(verdict)),
+            Column("difference_p_holm", "p", ".3g", "Holm"),
+            Column("difference_sd", "sd", ".4f", "over seeds"),
+            Column("difference_detectable", "known to", ".4f", "±")
+            if verdict.until
+            else Column("difference_detectable", "detectable", ".4f", "power 0.8"),
+            Column("short", "judgement"),
+        ],
+        [{**plain(c), **_flat(c)} for c in verdict.protocols[protocol].contrasts],
+    )
+
+
+def _flat(part: ArmVerdict | ContrastVerdict) -> dict[str, Any]:
+    """A difference as cells of a row."""
+    d = part.difference
+    known = d is not None and math.isfinite(d.low)
+    return {
+        **({f"difference_{k}": v for k, v in plain(d).items()} if d else {}),
+        "interval": f"{verdict_text.signed(d.low)} … {verdict_text.signed(d.high)}" if d and known else None,
+        "short": verdict_text.SHORT[part.judgement],
+    }
 
 
 def _interval(verdict: Verdict) -> tuple[str, str, str]:

@@ -79,7 +79,7 @@ def says(d: Difference, margin: float) -> str:
 
 
 def verdict(
-    differences: Mapping[str, Difference],
+    differences: Mapping[str, Mapping[str, Difference]],
     *,
     baseline: str,
     protocol: Protocol,
@@ -87,7 +87,23 @@ def verdict(
     failed: int = 0,
     twins: Sequence[str] = (),
 ) -> str:
-    """The study's answer under one protocol, in a sentence or two; `twins` are arms that are the baseline itself."""
+    """The study's answer under one protocol, in a sentence or two.
+
+    `differences` are those to the baseline and to each arm that contrasts name; `twins` are arms that are the baseline itself.
+    """
+    parts = [part for against, found in differences.items() for part in _parts(found, against, margin)]
+    if twins:
+        parts.append(f"{listed(twins)} {_is(twins)} {baseline} itself, of the same shape and recipe")
+    if not parts:
+        return f"{EQUAL[protocol]}: nothing to compare yet."
+    text = f"{EQUAL[protocol]}: {'; '.join(parts)}."
+    if failed:
+        text += f" {failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} left out."
+    return text
+
+
+def _parts(differences: Mapping[str, Difference], baseline: str, margin: float) -> list[str]:
+    """What is to be said of arms that are compared with one other."""
     groups: dict[Judgement, list[str]] = {}
     for name, d in differences.items():
         groups.setdefault(judge(d), []).append(name)
@@ -124,14 +140,7 @@ def verdict(
             )
     if unjudged := groups.get("unjudged"):
         parts.append(f"{listed(unjudged)} cannot be judged: an interval needs two seeds or more")
-    if twins:
-        parts.append(f"{listed(twins)} {_is(twins)} {baseline} itself, of the same shape and recipe")
-    if not parts:
-        return f"{EQUAL[protocol]}: nothing to compare yet."
-    text = f"{EQUAL[protocol]}: {'; '.join(parts)}."
-    if failed:
-        text += f" {failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} left out."
-    return text
+    return parts
 
 
 def lucky(d: Difference) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 from safetensors.numpy import load_file, save_file
 
@@ -124,10 +125,12 @@ def set_score(run: Path, bits_per_byte: float) -> None:
 
 
 def reported(
-    entasis: Command, finished: Path, folder: Path, scores: dict[str, list[float]]
+    entasis: Command, finished: Path, folder: Path, scores: dict[str, list[float]], **keys: Any
 ) -> dict[str, Any]:
-    """The verdict of the finished study with these differences to the baseline, seed by seed."""
+    """The verdict of the finished study with these differences to the baseline, seed by seed, and these keys."""
     shutil.copytree(finished, folder)
+    plain = yaml.safe_load((folder / "study.yaml").read_text())
+    (folder / "study.yaml").write_text(yaml.safe_dump(plain | keys, sort_keys=False))
     for seed, base in enumerate((2.0, 2.1, 2.05)):
         for name in ("plain", "twin"):
             set_score(folder / f"runs/{name}/seed-{seed}", base)
@@ -154,6 +157,73 @@ def test_the_family_is_all_that_was_planned_and_an_arm_that_is_the_baseline_is_n
     noise = [np.std(x, ddof=1) for x in (*differences.values(), [0.0, 0.012, -0.013])]
     assert slope["noise"] == pytest.approx(np.sqrt(np.mean(np.square(noise))), rel=1e-3)
     assert "3 comparisons (Holm)" in (tmp_path / "s/report.html").read_text()
+
+
+CONTRASTS = {"slope": ["deep"], "twin": ["slope"]}
+
+
+def test_contrasts_are_judged_together_with_the_rest(
+    entasis: Command, finished: Path, tmp_path: Path
+) -> None:
+    scores = {"slope": [-0.030, -0.031, -0.029], "deep": [0.01, -0.011, 0.004]}
+    scores["deep@flops"] = [0.0, 0.012, -0.013]
+    verdict = reported(entasis, finished, tmp_path / "s", scores, contrasts=CONTRASTS)
+    # slope against plain and twin against slope are the same runs under both protocols; deep has others.
+    assert verdict["comparisons"] == 6
+    for protocol, deep in (("params", "deep"), ("flops", "deep@flops")):
+        against_deep, twin = verdict["protocols"][protocol]["contrasts"]
+        d = against_deep["difference"]
+        expected = scipy.stats.ttest_rel(scores["slope"], scores[deep])
+        assert (against_deep["arm"], against_deep["against"]) == ("slope", "deep")
+        assert d["mean"] == pytest.approx(np.mean(np.subtract(scores["slope"], scores[deep])), abs=1e-6)
+        assert d["p"] == pytest.approx(expected.pvalue, rel=1e-3)
+        assert against_deep["differences"]["2"] == pytest.approx(
+            scores["slope"][2] - scores[deep][2], abs=1e-6
+        )
+        assert twin["judgement"] == "worse" and "twin is worse than slope by 0.0300" in verdict["sentence"]
+        assert twin["difference"]["p_holm"] == pytest.approx(6 * twin["difference"]["p"])
+    # The noise of contrasts is their own: twin against slope counts in it, plain against slope does not.
+    apart = [
+        np.subtract(scores["slope"], scores["deep"]),
+        np.subtract(scores["slope"], scores["deep@flops"]),
+        np.negative(scores["slope"]),
+    ]
+    assert d["noise"] == pytest.approx(np.sqrt(np.mean([np.var(x, ddof=1) for x in apart])), rel=1e-3)
+    assert "Contrasts that the study names" in (tmp_path / "s/report.html").read_text()
+    assert "slope,deep,3" in (tmp_path / "s/tables/contrasts-params.csv").read_text()
+
+
+def test_contrasts_of_a_study_that_adds_seeds_have_looks(
+    entasis: Command, finished: Path, tmp_path: Path
+) -> None:
+    scores = {"slope": [-0.030, -0.031, -0.029], "deep": [0.01, -0.011, 0.004]}
+    verdict = reported(entasis, finished, tmp_path / "s", scores, contrasts=CONTRASTS, until={"seeds": 3})
+    twin = verdict["protocols"]["params"]["contrasts"][1]
+    assert [look["n"] for look in twin["looks"]] == [1, 2, 3] and verdict["complete"]
+    code, out, errors = entasis("study", "report", tmp_path / "s")
+    assert code == 0, errors
+    assert "against" in out and "known to" in out
+
+
+@pytest.mark.parametrize(
+    ("contrasts", "says"),
+    [
+        ({"slope": ["dep"]}, "contrasts: slope: dep: 'dep' is no arm; did you mean deep?"),
+        ({"slope": ["plain"]}, "every arm is compared with the baseline, plain, anyway"),
+        ({"slope": ["slope"]}, "an arm is compared with itself, or two arms twice"),
+        ({"slope": ["deep"], "deep": ["slope"]}, "an arm is compared with itself, or two arms twice"),
+        ({"slope": ["half"]}, "half is a control"),
+        ({"slope": "deep"}, "contrasts.slope"),
+    ],
+)
+def test_contrasts_that_ask_nothing_are_refused(
+    contrasts: dict[str, Any], says: str, entasis: Command, corpus: Path, tmp_path: Path
+) -> None:
+    arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}, "deep": {"shape.layers": 8},
+            "half": {"control": True}}  # fmt: skip
+    file = write(tmp_path, corpus, arms=arms, contrasts=contrasts)
+    code, _, errors = entasis("study", "plan", file)
+    assert code == 2 and says in errors and errors.count("\n") == 1
 
 
 def test_seeds_that_agree_by_luck_do_not_make_an_arm_the_same(

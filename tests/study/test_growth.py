@@ -143,8 +143,8 @@ def test_a_control_is_half_as_long_and_exempt_from_equal_cost_and_from_the_famil
     assert plan.grid["time"]["half"][0].tokens == pytest.approx(
         plan.grid["time"]["plain"][0].tokens / 2, abs=256
     )
-    assert {arm for _, arm in plan.comparisons("plain")} == {"slope"}
-    assert {arm for _, arm in plan.controls("plain").values()} == {"half", "thin"}
+    assert {c.arm for c in plan.comparisons(s)} == {"slope"}
+    assert {c.arm for c in plan.controls(s).values()} == {"half", "thin"}
 
 
 def test_controls_must_be_what_they_say() -> None:

@@ -60,5 +60,5 @@ def test_no_verdict_by_time_that_the_speed_s_error_could_undo() -> None:
     assert verdict_text.says(uncertain["fast"], 0.01) == (
         "not established: the error of its measured speed alone is worth 0.0300 bits per byte"
     )
-    sentence = verdict_text.verdict(uncertain, baseline="plain", protocol="time", margin=0.01)
+    sentence = verdict_text.verdict({"plain": uncertain}, baseline="plain", protocol="time", margin=0.01)
     assert "fast differs by −0.0200, but the error of its measured speed alone is worth 0.0300" in sentence

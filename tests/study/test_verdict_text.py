@@ -41,7 +41,7 @@ def test_equivalence_needs_the_margin() -> None:
 def test_one_seed_is_not_judged() -> None:
     d = difference([-0.5])
     assert verdict_text.judge(d) == "unjudged"
-    sentence = verdict_text.verdict({"a": d}, baseline="b", protocol="params", margin=0.01)
+    sentence = verdict_text.verdict({"b": {"a": d}}, baseline="b", protocol="params", margin=0.01)
     assert "cannot be judged" in sentence and "better" not in sentence
 
 
@@ -52,7 +52,7 @@ def test_seeds_that_agree_by_luck_are_not_relied_on() -> None:
     assert verdict_text.judge(d["lucky"]) == "undecided" and "add seeds" in verdict_text.says(
         d["lucky"], 0.01
     )
-    sentence = verdict_text.verdict(d, baseline="b", protocol="params", margin=0.01)
+    sentence = verdict_text.verdict({"b": d}, baseline="b", protocol="params", margin=0.01)
     assert "the seeds of lucky agree on −0.0203" in sentence and "better" not in sentence
 
 
@@ -94,13 +94,16 @@ def test_verdict_names_every_arm_once() -> None:
         },
         margin=0.01,
     )
-    text = verdict_text.verdict(d, baseline="plain", protocol="params", margin=0.01, failed=1)
+    text = verdict_text.verdict(
+        {"plain": d, "good": {"bad": d["bad"]}}, baseline="plain", protocol="params", margin=0.01, failed=1
+    )
     assert text.startswith("At equal parameters and tokens: good is better than plain by 0.1")
     assert "bad is worse than plain" in text
     assert "close is no different from plain within ±0.0100" in text
     assert "between open and plain no difference was detected" in text
     assert text.endswith("1 run failed and is left out.")
-    assert all(text.count(name + " ") == 1 for name in d)
+    assert "bad is worse than good by 0.1" in text
+    assert all(text.count(name + " ") == 1 + (name == "bad") for name in d if name != "good")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_missing_numbers_never_reach_a_sentence() -> None:
     d = difference([0.1])
     assert math.isnan(d.low)
     assert "nan" not in verdict_text.says(d, 0.01) + verdict_text.verdict(
-        {"a": d}, baseline="b", protocol="time", margin=0.01
+        {"b": {"a": d}}, baseline="b", protocol="time", margin=0.01
     )
 
 
@@ -134,7 +137,7 @@ def test_a_study_that_adds_seeds_says_how_well_it_knows() -> None:
         verdict_text.says(open_, 0.002)
         == f"no difference detected; known to ±{open_.detectable:.4f} bits per byte"
     )
-    text = verdict_text.verdict({"a": open_}, baseline="b", protocol="params", margin=0.002)
+    text = verdict_text.verdict({"b": {"a": open_}}, baseline="b", protocol="params", margin=0.002)
     assert text.endswith(
         f"no difference detected between a and b; known to ±{open_.detectable:.4f} bits per byte."
     )
