@@ -59,6 +59,7 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
         *(part.sentence for part in protocols.values()),
         *_how(study, plan, first, asked, found),
         *(text for text in sentences.values() if text not in unseen),
+        *_read_again(done),
     ]
     return Verdict(
         study=study.name,
@@ -137,6 +138,19 @@ def _how(
     if added := [arm for arm in study.arms if first and arm not in first.arms]:
         said.append(f"Added after the first runs: {verdict_text.listed(added)}.")
     return said
+
+
+def _read_again(done: Mapping[str, Outcome]) -> list[str]:
+    """Which arms read a text more than once, their trunks' part with it."""
+    times: dict[str, float] = {}
+    for o in done.values():
+        for n in o.result.get("epochs", {}).values():
+            times[o.run.arm] = max(n, times.get(o.run.arm, 0))
+    again = {arm: n for arm, n in times.items() if n > 1}
+    if not again:
+        return []
+    whom = verdict_text.listed(list(again)) if len(again) < 4 else f"{len(again)} arms"
+    return [f"A text was read more than once by {whom}, up to {max(again.values()):.2f} times."]
 
 
 def _looks(standing: Standing) -> list[LookResult]:

@@ -260,6 +260,20 @@ def test_a_run_does_not_inherit_the_memory_of_the_one_before_it(
     assert extra[0] > 100e6 and extra[1] > 0.8 * extra[0], peak
 
 
+def test_a_text_that_is_read_again_is_said(entasis: Command, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "s")
+    path = tmp_path / "s/runs/slope/seed-1/result.json"
+    result = json.loads(path.read_text())
+    (corpus,) = result["epochs"]
+    code, out, errors = entasis("study", "report", tmp_path / "s", "--json")
+    assert code == 0 and "read more than once" not in json.loads(out)["sentence"], errors
+    del result[files.SEAL]
+    files.write_json(path, result | {"epochs": {corpus: 2.25}})
+    code, out, errors = entasis("study", "report", tmp_path / "s", "--json")
+    assert code == 0, errors
+    assert json.loads(out)["sentence"].endswith(" A text was read more than once by slope, up to 2.25 times.")
+
+
 def test_a_learning_rate_edited_after_the_runs_is_noticed(
     entasis: Command, finished: Path, tmp_path: Path
 ) -> None:
