@@ -77,18 +77,27 @@ def test_without_lm_eval_it_is_said_before_training_and_nothing_is_scored(corpus
     assert not downstream.score(study(corpus, wanted), tmp_path, [], Console(file=io.StringIO()))
 
 
-def test_the_table_pairs_scores_by_seed(corpus, tmp_path):
-    asked = study(corpus, {"tasks": ["t"]}).replaced(seeds=[0, 1, 2])
+def scored(corpus, folder, scores):
+    """The rows of arms a and b with these accuracies, seed by seed."""
+    asked = study(corpus, {"tasks": ["t"]}).replaced(seeds=list(range(len(scores["a"]))))
     plan = lay_out(asked, solve(asked, 257), Findings())
-    scores = {"a": [0.5, 0.7, 0.6], "b": [0.6, 0.82, 0.71]}
     done = {}
     for arm, runs in plan.grid["params"].items():
         for run, score in zip(runs, scores[arm], strict=True):
-            (tmp_path / run.folder).mkdir(parents=True)
+            (folder / run.folder).mkdir(parents=True)
             told = {"t": {"acc": score}, "group": {}}
-            (tmp_path / run.folder / downstream.FILE).write_text(json.dumps(told))
-            done[run.folder] = Outcome(run, tmp_path / run.folder, {})
-    a, b = downstream.table(plan, done, "a").rows
+            (folder / run.folder / downstream.FILE).write_text(json.dumps(told))
+            done[run.folder] = Outcome(run, folder / run.folder, {})
+    return downstream.table(plan, done, "a").rows
+
+
+def test_seeds_that_agree_to_the_last_item_have_no_interval(corpus, tmp_path):
+    _, b = scored(corpus, tmp_path, {"a": [0.5, 0.75], "b": [0.625, 0.875]})
+    assert b["difference"] == 0.125 and "low" not in b and "high" not in b
+
+
+def test_the_table_pairs_scores_by_seed(corpus, tmp_path):
+    a, b = scored(corpus, tmp_path, {"a": [0.5, 0.7, 0.6], "b": [0.6, 0.82, 0.71]})
     assert a == {"protocol": "params", "task": "t", "metric": "acc", "arm": "a", "mean": pytest.approx(0.6)}
     # Differences 0.10, 0.12, 0.11: far less spread than the scores. t at 0.975 with two degrees of freedom is 4.303.
     half = 4.303 * 0.01 / 3**0.5
