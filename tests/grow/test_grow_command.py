@@ -68,7 +68,7 @@ def test_every_family_computes_the_same_after_growing(name, tmp_path, capsys):
     shape = weights.read_shape(source)
     commands = {"llama_pro": ["--after", "0,2"]}
     if shape.uniform:
-        commands["zero_average"] = ["--after", "top:2"]
+        commands |= {key: ["--after", "top:2"] for key in ("zero_average", "zero_aligned_average")}
         wide = shape.layers[0]
         if shape.qk_norm != "full":
             commands["widen"] = [
@@ -89,7 +89,7 @@ def test_every_family_computes_the_same_after_growing(name, tmp_path, capsys):
 )
 def test_factors_of_a_place_go_along(model, tmp_path, scales):
     source = model(replace(EQUAL, **scales))
-    for operator in ("llama_pro", "zero_average"):
+    for operator in ("llama_pro", "zero_average", "zero_aligned_average"):
         grow(source, tmp_path / operator, "--operator", operator, "--after", "0,1")
         torch.testing.assert_close(logits(tmp_path / operator), logits(source), atol=1e-4, rtol=1e-5)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from entasis.grow import positions, resize
-from entasis.grow.growth import OPERATORS, GrownLayer, Operator, insert
+from entasis.grow.growth import OPERATORS, GrownLayer, Operator, insert, name_of
 from entasis.grow.positions import Positions
 from entasis.grow.resize import Read, ResizePlan
 from entasis.grow.transitions import Init
@@ -22,11 +22,15 @@ class AlignedAverage(Operator):
     """Between layers i and i+1 the mean of layer i and of layer i+1 with its heads and FFN units matched to it (optimal
     assignment; OpT-DeUS uses optimal transport, 2508.08011)."""
 
+    output: ClassVar[float] = 1.0
     after: Positions
 
     def layers(self, shape: ModelShape) -> list[GrownLayer]:
-        places = positions.resolve(self.after, shape.n_layers, between=True, where="grow: aligned_average")
-        return insert(shape, {i: GrownLayer(((i, 0.5), (i + 1, 0.5)), is_new=True) for i in places})
+        where = f"grow: {name_of(self)}"
+        places = positions.resolve(self.after, shape.n_layers, between=True, where=where)
+        return insert(
+            shape, {i: GrownLayer(((i, 0.5), (i + 1, 0.5)), is_new=True, output=self.output) for i in places}
+        )
 
     def memory(self, shape: ModelShape) -> int:
         return matching_memory(shape)
@@ -48,6 +52,15 @@ class AlignedAverage(Operator):
             self.told(done + 1, len(new))
         self.diagnostics["alignment"] = matched
         yield from resize.apply(dataclasses.replace(plan, parameters=kept), read)
+
+
+@OPERATORS.register("zero_aligned_average")
+class ZeroAlignedAverage(AlignedAverage):
+    """As `aligned_average`, with output projections of 0 (OpT-DeUS, 2508.08011, with an assignment for its transport). With
+    reordered norms it is the norms' weights that are 0."""
+
+    keeps_function: ClassVar[bool] = True
+    output: ClassVar[float] = 0.0
 
 
 def matching_memory(shape: ModelShape) -> int:
