@@ -38,6 +38,15 @@ def test_overrides_reach_the_shape_and_numbered_stages(path):
     assert [stage.tokens for stage in recipe.stages] == [1_000_000, 3_000_000]
 
 
+def test_on_is_a_word_and_no_truth(path):
+    """YAML 1.1 would read the keys of `lora` and `anneal` as true."""
+    path.write_text(f"{TEXT}stages: [{{tokens: 10k}}, {{tokens: 10k, lora: {{rank: 4, on: [attention]}}}}]")
+    recipe = recipes.read(path, ["stages.0.anneal=[{on: 'blocks[0]', part: [0, 0.5]}]"])
+    assert recipe.stages[1].lora.on == ["attention"] and recipe.stages[0].anneal[0].on == "blocks[0]"
+    with pytest.raises(UserError, match="compile is 'off'; it must be true or false or auto"):
+        recipes.read(path, ["compile=off"])
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
