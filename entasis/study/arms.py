@@ -8,7 +8,7 @@ from typing import Any
 
 from entasis import quantities
 from entasis.report.tables import Column
-from entasis.shape import cost
+from entasis.shape import cost, layout
 from entasis.shape.shapes import ModelShape
 from entasis.study.config import changed
 from entasis.train import recipe as recipes
@@ -76,10 +76,18 @@ class Arm:
         """A recipe whose steps cost the same. An arm that starts from a trunk begins with initial weights instead."""
         if self.trunk is None:
             return self.recipe
-        plain, first = changed(self.recipe, {"shape": self.stages[0].shape.to_dict()}), self.stages[0]
+        plain = changed(self.recipe, {"shape": self.stages[0].shape.to_dict()})
         del plain["start"]
+        # Without what the trunk's weights brought, no layer is new: what is meant is named, and rates may be any.
+        for stage, span in zip(plain.get("stages") or [], self.stages, strict=False):
+            names = layout.sizes(span.shape)
+            stage |= {"trainable": [name for name in span.trainable if name in names]}
+            if stage.get("lora"):
+                stage["lora"] = {**stage["lora"], "on": list(span.adapted)}
+            for key in ("warmup_new", "anneal"):
+                stage.pop(key, None)
         if plain.get("stages"):
-            plain["stages"][0] |= {"transition": None, "trainable": list(first.trainable)}
+            plain["stages"][0]["transition"] = None
         return plain
 
 

@@ -15,6 +15,9 @@ from entasis.errors import UserError
 from entasis.study import config, plan, study_files, trunks
 from entasis.study.arms import Findings
 from entasis.study.equal_cost import before_run
+from entasis.train import recipe as recipes
+from entasis.train.resolve import resolve
+from entasis.train.stages import lay_out
 
 pytestmark = pytest.mark.xdist_group("trunks")
 
@@ -76,6 +79,20 @@ def test_each_run_starts_from_the_trunk_of_its_own_seed() -> None:
     assert [r.folder for r in trunks.needed(runs)] == ["trunks/small/seed-0", "trunks/small/seed-1"]
     assert [r.folder for r in trunks.needed(plan.preparatory(s, arms))] == ["trunks/small/seed-1000"]
     assert trunks.needed(runs)[1].recipe["seed"] == 1 and "start" not in trunks.needed(runs)[1].recipe
+
+
+def test_an_arm_whose_stages_speak_of_new_layers_is_timed_without_the_trunk() -> None:
+    stages = [
+        {"tokens": 1024, "transition": TWICE, "trainable": "newest", "warmup_new": "10%"},
+        {"tokens": 1024, "trainable": "newest", "anneal": [{"on": "newest", "part": [0, 1]}]},
+        {"trainable": ["final_norm"], "lora": {"rank": 2, "on": "newest"}},
+    ]
+    arm = plan.solve(study(arms={"plain": SMALL, "grown": {**SMALL, "stages": stages}}))["grown"]
+    timed = recipes.from_dict(arm.timed)
+    resolved, shape, _ = resolve(timed, 512)
+    for there, here in zip(arm.stages, lay_out(resolved, shape), strict=True):
+        assert here.flops_per_token == there.flops_per_token and here.adapted == there.adapted
+        assert here.trainable == there.trainable and here.shape == there.shape
 
 
 def test_a_trunk_may_start_from_another_and_the_base_from_one() -> None:
