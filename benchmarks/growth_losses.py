@@ -99,7 +99,7 @@ def _row(args: argparse.Namespace, name: str, options: dict[str, Any]) -> dict[s
         folder = args.folder / "grown"
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            grown = grow_folder(args.model, folder, [read_operator(name, options, f"grow: {name}")], seed=0)
+            grown = grow_folder(args.model, folder, [read_operator(name, options, f"grow: {name}")])
         except UserError as error:
             return {**row, "refused": str(error)}
         row |= {"diagnostics": grown.diagnostics, "growing_seconds": round(time.perf_counter() - began, 1)}

@@ -27,9 +27,12 @@ from entasis.cli.numbers import amount, seed, whole
 from entasis.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from entasis.grow.folder import Growth
     from entasis.grow.growth import Operator
-    from entasis.shape.shapes import ModelShape
+    from entasis.grow.transitions import Init
+    from entasis.shape.shapes import LayerShape, ModelShape
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,22 +69,49 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("name the model and the folder to make (entasis grow --help says more)")
     from entasis.grow.folder import grow_folder, plan_growth
 
+    _check_text(args)
     operators = _operators(args)
     planned = plan_growth(args.model, operators)
     if args.dry_run:
         return _tell(planned, args, None)
-    if args.text and not (Path(args.model) / "tokenizer.json").is_file():
-        raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
+    losses = {"before": _loss(args, args.model, "before")} if args.text else None
     with progress.bars("numbers") as advance:
         growing, fitting = (functools.partial(advance, what) for what in ("growing", "fitting"))
         done = grow_folder(
-            args.model, args.folder, operators, seed=args.seed, progress=growing, fitting=fitting
+            args.model, args.folder, operators, init=_init(args), progress=growing, fitting=fitting
         )
     for name, found in done.diagnostics.items():
         for line in found.get("warnings", ()):
             print(f"warning: {name}: {line}", file=sys.stderr)
-    losses = _losses(args) if args.text else None
+    if losses:
+        losses["after"] = _loss(args, args.folder, "after")
     return _tell(done, args, losses)
+
+
+def _check_text(args: argparse.Namespace) -> None:
+    """Raises `UserError` for options that would come to nothing."""
+    if args.text and args.dry_run:
+        raise UserError("--text measures a model that is made; leave out --dry-run")
+    for name in ("tokens", "sequence"):
+        if getattr(args, name) is not None and not args.text:
+            raise UserError(f"--{name} is of the text to measure the loss on; name one with --text")
+    if args.text and not (Path(args.model) / "tokenizer.json").is_file():
+        raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
+
+
+def _init(args: argparse.Namespace) -> Init:
+    """As the model's own run draws initial values, where it is one; by the seed given."""
+    from entasis.grow.folder import home_of
+    from entasis.grow.transitions import Init
+    from entasis.train import recipe as recipes
+
+    file = home_of(Path(args.model)) / "recipe.yaml"
+    if not file.is_file():
+        return Init(args.seed)
+    recipe = recipes.read(file)
+    return Init(
+        args.seed, recipe.optimizer.parametrisation, recipe.optimizer.base_width, recipe.init == "nested"
+    )
 
 
 def _operators(args: argparse.Namespace) -> list[Operator]:
@@ -93,6 +123,8 @@ def _operators(args: argparse.Namespace) -> list[Operator]:
     shape = read_shape(args.model)
     options = read_pairs(args.set)
     if args.after is not None:
+        if "after" in options:
+            raise UserError("give --after or after=, not both")
         options["after"] = args.after
     if args.operator is None and (options or not (args.to_shape or args.profile)):
         raise UserError("name an --operator (entasis grow --list), a --to-shape or a --profile")
@@ -102,7 +134,7 @@ def _operators(args: argparse.Namespace) -> list[Operator]:
     if args.to_shape and args.profile:
         raise UserError("give --to-shape or --profile, not both")
     if args.to_shape or args.profile:
-        target = [layer.to_dict() for layer in _target(args, shape).layers]
+        target = [layer.to_dict() for layer in _target(args, shape)]
         if len(target) != shape.n_layers:
             raise UserError(
                 f"--to-shape has {len(target)} layers, and the model {shape.n_layers} by then; "
@@ -112,13 +144,14 @@ def _operators(args: argparse.Namespace) -> list[Operator]:
     return operators
 
 
-def _target(args: argparse.Namespace, shape: ModelShape) -> ModelShape:
-    """The shape whose layers are wanted; what is not said of it is as in the model. Raises `UserError`."""
+def _target(args: argparse.Namespace, shape: ModelShape) -> tuple[LayerShape, ...]:
+    """The layers that are wanted; what is not said of their model is as in this one. Raises `UserError`."""
     from entasis.cli.shape import read_pairs, read_shape, split_pairs
     from entasis.shape import cost, specification
 
     if args.to_shape and "=" not in args.to_shape:
-        return read_shape(args.to_shape).shape
+        found = read_shape(args.to_shape).shape
+        return _checked(found, shape, ("d_model", "head_dim"))
     known: dict[str, Any] = {key: value for key, value in shape.to_dict().items() if key != "layers"}
     ratios = {layer.n_heads // layer.n_kv_heads for layer in shape.layers if layer.n_heads}
     if len(ratios) == 1:
@@ -127,27 +160,37 @@ def _target(args: argparse.Namespace, shape: ModelShape) -> ModelShape:
         wanted = read_pairs(split_pairs(args.to_shape))
     else:
         wanted = {"profile": args.profile, "budget": cost.parameters(shape)}
-    return specification.resolve({"layers": shape.n_layers, **known, **wanted}).shape
+    found = specification.resolve({"layers": shape.n_layers, **known, **wanted}).shape
+    return _checked(found, shape, [key for key in found.to_dict() if key != "layers"])
 
 
-def _losses(args: argparse.Namespace) -> dict[str, Any]:
-    """Bits per byte and nats per token before and after, on the same text."""
+def _checked(target: ModelShape, shape: ModelShape, keys: Sequence[str]) -> tuple[LayerShape, ...]:
+    """The layers of `target`. Raises `UserError` where more than they would have to change."""
+    wanted, known = target.to_dict(), shape.to_dict()
+    for key in keys:
+        if wanted.get(key) != known.get(key):
+            raise UserError(
+                f"--to-shape: {key} is {wanted.get(key)}, the model's {known.get(key)}; only heads, KV heads and FFN widths "
+                "of layers can be changed"
+            )
+    return target.layers
+
+
+def _loss(args: argparse.Namespace, folder: str, when: str) -> dict[str, Any]:
+    """Bits per byte and nats per token of the text."""
     from entasis.evaluate.loading import load
     from entasis.evaluate.scoring import corpus_of, score
 
-    result: dict[str, Any] = {}
-    for when, folder in (("before", args.model), ("after", args.folder)):
-        loaded = load(folder)
-        assert loaded.tokenizer is not None, "looked at before"
-        with corpus_of(args.text, loaded.tokenizer) as corpus, progress.bars("tokens") as advance:
-            told = functools.partial(advance, f"loss {when}")
-            found = score(loaded, corpus, sequence=args.sequence, tokens=args.tokens, progress=told)
-        result[when] = {
-            "bits_per_byte": found.bits_per_byte,
-            "nats_per_token": found.nll_sum / found.tokens,
-            "tokens": found.tokens,
-        }
-    return result
+    loaded = load(folder)
+    assert loaded.tokenizer is not None, "looked at before"
+    with corpus_of(args.text, loaded.tokenizer) as corpus, progress.bars("tokens") as advance:
+        told = functools.partial(advance, f"loss {when}")
+        found = score(loaded, corpus, sequence=args.sequence, tokens=args.tokens, progress=told)
+    return {
+        "bits_per_byte": found.bits_per_byte,
+        "nats_per_token": found.nll_sum / found.tokens,
+        "tokens": found.tokens,
+    }
 
 
 def _tell(growth: Growth, args: argparse.Namespace, losses: dict[str, Any] | None) -> int:

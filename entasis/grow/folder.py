@@ -64,12 +64,15 @@ class Growth:
 def plan_growth(source: str | Path, operators: Sequence[Operator]) -> Growth:
     """What growing the model in `source` would do; nothing is written. Raises `UserError`."""
     stored = StoredWeights(source)
-    shapes, lineage = [stored.shape], provenance.read(source, stored.shape.n_layers)
+    shapes, before = [stored.shape], provenance.read(source, stored.shape.n_layers)
+    lineage = before
     for number, operator in enumerate(operators):
         plan = operator.plan(shapes[-1])
-        # What all the operators added is new.
         lineage = _joined(lineage, lineage.after(plan)) if number else lineage.after(plan)
         shapes.append(plan.shape)
+    # What all the operators added is new.
+    if fresh := frozenset(lineage.ids) - frozenset(before.ids):
+        lineage = replace(lineage, added=fresh)
     width = stored.dtypes["norm.weight"].itemsize
     sizes = [width * torch.Size(size).numel() for size in layout.sizes(shapes[-1]).values()]
     fits = [operator.memory(shape) for operator, shape in zip(operators, shapes, strict=False)]
@@ -81,17 +84,17 @@ def grow_folder(
     folder: str | Path,
     operators: Sequence[Operator],
     *,
-    seed: int = 0,
+    init: Init | None = None,
     progress: Progress | None = None,
     fitting: Progress | None = None,
 ) -> Growth:
     """Writes the grown model into the new folder `folder`; the tokenizer comes along.
 
-    `progress` gets the numbers written and the numbers there are, `fitting` how far an operator is that fits something
-    first. Raises `UserError` for what cannot be grown so, for
+    `init` says how initial values are drawn where an operator needs some. `progress` gets the numbers written and the
+    numbers there are, `fitting` how far an operator is that fits something first. Raises `UserError` for what cannot be grown so, for
     damaged weights and for a `folder` that is not empty; `DiskFull` where there is no room. Nothing is then left behind.
     """
-    source, folder = Path(source), Path(folder)
+    source, folder, init = Path(source), Path(folder), init or Init()
     planned = plan_growth(source, operators)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and not empty; name a new folder")
@@ -106,13 +109,13 @@ def grow_folder(
             last = number == len(operators) - 1
             target = aside if last else aside / f"step-{number}"
             target.mkdir(exist_ok=True)
-            _apply(before, target, operator, Init(seed), _home(source), progress)
+            _apply(before, target, operator, init, home_of(source), progress)
             if operator.diagnostics:
                 diagnostics[growth.name_of(operator)] = operator.diagnostics
             if before != source:
                 shutil.rmtree(before)
             before = target
-        record = _record(source, planned, seed, diagnostics)
+        record = _record(source, planned, init.seed, diagnostics)
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         (aside / provenance.PROVENANCE).write_text(text, encoding="utf-8")
     return Growth(**{**vars(planned), "diagnostics": diagnostics})
@@ -135,8 +138,8 @@ def _apply(
     weights_writer.write(target / weights.WEIGHTS, described, tensors, weights.hashes_beside(target))
 
 
-def _home(source: Path) -> Path:
-    """Where the tokenizer lies: a checkpoint's with its run."""
+def home_of(source: Path) -> Path:
+    """Where the tokenizer and the recipe of a model lie: a checkpoint's with its run."""
     return source.parent.parent if source.resolve().parent.name == "checkpoints" else source
 
 
@@ -171,7 +174,7 @@ def _refuse_too_small(folder: Path, aside: Path, need: int) -> None:
 
 
 def _joined(first: Lineage, then: Lineage) -> Lineage:
-    """The lineage over two operators: sources are the first model's, and what either added is new."""
+    """The lineage over two operators: sources are the first model's."""
     origins = []
     for origin in then.origins:
         through = [first.origins[i] for i in origin.sources]
@@ -181,15 +184,14 @@ def _joined(first: Lineage, then: Lineage) -> Lineage:
                 origin,
                 sources=tuple(dict.fromkeys(s for o in through for s in o.sources)),
                 operator=" + ".join(names) or None,
-                is_new=origin.is_new or (len(through) == 1 and through[0].is_new),
             )
         )
-    return Lineage(then.ids, tuple(origins))
+    return replace(then, origins=tuple(origins))
 
 
 def _record(source: Path, planned: Growth, seed: int, diagnostics: dict[str, Any]) -> dict[str, Any]:
     """What `provenance.json` holds."""
-    earlier = source / provenance.PROVENANCE
+    earlier, rows = source / provenance.PROVENANCE, provenance.read_rows(source)
     return {
         "grown_by": f"entasis {__version__}",
         "operators": [
@@ -200,7 +202,7 @@ def _record(source: Path, planned: Growth, seed: int, diagnostics: dict[str, Any
             "folder": str(source),
             "weights": weights.fingerprint(source),
             "layers": planned.shapes[0].n_layers,
-            "provenance": files.read_json(earlier) if earlier.is_file() else None,
+            "provenance": files.read_json(earlier) if earlier.is_file() else rows and {"layers": rows},
         },
         "layers": planned.lineage.to_list(),
         **({"diagnostics": diagnostics} if diagnostics else {}),

@@ -1,8 +1,9 @@
 """Where each layer of a model came from: a list that goes along with weights, through stages, runs and folders.
 
 Of every layer it says its `id` (kept for life; a new layer gets the next that is free), its `sources` (layers of the model
-before the last transition; none for a drawn one), the `operator` that made it (null: only moved), whether it was `new` then,
-and whether it is `frozen`. It stands in `result.json` of a run, in the state of a checkpoint, and in `provenance.json` of a
+before the last transition; none for a drawn one), the `operator` that made it then (null: only moved), whether it is `new`
+(added by the last transition that added any), whether it is `frozen`, and its `history`: every operator that made or
+changed it, with the ids of what that took it from. It stands in `result.json` of a run, in the state of a checkpoint, and in `provenance.json` of a
 grown model. Needs no torch.
 """
 
@@ -22,22 +23,41 @@ PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
+class Making:
+    """One time that a layer was made or changed."""
+
+    operator: str
+    sources: tuple[int, ...]
+    """Ids of the layers it was taken from."""
+
+
+@dataclass(frozen=True)
 class Lineage:
-    """Of every layer its id, and what the last transition made it of."""
+    """Of every layer its id, and what it was made of."""
 
     ids: tuple[int, ...]
     origins: tuple[Origin, ...]
+    """In the last transition."""
+    histories: tuple[tuple[Making, ...], ...]
+    added: frozenset[int] = frozenset()
+    """Ids of the layers that the last transition added which added any."""
 
     @property
     def newest(self) -> tuple[int, ...]:
-        """Positions of the layers that the last transition added."""
-        return tuple(i for i, origin in enumerate(self.origins) if origin.is_new)
+        """Positions of the layers that were added last."""
+        return tuple(i for i, layer_id in enumerate(self.ids) if layer_id in self.added)
 
     def after(self, plan: ResizePlan) -> Lineage:
         """The lineage of the model that a transition makes of this one."""
         fresh = itertools.count(max(self.ids) + 1)
-        ids = (next(fresh) if x.is_new else self.ids[x.sources[0]] for x in plan.layers)
-        return Lineage(tuple(ids), plan.layers)
+        ids = tuple(next(fresh) if x.is_new else self.ids[x.sources[0]] for x in plan.layers)
+        histories = []
+        for x in plan.layers:
+            before = () if x.is_new else self.histories[x.sources[0]]
+            made = (Making(x.operator, tuple(self.ids[i] for i in x.sources)),) if x.operator else ()
+            histories.append(before + made)
+        added = frozenset(i for i, x in zip(ids, plan.layers, strict=True) if x.is_new)
+        return Lineage(ids, plan.layers, tuple(histories), added or self.added)
 
     def to_list(self, frozen: Collection[int] = ()) -> list[dict[str, Any]]:
         """For JSON; `frozen` are the positions of the layers that do not learn."""
@@ -46,16 +66,19 @@ class Lineage:
                 "id": layer_id,
                 "sources": list(origin.sources),
                 "operator": origin.operator,
-                "new": origin.is_new,
+                "new": layer_id in self.added,
                 "frozen": i in frozen,
+                "history": [{"operator": made.operator, "from": list(made.sources)} for made in history],
             }
-            for i, (layer_id, origin) in enumerate(zip(self.ids, self.origins, strict=True))
+            for i, (layer_id, origin, history) in enumerate(
+                zip(self.ids, self.origins, self.histories, strict=True)
+            )
         ]
 
 
 def begin(n_layers: int) -> Lineage:
     """Of a model without a past."""
-    return Lineage(tuple(range(n_layers)), tuple(Origin((i,)) for i in range(n_layers)))
+    return Lineage(tuple(range(n_layers)), tuple(Origin((i,)) for i in range(n_layers)), ((),) * n_layers)
 
 
 def read(folder: str | Path, n_layers: int) -> Lineage:
@@ -76,7 +99,16 @@ def read(folder: str | Path, n_layers: int) -> Lineage:
             Origin(tuple(map(int, found)), row["operator"], bool(row["new"]))
             for found, row in zip(sources, rows, strict=True)
         )
-        found = Lineage(tuple(int(row["id"]) for row in rows), tuple(origins))
+        histories = (
+            tuple(
+                Making(str(made["operator"]), tuple(map(int, made["from"])))
+                for made in row.get("history", ())
+            )
+            for row in rows
+        )
+        ids = tuple(int(row["id"]) for row in rows)
+        added = frozenset(i for i, row in zip(ids, rows, strict=True) if row["new"])
+        found = Lineage(ids, tuple(origins), tuple(histories), added)
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged(f"damaged: the record of the layers in {folder} cannot be read ({error})") from error
     if len(found.ids) != n_layers or len(set(found.ids)) != n_layers:

@@ -35,6 +35,7 @@ class Init:
     seed: int = 0
     parametrisation: str = "standard"
     base_width: int | None = None
+    nested: bool = False
 
 
 class Transition(Settings):

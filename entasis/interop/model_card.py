@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from entasis.files import SEAL, read_json
-from entasis.grow.provenance import read
-from entasis.grow.resize import Origin
+from entasis.grow.provenance import Lineage, read
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
 
@@ -28,13 +27,13 @@ def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
         "| layer | heads | KV heads | FFN | | from |",
         "|---|---|---|---|---|---|",
     ]
-    origins = read(source, shape.n_layers).origins
+    lineage = read(source, shape.n_layers)
     most = max(cost.layer_parameters(shape, i) for i in range(shape.n_layers))
     for i in reversed(range(shape.n_layers)):
         layer = shape.layers[i]
         bar = "█" * max(1, round(24 * cost.layer_parameters(shape, i) / most))
         lines.append(
-            f"| {i} | {layer.n_heads} | {layer.n_kv_heads} | {layer.d_ff} | {bar} | {_from(origins[i], i)} |"
+            f"| {i} | {layer.n_heads} | {layer.n_kv_heads} | {layer.d_ff} | {bar} | {_from(lineage, i)} |"
         )
     lines += _study(source)
     for name, heading in (("result.json", "Training"), ("provenance.json", "Origin")):
@@ -49,12 +48,15 @@ def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _from(origin: Origin, index: int) -> str:
-    """What the last transition made a layer of."""
+def _from(lineage: Lineage, index: int) -> str:
+    """What the last transition made a layer of, or which operators made it before that."""
+    origin, earlier = lineage.origins[index], [made.operator for made in lineage.histories[index]]
+    new = " (new)" if index in lineage.newest else ""
     if origin.operator is None:
-        return "" if origin.sources == (index,) else f"{origin.sources[0]}"
+        moved = "" if origin.sources == (index,) else f"{origin.sources[0]}"
+        return ", ".join(filter(None, [moved, f"earlier: {' + '.join(earlier)}" if earlier else ""])) + new
     sources = f" of {' and '.join(map(str, origin.sources))}" if origin.sources else ""
-    return f"{origin.operator}{sources}{' (new)' if origin.is_new else ''}"
+    return f"{origin.operator}{sources}{new}"
 
 
 def _study(source: Path) -> list[str]:

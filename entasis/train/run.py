@@ -194,7 +194,8 @@ class Run:
         if span.transition is not None and tensors is not None:
             transition, plan, shape = span.transition
             optimizer = span.optimizer
-            init = Init(self.recipe.seed, optimizer.parametrisation, optimizer.base_width)
+            nested = self.recipe.init == "nested"
+            init = Init(self.recipe.seed, optimizer.parametrisation, optimizer.base_width, nested)
             plan = transition.settle(plan, tensors.__getitem__, shape)
             tensors = dict(transition.weights(plan, tensors.__getitem__, init))
             found = moments.resized(found, plan)

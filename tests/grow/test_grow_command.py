@@ -115,6 +115,12 @@ def test_the_folder_is_a_model_with_everything_it_needs(model, tmp_path, capsys)
     assert [row["id"] for row in told["layers"]] == [0, 4, 1, 2, 5, 3, 6]
     assert [row["new"] for row in told["layers"]] == [False] * 6 + [True]
     assert told["from"]["provenance"]["operators"][0]["operator"] == "average"
+    between, last = {"operator": "average", "from": [2, 3]}, {"operator": "append_last", "from": [3]}
+    assert [row["history"] for row in told["layers"][4:]] == [[between], [], [last]]
+    grow(tmp_path / "more", tmp_path / "wide", "--operator", "widen", "d_ff=80")
+    rows = json.loads((tmp_path / "wide" / "provenance.json").read_text())["layers"]
+    assert [row["new"] for row in rows] == [False] * 6 + [True]  # wider layers are not new ones
+    assert rows[6]["history"] == [last, {"operator": "widen", "from": [6]}]
 
 
 def test_bf16_stays_bf16(model, tmp_path):
@@ -186,6 +192,28 @@ def test_from_one_list_of_layers_to_another(model, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "grown").iterdir() if p.is_dir()] == []
     grow(source, tmp_path / "x", "--to-shape", other, code=2)
     assert "has 6 layers, and the model 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--to-shape", "d_model=64,head_dim=16,profile=isotropic,budget=200k"], "--to-shape: d_model is 64, the model's 32"),
+        (["--to-shape", "vocabulary=400,profile=isotropic,budget=100k"], "--to-shape: vocabulary is 400, the model's 300"),
+        (["--to-shape", "crown-paper/crown-18", "--operator", "stack"], "--to-shape: d_model is 768, the model's 32"),
+        (["--operator", "average", "--after", "1", "after=0"], "give --after or after=, not both"),
+        (["--operator", "average", "--after", "1", "--tokens", "20"], "--tokens is of the text"),
+        (["--operator", "average", "--after", "1", "--sequence", "20"], "--sequence is of the text"),
+        (["--operator", "average", "--after", "1", "--dry-run", "--text", "README"], "leave out --dry-run"),
+        (["--operator", "average", "--after", "1", "--text", "nothing-there"], "nothing-there"),
+    ],
+)  # fmt: skip
+def test_options_that_would_come_to_nothing_are_refused_before_anything_is_made(
+    words, says, model, tmp_path, capsys
+):
+    grow(model(), tmp_path / "grown", *words, code=2)
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1
+    assert not (tmp_path / "grown").exists()
 
 
 def test_a_profile_is_drawn_anew_at_the_new_depth(model, tmp_path, capsys):

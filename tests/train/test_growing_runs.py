@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 from entasis.cli import main
 from entasis.errors import UserError
+from entasis.model import weights
+from entasis.model.initialisation import draw
 from entasis.train.metrics import records
 from entasis.train.run import train
 
@@ -44,6 +46,53 @@ def test_a_run_grows_trains_the_newest_and_then_everything(growing, tmp_path):
     assert [r["stage"] for r in found] == [0] * 6 + [1] * 3 + [2] * 2
     state = sorted((tmp_path / "run/checkpoints").iterdir())[-1] / "state.json"
     assert json.loads(state.read_text())["provenance"]["layers"] == result["layers"]
+
+
+def test_a_fresh_layer_is_drawn_as_the_run_draws(growing, tmp_path):
+    stages = [{"tokens": 512}, {**grown("append_random", count=1), "tokens": 512, "lr": 0.0}]
+    optimizer = {"parametrisation": "mup", "base_width": 8}
+    train(growing(*stages, init="nested", optimizer=optimizer), tmp_path / "run")
+    shape, name = weights.read_shape(tmp_path / "run"), "blocks.3.feedforward.up.weight"
+    assert shape.n_layers == 4
+    after = load_file(tmp_path / "run/model.safetensors")[name]
+    drawn = {
+        (nested, mup): dict(draw(shape, [name], 0, parametrisation=mup, base_width=8 if mup == "mup" else None, nested=nested))[name]
+        for nested in (True, False)
+        for mup in ("mup", "standard")
+    }  # fmt: skip
+    assert torch.equal(after, drawn[True, "mup"])
+    # On disk it follows the run that the model comes from.
+    assert (
+        main(
+            ["grow", str(tmp_path / "run"), str(tmp_path / "grown"), "--operator", "append_random", "count=1"]
+        )
+        == 0
+    )
+    (again,) = dict(
+        draw(
+            weights.read_shape(tmp_path / "grown"),
+            [name.replace("3", "4")],
+            0,
+            parametrisation="mup",
+            base_width=8,
+            nested=True,
+        )
+    ).values()
+    assert torch.equal(load_file(tmp_path / "grown/model.safetensors")[name.replace("3", "4")], again)
+
+
+def test_every_growth_of_a_run_is_told_and_newest_outlives_what_adds_no_layer(growing, tmp_path):
+    stages = [
+        {"tokens": 512},
+        {**grown("append_last", count=1), "tokens": 512},
+        {**grown("append_random", count=1), "tokens": 512},
+        {"tokens": 512, "transition": {"scale": {"layers": [0]}}, "trainable": "newest"},
+    ]
+    result = train(growing(*stages), tmp_path / "run")
+    assert [row["history"] for row in result["layers"]] == [
+        [], [], [], [{"operator": "append_last", "from": [2]}], [{"operator": "append_random", "from": []}],
+    ]  # fmt: skip
+    assert [(row["new"], row["frozen"]) for row in result["layers"]] == [(False, True)] * 4 + [(True, False)]
 
 
 def test_growing_by_a_silent_layer_changes_no_loss_and_frozen_layers_stay(growing, tmp_path):
@@ -132,6 +181,9 @@ def test_a_kept_checkpoint_grows_with_its_run_s_tokenizer(growing, tmp_path):
     assert (tmp_path / "more/tokenizer.json").read_bytes() == (tmp_path / "run/tokenizer.json").read_bytes()
     told = json.loads((tmp_path / "more/provenance.json").read_text())
     assert [row["id"] for row in told["layers"]] == [0, 3, 1, 2, 4]
+    made = [{"operator": "llama_pro", "from": [0]}]
+    assert told["layers"][1]["history"] == made
+    assert told["from"]["provenance"]["layers"][1]["history"] == made
 
 
 @pytest.mark.parametrize("operator", ["average", "lesa", "lesa_ridge", "aligned_lesa"])

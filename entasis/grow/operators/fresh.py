@@ -40,6 +40,7 @@ class AppendRandom(Operator):
             init.seed,
             parametrisation=init.parametrisation,
             base_width=init.base_width,
+            nested=init.nested,
         )
         for name, value in drawn:
             yield name, value.to(like)
