@@ -22,9 +22,15 @@ SCORES: Registry[Score] = Registry("grow: importance")
 
 @SCORES.register("norm")
 def order_by_norm(weights: Mapping[str, torch.Tensor], shape: ModelShape, layer: LayerShape) -> Order:
-    """KV groups and FFN units by the product of the norms of what writes and what reads them, largest first."""
-    groups = units = None
+    """KV groups, query heads of a group and FFN units by the product of the norms of what writes and what reads them, largest
+    first."""
+    groups = heads = units = None
     if layer.n_heads:
+        query = weights["attention.query.weight"].view(
+            layer.n_kv_heads, layer.n_heads // layer.n_kv_heads, -1
+        )
+        read = weights["attention.output.weight"].T.reshape((*query.shape[:2], -1))
+        heads = (query.norm(dim=2) * read.norm(dim=2)).argsort(dim=1, descending=True).tolist()
         value = weights["attention.value.weight"].view(layer.n_kv_heads, shape.head_dim, -1).flatten(1)
         output = weights["attention.output.weight"].T.reshape(layer.n_kv_heads, -1)
         groups = (value.norm(dim=1) * output.norm(dim=1)).argsort(descending=True).tolist()
@@ -34,7 +40,7 @@ def order_by_norm(weights: Mapping[str, torch.Tensor], shape: ModelShape, layer:
         for w in written:
             score = score * w.norm(dim=1)
         units = score.argsort(descending=True).tolist()
-    return Order(groups, units)
+    return Order(groups, heads, units)
 
 
 @SCORES.register("first")

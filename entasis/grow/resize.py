@@ -39,9 +39,12 @@ Read = Callable[[str], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Order:
-    """In which order a layer's KV groups and FFN units are taken; None is as they stand. Cutting keeps the first."""
+    """In which order a layer's KV groups, the query heads of each and its FFN units are taken; None is as they stand. Cutting
+    keeps the first."""
 
     groups: Sequence[int] | None = None
+    heads: Sequence[Sequence[int]] | None = None
+    """Of each group as it stands, the order of its query heads, from 0."""
     units: Sequence[int] | None = None
 
 
@@ -250,12 +253,15 @@ def _head_axes(
 ) -> dict[str, AxisMap]:
     if not (old.n_heads and new.n_heads):
         return {}
-    if (old.n_heads, old.n_kv_heads) == (new.n_heads, new.n_kv_heads) and order.groups is None:
+    same = (old.n_heads, old.n_kv_heads) == (new.n_heads, new.n_kv_heads)
+    if same and order.groups is None and order.heads is None:
         return {}
     old_ratio, new_ratio = old.n_heads // old.n_kv_heads, new.n_heads // new.n_kv_heads
     groups = _extended(_ordered(order.groups, old.n_kv_heads, f"{where}: groups"), new.n_kv_heads, new_units)
     within = _extended(np.arange(old_ratio), new_ratio, new_units)
-    heads_GR = groups[:, None] * old_ratio + within[None]
+    orders = order.heads if order.heads is not None else [None] * old.n_kv_heads
+    taken_GR = np.stack([_ordered(x, old_ratio, f"{where}: heads of a group") for x in orders])
+    heads_GR = groups[:, None] * old_ratio + taken_GR[groups.clip(min=0)][:, within.clip(min=0)]
     heads_GR[(groups < 0)[:, None] | (within < 0)[None]] = -1
     query, kv = (_features(units, shape.head_dim) for units in (heads_GR.flatten(), groups))
     result = {

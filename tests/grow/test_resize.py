@@ -93,7 +93,14 @@ def test_cutting_what_was_added_gives_the_model_back_to_the_bit(shape, data):
 def test_another_order_of_units_and_groups_is_the_same_function(shape, random):
     model = random_model(shape)
     orders = {
-        i: Order(random.sample(range(x.n_kv_heads), x.n_kv_heads), random.sample(range(x.d_ff), x.d_ff))
+        i: Order(
+            random.sample(range(x.n_kv_heads), x.n_kv_heads),
+            [
+                random.sample(range(ratio), ratio)
+                for ratio in [x.n_heads // max(1, x.n_kv_heads)] * x.n_kv_heads
+            ],
+            random.sample(range(x.d_ff), x.d_ff),
+        )
         for i, x in enumerate(shape.layers)
     }
     other = resized(model, resize.plan(shape, shape.layers, orders=orders))
@@ -107,7 +114,16 @@ def test_cutting_keeps_the_first_of_the_order():
     with torch.no_grad():  # silence what will be cut: group 0 and units 0, 1, 3, 4
         silent.blocks[0].attention.output.weight[:, :8] = 0
         silent.blocks[0].feedforward.down.weight[:, [0, 1, 3, 4]] = 0
-    plan = resize.plan(shape, [LayerShape(2, 1, 2)], orders={0: Order([1, 0], [5, 2, 0, 1, 3, 4])})
+    plan = resize.plan(shape, [LayerShape(2, 1, 2)], orders={0: Order([1, 0], None, [5, 2, 0, 1, 3, 4])})
+    torch.testing.assert_close(resized(model, plan)(TOKENS), silent(TOKENS), rtol=0, atol=1e-12)
+
+
+def test_cutting_keeps_the_first_heads_of_each_group():
+    shape = ModelShape(d_model=8, head_dim=4, vocabulary=10, layers=(LayerShape(4, 2, 6),))
+    model, silent = random_model(shape), random_model(shape)
+    with torch.no_grad():  # heads 0 and 3 are cut
+        silent.blocks[0].attention.output.weight[:, [*range(4), *range(12, 16)]] = 0
+    plan = resize.plan(shape, [LayerShape(2, 2, 6)], orders={0: Order(heads=[[1, 0], [0, 1]])})
     torch.testing.assert_close(resized(model, plan)(TOKENS), silent(TOKENS), rtol=0, atol=1e-12)
 
 

@@ -112,14 +112,15 @@ def test_operators_do_not_see_how_layers_are_written(name, shape):
         torch.testing.assert_close(other(TOKENS), grown(TOKENS), rtol=0, atol=1e-9)
 
 
-def test_nor_does_cutting_by_importance():
+@pytest.mark.parametrize("target", [LayerShape(2, 1, 6), LayerShape(2, 2, 6), LayerShape(1, 1, 6)], ids=str)
+def test_nor_does_cutting_by_importance(target):
     model = random_model(LLAMA)
 
     def cut(model):
         orders = {
             i: importance.order_by_norm(block(model, i), LLAMA, layer) for i, layer in enumerate(LLAMA.layers)
         }
-        return resized(model, resize.plan(LLAMA, [LayerShape(2, 1, 6)] * 5, orders=orders))
+        return resized(model, resize.plan(LLAMA, [target] * 5, orders=orders))
 
     torch.testing.assert_close(cut(rewritten(model, 0))(TOKENS), cut(model)(TOKENS), rtol=0, atol=1e-9)
 
