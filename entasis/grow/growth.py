@@ -35,7 +35,6 @@ returns a plan of the same shape and origins, and is called once before anything
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -177,8 +176,7 @@ def compose(
 ) -> ResizePlan:
     """The plan of a model of these layers; layers of another shape than their source are widened or cut.
 
-    `orders` and `new_units` are `resize.plan`'s. Under LayerNorm scaling a layer's norms take along the factor of the place
-    that they leave. Raises `UserError` naming operator and layer.
+    `orders` and `new_units` are `resize.plan`'s. Raises `UserError` naming operator and layer.
     """
     where = f"grow: {operator}"
     old = [g.sources[0][0] for g in layers if not g.is_new]
@@ -194,7 +192,7 @@ def compose(
         if len({shape.layers[source] for source, _ in grown.sources}) > 1 and grown.made != "all":
             raise UserError(f"{where}: {_differ(shape, grown)}")
         for p in layout.layer_parameters(new, i):
-            parameters[p.name] = _map(shape, grown, p, [maps[p.name] for maps in found], i)
+            parameters[p.name] = _map(shape, grown, p, [maps[p.name] for maps in found])
     origins = tuple(
         Origin(tuple(s for s, _ in g.sources), None if g.is_kept else operator, g.is_new) for g in layers
     )
@@ -202,7 +200,7 @@ def compose(
 
 
 def _map(
-    shape: ModelShape, grown: GrownLayer, p: layout.Parameter, found: list[ParameterMap], index: int
+    shape: ModelShape, grown: GrownLayer, p: layout.Parameter, found: list[ParameterMap]
 ) -> ParameterMap:
     """Where one parameter of a layer comes from."""
     factor = grown.output if _is_output(shape, p) else 1.0
@@ -211,9 +209,8 @@ def _map(
     if grown.made == "all" or (grown.made == "matrices" and p.is_matrix):
         return ParameterMap((), p.size, fill=None)
     sources = []
-    for (source, share), entry in zip(grown.sources, found, strict=True):
-        moved = math.sqrt((index + 1) / (source + 1)) if shape.norm_scaling and p.part == "norms" else 1.0
-        sources += [(name, one * share * factor * moved) for name, one in entry.sources]
+    for (_, share), entry in zip(grown.sources, found, strict=True):
+        sources += [(name, one * share * factor) for name, one in entry.sources]
     return dataclasses.replace(found[0], sources=tuple(sources))
 
 

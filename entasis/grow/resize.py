@@ -214,7 +214,10 @@ def map_layer(
     order: Order = Order(),
     new_units: NewUnits = "zeros",
 ) -> dict[str, ParameterMap]:
-    """Where the parameters of one new layer come from when it is made of one old. Raises `UserError`."""
+    """Where the parameters of one new layer come from when it is made of one old. Raises `UserError`.
+
+    Under LayerNorm scaling its norms take along the factor of the place that they leave.
+    """
     old, new = old_shape.layers[source], new_shape.layers[index]
     where = f"resize: layer {source}"
     numbered = layout.ffn_kind(old_shape, old).numbers and old.d_ff != new.d_ff
@@ -235,7 +238,11 @@ def map_layer(
             axes.get(f"{p.role}:{axis}") or axes.get(f"{'reads' if dim else 'writes'}:{axis}")
             for dim, axis in enumerate(p.axes)
         )
-        result[p.name] = ParameterMap(((f"blocks.{source}.{name}", 1.0),), p.size, maps if any(maps) else ())
+        scaled = old_shape.norm_scaling and p.part == "norms"
+        share = math.sqrt((index + 1) / (source + 1)) if scaled else 1.0
+        result[p.name] = ParameterMap(
+            ((f"blocks.{source}.{name}", share),), p.size, maps if any(maps) else ()
+        )
     return result
 
 

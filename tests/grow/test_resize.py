@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from entasis.errors import UserError
-from entasis.grow import resize
+from entasis.grow import growth, operators, resize  # noqa: F401  (operators registers them)
 from entasis.grow.resize import Order
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
@@ -116,6 +116,20 @@ def test_cutting_keeps_the_first_of_the_order():
         silent.blocks[0].feedforward.down.weight[:, [0, 1, 3, 4]] = 0
     plan = resize.plan(shape, [LayerShape(2, 1, 2)], orders={0: Order([1, 0], None, [5, 2, 0, 1, 3, 4])})
     torch.testing.assert_close(resized(model, plan)(TOKENS), silent(TOKENS), rtol=0, atol=1e-12)
+
+
+def test_factors_of_layernorm_scaling_go_along_with_layers():
+    """As with `duplicate`, which copies the same layers: a norm's 1/sqrt(place) is that of its old place."""
+    layers = tuple(LayerShape(2, 1, n) for n in (4, 6, 8))
+    shape = ModelShape(d_model=8, head_dim=4, vocabulary=10, layers=layers, norm_scaling=True)
+    model = random_model(shape)
+    sources = [0, 1, 1, 2]
+    plan = resize.plan(shape, [layers[i] for i in sources], sources=sources)
+    twin = growth.read_operator("duplicate", {"sources": sources}, "grow").plan(shape)
+    a, b = (resized(model, p)(TOKENS) for p in (plan, twin))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    last = plan.parameters["blocks.3.attention_norm.weight"]
+    assert last.sources == (("blocks.2.attention_norm.weight", pytest.approx((4 / 3) ** 0.5)),)
 
 
 def test_cutting_keeps_the_first_heads_of_each_group():
