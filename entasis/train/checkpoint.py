@@ -1,6 +1,7 @@
 """Checkpoints that are whole or do not exist.
 
-    checkpoints/step-00000100/   __0_0.distcp …  .metadata   state.json   [model.safetensors  shape.json  optimizer.safetensors]
+    checkpoints/step-00000100/   __0_0.distcp …  .metadata   state.json   [resting.safetensors]
+                                 [model.safetensors  shape.json  optimizer.safetensors]
     checkpoints/step-00000100/complete           written last, with a hash of every other file
 
 Everything is written into `step-00000100.partial`, synced to disk, renamed, and only then marked with
@@ -30,6 +31,7 @@ from entasis.model import weights
 from entasis.model.transformer import Transformer
 from entasis.train import moments, parallel, sharding
 from entasis.train.averaging import WeightAverage
+from entasis.train.moments import Moments
 
 MARK, STATE = "complete", "state.json"
 
@@ -51,13 +53,14 @@ def save(
     optimizers: Iterable[torch.optim.Optimizer],
     state: dict[str, Any],
     *,
+    resting: Moments,
     average: WeightAverage | None = None,
     keep_last: int,
     keep_every: int | None,
 ) -> Path:
     """Writes the checkpoint of `step` and removes those that need not stay. Every rank calls it.
 
-    `state` is plain JSON: stage, position, provenance. Raises `DiskFull`; the checkpoints before it are then
+    `state` is plain JSON: stage, position, provenance; `resting` are moments of what does not learn now. Raises `DiskFull`; the checkpoints before it are then
     untouched.
     """
     final = run / "checkpoints" / f"step-{step:08d}"
@@ -74,12 +77,14 @@ def save(
         with _quiet():
             dcp.save(tensors, checkpoint_id=partial, no_dist=parallel.world() == 1)
         gathered = sharding.unsharded(model) if kept else model
-        remembered = moments.gather(model, optimizers) if kept else {}
+        remembered = {**resting, **moments.gather(model, optimizers)} if kept else {}
         if parallel.is_main():
             files.write_json(partial / STATE, state, locked=True)
             if kept:
                 weights.save(gathered, partial)
                 moments.save(partial, remembered, state["positions"])
+            if resting:
+                moments.save(partial, resting, state["positions"], moments.RESTING)
             for file in partial.iterdir():
                 files.sync(file)
             files.sync(partial)
@@ -161,6 +166,11 @@ def load(
         model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
     )
     torch.set_rng_state(tensors["rng"])
+
+
+def resting(folder: Path) -> Moments:
+    """The moments of what did not learn in the stage of a checkpoint. Raises `Damaged`."""
+    return moments.load(folder, moments.RESTING)[0] if (folder / moments.RESTING).is_file() else {}
 
 
 def mark(folder: Path) -> None:

@@ -22,6 +22,8 @@ from entasis.model import weights
 from entasis.train import adapters, sharding
 
 OPTIMIZER = "optimizer.safetensors"
+RESTING = "resting.safetensors"
+"""In a checkpoint: the moments of what does not learn in its stage, and does in a later one."""
 Moments = dict[str, dict[str, torch.Tensor]]
 """Parameter → key (`exp_avg`, `exp_avg_sq`, `momentum_buffer`, `step`) → tensor on the CPU."""
 
@@ -68,23 +70,21 @@ def resized(found: Moments, plan: ResizePlan) -> Moments:
     return result
 
 
-def save(folder: Path, found: Moments, positions: Mapping[str, int]) -> None:
+def save(folder: Path, found: Moments, positions: Mapping[str, int], name: str = OPTIMIZER) -> None:
     """Writes `optimizer.safetensors` into a folder that is this process's own. Raises `DiskFull`."""
-    tensors = {f"{key}:{name}": x.contiguous() for name, state in found.items() for key, x in state.items()}
-    with files.aside(
-        folder / OPTIMIZER, need=sum(x.nbytes for x in tensors.values()), locked=True
-    ) as partial:
+    tensors = {f"{key}:{p}": x.contiguous() for p, state in found.items() for key, x in state.items()}
+    with files.aside(folder / name, need=sum(x.nbytes for x in tensors.values()), locked=True) as partial:
         # One key: of several, safetensors writes now one first, now another.
         told = {"positions": dict(positions), "content": _content(tensors, positions)}
         save_file(tensors, partial, metadata={weights.BELONGS: json.dumps(told)})
 
 
-def load(folder: Path) -> tuple[Moments, dict[str, int]]:
+def load(folder: Path, name: str = OPTIMIZER) -> tuple[Moments, dict[str, int]]:
     """(moments, positions in the data) of a finished run or a kept checkpoint.
 
     Raises `UserError` where there are none, `Damaged` where they are not what was saved.
     """
-    path, result = folder / OPTIMIZER, Moments()
+    path, result = folder / name, Moments()
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -99,8 +99,8 @@ def load(folder: Path) -> tuple[Moments, dict[str, int]]:
     if "content" in told and told["content"] != _content(tensors, positions):
         raise Damaged(f"damaged: {path} does not hold the moments that were saved; restore it, or use reset")
     for entry, x in tensors.items():
-        key, _, name = entry.partition(":")
-        result.setdefault(name, {})[key] = x
+        key, _, parameter = entry.partition(":")
+        result.setdefault(parameter, {})[key] = x
     return result, positions
 
 

@@ -202,8 +202,9 @@ class Run:
         runner = StageRunner(span, self.recipe, self.device, tensors=tensors, loads=resumes is not None)
         if resumes is not None:
             checkpoint.load(resumes, runner.model, runner.optimizers, runner.average)
+            runner.resting = checkpoint.resting(resumes)
         elif found:
-            runner.take_moments(found)
+            runner.take_moments(found, self.timeline.learning_again(span, found))
         return runner
 
     def train_stage(self, runner: StageRunner) -> None:
@@ -323,6 +324,7 @@ class Run:
             runner.model,
             runner.optimizers,
             state,
+            resting=runner.resting,
             average=runner.average,
             keep_last=self.recipe.checkpoint.keep_last,
             keep_every=self.recipe.checkpoint.keep_every,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,8 @@ class StageRunner:
             if name in span.annealed
         }
         self.gradients = parallel.GradientSum([] if sharding.is_sharded(self.model) else self.trainable)
+        self.resting: Moments = {}
+        """Moments of what does not learn in this stage, for one that trains it again."""
         self.average: WeightAverage | None = None
         if recipe.average is not None:
             learning = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -306,12 +308,17 @@ class StageRunner:
         return sharding.unsharded(self.model)
 
     def moments(self) -> Moments:
-        """The optimizers' moments of each parameter. All ranks call it."""
-        return moments.gather(self.model, self.optimizers)
+        """The optimizers' moments of each parameter, and those that rest. All ranks call it."""
+        return {**self.resting, **moments.gather(self.model, self.optimizers)}
 
-    def take_moments(self, found: Moments) -> None:
-        """Sets the optimizers' moments; every other number of theirs stays the stage's own."""
+    def take_moments(self, found: Moments, again: Container[str]) -> None:
+        """Sets the optimizers' moments; every other number of theirs stays the stage's own.
+
+        Of what does not learn now, the moments are kept of those that learn `again`.
+        """
         moments.put(self.model, self.optimizers, found)
+        learning = set(self.span.trainable)
+        self.resting = {name: x for name, x in found.items() if name not in learning and name in again}
 
     def close(self) -> None:
         """Takes the hooks off the parameters, so that the next stage's runner may have them."""

@@ -94,6 +94,13 @@ class StageSpan:
         newest = self.lineage.newest
         return frozenset(p.name for p in layout.parameters(self.shape) if p.layer in newest)
 
+    def place_of(self, name: str) -> tuple[int | None, str]:
+        """A parameter by its layer's id, if it is a layer's, and its name within: the same in every stage."""
+        if not name.startswith("blocks."):
+            return None, name
+        _, i, inside = name.split(".", 2)
+        return self.lineage.ids[int(i)], inside
+
     def provenance(self) -> list[dict[str, Any]]:
         """Where each layer of the stage's model came from, and whether it is frozen."""
         learning = {name.split(".")[1] for name in self.trainable if name.startswith("blocks.")}
@@ -147,7 +154,7 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
         result.append(
             StageSpan(
                 index, stage, data, batch, optimizer, start, start + steps, tokens, shape, lineage, tuple(names), changed,
-                _optimizer_state(stage, changed, optimizer, result), adapted,
+                _optimizer_state(stage, changed, optimizer, result, where), adapted,
                 _warmup_new(stage, steps, lineage, where), _annealed(stage, shape, lineage, names, where),
             )
         )  # fmt: skip
@@ -178,12 +185,22 @@ def _optimizer_state(
     changed: tuple[Transition, ResizePlan, ModelShape] | None,
     optimizer: Optimizer,
     before: Sequence[StageSpan],
+    where: str,
 ) -> str:
-    """What becomes of the moments where the stage does not say it: growth within a run keeps them if it can."""
+    """What becomes of the moments; where the stage does not say it, growth within a run keeps them if it can.
+
+    Raises `UserError` for moments that are not there to be kept.
+    """
+    same = before and optimizer.name == before[-1].optimizer.name
+    if stage.optimizer_state == "keep" and not same:
+        raise UserError(
+            f"{where}.optimizer_state is keep, but the stage before has another optimizer"
+            if before
+            else f"{where}.optimizer_state is keep, but no stage is before it; write start.optimizer_state"
+        )
     if stage.optimizer_state is not None:
         return stage.optimizer_state
     grows = changed is not None and changed[0].keeps_moments and before
-    same = before and optimizer.name == before[-1].optimizer.name
     return "keep" if grows and same else "reset"
 
 

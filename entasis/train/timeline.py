@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from entasis.grow.provenance import Lineage
@@ -62,6 +63,17 @@ class Timeline:
         if self.plan is None:
             return self
         return Timeline(self.recipe, self.shape, [[1.0] * self.shape.n_layers] * self.plan.measurements)
+
+    def learning_again(self, span: stages.StageSpan, names: Iterable[str]) -> set[str]:
+        """Those of a stage's parameters whose moments a later stage goes on with; all, as long as that is not known."""
+        if self.missing is not None:
+            return set(names)
+        wanted: set[tuple[int | None, str]] = set()
+        for later in self.spans[span.index + 1 :]:
+            if later.optimizer_state != "keep":
+                break
+            wanted |= {later.place_of(name) for name in later.trainable}
+        return {name for name in names if span.place_of(name) in wanted}
 
     def describe_stage(self, span: stages.StageSpan) -> dict[str, Any]:
         """What a stage trains, and what it costs."""

@@ -12,6 +12,7 @@ from entasis.evaluate.loading import load
 from entasis.shape import cost
 from entasis.shape.selectors import select
 from entasis.train.metrics import records
+from entasis.train.moments import RESTING
 from entasis.train.resolve import resolve
 from entasis.train.run import train
 
@@ -51,6 +52,48 @@ def test_moments_and_position_make_two_runs_one(recipe, tmp_path):
     assert losses(tmp_path / "first") + losses(tmp_path / "second") == losses(tmp_path / "long")
     a, b = weights(tmp_path / "long"), weights(tmp_path / "second")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_moments_of_what_rests_are_kept_and_resume_with_the_run(recipe, tmp_path):
+    first, second = (
+        {"tokens": 512 * 3, "trainable": "blocks[0]"},
+        {"tokens": 512 * 2, "trainable": "blocks[1]"},
+    )
+    keep = {"optimizer_state": "keep"}
+    settings = {"tokens": None, "schedule": CONSTANT, "checkpoint": {"every": 1, "keep_last": 9}}
+    run = recipe(stages=[first, second | keep, first | keep], **settings)
+    train(run, tmp_path / "whole")
+    steps = load_file(tmp_path / "whole/optimizer.safetensors")
+    assert steps["step:blocks.0.attention.query.weight"] == 6
+    for step in (3, 4, 5):  # before, within and after the stage in which the first layer rests
+        folder = tmp_path / f"stopped-{step}"
+
+        def stop(event, step=step):
+            if event["event"] == "checkpoint" and event["step"] == step:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(run, folder, reporter=stop)
+        assert (folder / f"checkpoints/step-0000000{step}" / RESTING).exists() == (step != 3)
+        train(run, folder)
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    train(recipe(stages=[first, second | keep, first], **settings), tmp_path / "reset")
+    assert not list((tmp_path / "reset").rglob(RESTING))  # none goes on with them
+    assert load_file(tmp_path / "reset/optimizer.safetensors")["step:blocks.0.attention.query.weight"] == 3
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        ([{"optimizer_state": "keep"}, {}], r"stages\[0\]\.optimizer_state is keep, but no stage is before it; write start"),
+        ([{}, {"optimizer_state": "keep", "optimizer": {"name": "muon"}}], r"stages\[1\].*has another optimizer"),
+    ],
+)  # fmt: skip
+def test_moments_that_are_not_there_are_refused_before_the_first_step(recipe, tmp_path, stages, says):
+    with pytest.raises(UserError, match=says):
+        train(recipe(tokens=None, stages=[{"tokens": 512, **s} for s in stages]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_position_may_be_kept_without_the_moments(recipe, tmp_path):
