@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from entasis.model.transformer import Transformer
 
-Batches = Sequence[tuple["torch.Tensor", "torch.Tensor"]]
-"""(tokens [B, T], targets [B, T]) of each."""
+Batches = Sequence[tuple["torch.Tensor", "torch.Tensor", "torch.Tensor | None"]]
+"""(tokens [B, T], targets [B, T], document ids [B, T] where attention is kept inside a document) of each."""
 Measure = Callable[["Transformer", Batches], list[float]]
 MEASURES: Registry[Measure] = Registry("importance measure")
 
@@ -33,12 +33,12 @@ def measure_gradients(model: Transformer, batches: Batches) -> list[float]:
     asked = [p for parameters in layers for p in parameters]
     learning = [p.requires_grad for p in asked]
     totals = [torch.zeros_like(p, dtype=torch.float32) for p in asked]
-    tokens = sum(int((targets_BT >= 0).sum()) for _, targets_BT in batches)
+    tokens = _count(batches)
     for p in asked:
         p.requires_grad_(True)
     try:
-        for tokens_BT, targets_BT in batches:
-            loss = model.loss(tokens_BT, targets_BT) / tokens
+        for tokens_BT, targets_BT, ids_BT in batches:
+            loss = model.loss(tokens_BT, targets_BT, document_ids_BT=ids_BT) / tokens
             for total, gradient in zip(totals, torch.autograd.grad(loss, asked), strict=True):
                 total += gradient
     finally:
@@ -53,18 +53,27 @@ def measure_skips(model: Transformer, batches: Batches) -> list[float]:
     """By how many nats per token the loss rises when the layer is left out."""
     import torch
 
+    from entasis.model.attention import attention_mask
+
     losses = [0.0] * (len(model.blocks) + 1)
     with torch.no_grad():
-        for tokens_BT, targets_BT in batches:
-            rotation = model.rotation(0, tokens_BT.shape[1], tokens_BT.device)
+        for tokens_BT, targets_BT, ids_BT in batches:
+            T, device = tokens_BT.shape[1], tokens_BT.device
+            rotation, mask_BTS = (
+                model.rotation(0, T, device),
+                attention_mask(0, T, ids_BT, device, model.attention),
+            )
             x_BTD = model.embed(tokens_BT)
             for i in range(len(model.blocks)):
-                rest_BTD = model.run_layers(x_BTD, rotation, i + 1)
+                rest_BTD = model.run_layers(x_BTD, rotation, i + 1, mask_BTS=mask_BTS)
                 losses[i] += float(model.head_loss(model.norm(rest_BTD), targets_BT))
-                x_BTD = model.run_layers(x_BTD, rotation, i, i + 1)
+                x_BTD = model.run_layers(x_BTD, rotation, i, i + 1, mask_BTS=mask_BTS)
             losses[-1] += float(model.head_loss(model.norm(x_BTD), targets_BT))
-    tokens = sum(int((targets_BT >= 0).sum()) for _, targets_BT in batches)
-    return [(loss - losses[-1]) / tokens for loss in losses[:-1]]
+    return [(loss - losses[-1]) / _count(batches) for loss in losses[:-1]]
+
+
+def _count(batches: Batches) -> int:
+    return sum(int((targets_BT >= 0).sum()) for _, targets_BT, _ in batches)
 
 
 def flops_per_token(measure: str, shape: ModelShape, sequence: int) -> float:

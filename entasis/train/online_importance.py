@@ -21,10 +21,12 @@ def measure_importance(
     windows = data.mixture.windows(position, sequences_read(wanted, data.mixture.parts[0].dataset.sequence))
     model, batches = runner.gathered(), []
     for start in range(0, len(windows), runner.micro):
-        rows_BT = torch.from_numpy(data.mixture.batch(windows[start : start + runner.micro])).to(
-            runner.device
-        )
-        batches.append((rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous()))
+        chosen = windows[start : start + runner.micro]
+        rows_BT = torch.from_numpy(data.mixture.batch(chosen)).to(runner.device)
+        ids_BT = None
+        if runner.span.data.document_masking:
+            ids_BT = torch.from_numpy(data.mixture.document_ids(chosen)).to(runner.device)[:, :-1]
+        batches.append((rows_BT[:, :-1].contiguous(), rows_BT[:, 1:].contiguous(), ids_BT))
     autocast = torch.autocast(runner.device.type, torch.bfloat16, enabled=runner.autocast is not None)
     with runner.eager(), autocast:
         return parallel.broadcast_object(layer_importance.MEASURES[wanted.measure](model, batches))

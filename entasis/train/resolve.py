@@ -60,7 +60,8 @@ def resolve(
         )
     else:
         stages, tokens = _resolve_stages(recipe)
-    total = sum(steps(stage.tokens, (stage.batch or recipe.batch).tokens) for stage in stages)
+    whole = _guessed(recipe, solution.shape) if recipe.training_plan is not None else stages
+    total = sum(steps(stage.tokens, (stage.batch or recipe.batch).tokens) for stage in whole)
     result = recipe.narrowed(
         ResolvedRecipe,
         shape=solution.shape.to_dict(),
@@ -93,6 +94,14 @@ def _with_plan(recipe: Recipe, shape: ModelShape) -> Recipe:
         raise UserError("recipe: gives both training_plan and stages; leave one out")
     name = next(iter(recipe.training_plan))
     return recipe.replaced(training_plan={name: plan.model_dump()}, stages=stages)
+
+
+def _guessed(recipe: Recipe, shape: ModelShape) -> list[ResolvedStage]:
+    """All stages of the recipe's plan, as they would be if every layer that it measures turned out alike."""
+    assert recipe.training_plan is not None
+    measured = [[1.0] * shape.n_layers] * training_plans.read(recipe.training_plan).measurements
+    found = stages_of_plan(recipe, shape, measured)
+    return [stage.narrowed(ResolvedStage, schedule=recipe.schedule) for stage in found]
 
 
 def stages_of_plan(

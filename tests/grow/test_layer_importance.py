@@ -30,7 +30,7 @@ def model():
 @pytest.fixture
 def batches():
     ids = torch.randint(64, (2, 3, 17), generator=torch.Generator().manual_seed(0))
-    return [(ids[i, :, :-1], ids[i, :, 1:]) for i in range(2)]
+    return [(ids[i, :, :-1], ids[i, :, 1:], None) for i in range(2)]
 
 
 def test_gradients_are_those_of_a_plain_backward_pass(model, batches):
@@ -38,7 +38,7 @@ def test_gradients_are_those_of_a_plain_backward_pass(model, batches):
     for p in model.blocks[0].parameters():
         p.requires_grad_(False)
     found = layer_importance.MEASURES["gradient"](model, batches)
-    for tokens_BT, targets_BT in batches:
+    for tokens_BT, targets_BT, _ in batches:
         (other.loss(tokens_BT, targets_BT) / 96).backward()
     for block, norm in zip(other.blocks, found, strict=True):
         assert torch.nn.utils.get_total_norm([p.grad for p in block.parameters()]).item() == pytest.approx(
@@ -55,6 +55,19 @@ def test_a_layer_that_does_nothing_costs_nothing_to_skip(model, batches):
         model.blocks[2].feedforward.down.weight *= 30
     first, second, third = layer_importance.MEASURES["skip"](model, batches)
     assert second == pytest.approx(0, abs=1e-6) and abs(third) > abs(first) > 1e-6
+
+
+@pytest.mark.parametrize("measure", layer_importance.MEASURES)
+def test_documents_kept_apart_are_measured_apart(model, batches, measure):
+    """Two documents in one row are two rows; positions are relative, so that it does not matter where they stand."""
+    (tokens_BT, targets_BT, _), _ = batches
+    ids_BT = (torch.arange(16) >= 8).long().expand(3, 16)
+    halves = [(tokens_BT[:, at], targets_BT[:, at], None) for at in (slice(8), slice(8, 16))]
+    apart = layer_importance.MEASURES[measure](model, halves)
+    together = layer_importance.MEASURES[measure](model, [(tokens_BT, targets_BT, ids_BT)])
+    close = {"rel": 1e-4, "abs": 1e-6}  # a sum of 200 nats in fp32 is known to 1.5e-5, over 48 tokens
+    assert together == pytest.approx(apart, **close)
+    assert layer_importance.MEASURES[measure](model, batches[:1]) != pytest.approx(apart, **close)
 
 
 @pytest.mark.parametrize("measure", layer_importance.MEASURES)

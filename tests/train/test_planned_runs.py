@@ -11,6 +11,7 @@ from entasis.errors import Stopped, UserError
 from entasis.shape import cost
 from entasis.train import recipe as recipes
 from entasis.train.metrics import records
+from entasis.train.resolve import resolve
 from entasis.train.run import train
 from entasis.train.stage_runner import StageRunner
 
@@ -43,6 +44,29 @@ def test_at_equal_flops_a_measuring_run_ends_at_the_budget_and_says_what_it_meas
     assert result["tokens"] > 512 * 20
     (layers,) = result["importance"]["layers"]
     assert len(layers) == 2 and result["importance"]["measure"] == "skip"
+
+
+@pytest.mark.parametrize(
+    "plan", [{"importance_groups": ONLINE}, {"autofreeze": {"looks": 2, "tokens": 512}}, {"lisa": {}}]
+)
+def test_shares_are_of_the_whole_run_also_before_a_plan_has_measured(recipe, plan):
+    every = {"evaluation": {"every": "25%"}, "checkpoint": {"every": "10%"}}
+    resolved, *_ = resolve(recipe(tokens=512 * 100, training_plan=plan, **every), 512)
+    assert (resolved.evaluation.every, resolved.checkpoint.every) == (25, 10)
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ({"autofreeze": {"looks": 41, "tokens": 64}}, "none of 20 steps falls on its first stretch"),
+        ({"importance_groups": {"importance": {"after": 0.01, "tokens": 64}, "groups": 2}}, "none of 20 steps"),
+        ({"importance_groups": {"importance": {"after": 0.1, "tokens": "1M"}, "groups": 2}}, "take more than half"),
+        ({"lisa": {"every": 0}}, "every is 0; a period has a step at least"),
+    ],
+)  # fmt: skip
+def test_plans_that_cannot_begin_are_refused(recipe, plan, says):
+    with pytest.raises(UserError, match=says):
+        resolve(recipe(tokens=512 * 20, training_plan=plan), 512)
 
 
 @pytest.mark.parametrize("stop_at", [3, 6, 9])

@@ -146,6 +146,12 @@ def test_groups_follow_importance():
         assert length == pytest.approx(60 * mean / sum(means), abs=1)
 
 
+@pytest.mark.parametrize("name", ["importance_groups", "growth_transformer"])
+def test_a_shuffled_control_is_shuffled_anew_for_every_seed(name):
+    plans = [json.dumps(stages(name, shuffle=1, seed=seed)) for seed in range(8)]
+    assert len(set(plans)) > 4 and plans[3] == json.dumps(stages(name, shuffle=1, seed=3))
+
+
 def test_a_shuffled_control_has_the_same_lengths_in_other_places():
     plain, control = stages("importance_groups"), stages("importance_groups", shuffle=3)
     assert lengths(plain) == lengths(control)

@@ -37,7 +37,7 @@ class GrowthTransformer(TrainingPlan):
         default_factory=lambda: [30.0, 20.0, 20.0, 20.0, 15.0, 15.0], min_length=6, max_length=6
     )
     shuffle: Annotated[int, Field(ge=0)] | None = None
-    """A control: the positions are shuffled by this seed."""
+    """A control: the positions are shuffled by this number and the run's seed."""
 
     def phases(self, n_layers: int, steps: int, seed: int, measured: Measured = ()) -> list[Phase]:
         named = [self.first_core, self.early, self.second_core, self.growth]
@@ -50,7 +50,7 @@ class GrowthTransformer(TrainingPlan):
                 )
         places = list(range(n_layers))
         if self.shuffle is not None:
-            random.Random(self.shuffle).shuffle(places)
+            random.Random(f"{self.shuffle}/{seed}").shuffle(places)
         total = sum(self.epochs)
         if not total:
             raise UserError("recipe: training_plan: epochs are all 0; nothing would be trained")

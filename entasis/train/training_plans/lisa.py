@@ -41,6 +41,8 @@ class Lisa(ImportancePlan):
                 f"recipe: training_plan: layers is {self.layers}; the model has {n_layers} layers"
             )
         period = max(1, quantities.steps(self.every, steps, "recipe: training_plan: every"))
+        if self.every == 0:
+            raise UserError("recipe: training_plan: every is 0; a period has a step at least")
         draw = random.Random(f"lisa/{seed}")
         lengths = [min(period, steps - start) for start in range(0, steps, period)]
         return [Phase(_draw(counts, self.layers, draw), length / steps) for length in lengths]

@@ -100,7 +100,7 @@ class ImportancePlan(TrainingPlan):
     """The least important layer counts 1 - spread, the most important 1 + spread, the others linearly between
     (the map of AlphaPruning, 2410.10912)."""
     shuffle: Annotated[int, Field(ge=0)] | None = None
-    """A control: the numbers are shuffled over the layers by this seed."""
+    """A control: the numbers are shuffled over the layers by this number and the run's seed."""
 
     @field_validator("importance", mode="before")
     @classmethod
@@ -114,20 +114,22 @@ class ImportancePlan(TrainingPlan):
     def phases(self, n_layers: int, steps: int, seed: int, measured: Measured = ()) -> list[Phase]:
         if self.measurement is None:
             assert isinstance(self.importance, list)
-            return self.spread_over(self._count(self.importance, n_layers), steps, seed)
+            return self.spread_over(self._count(self.importance, n_layers, seed), steps, seed)
         first = Phase((), self.measurement.after, everything=True)
         if not measured:
             # What does not depend on the numbers is checked before anything is trained.
             self.spread_over([1.0] * n_layers, steps, seed)
             return [first]
-        rest = self.spread_over(self._count(measured[0], n_layers), round((1 - first.share) * steps), seed)
+        rest = self.spread_over(
+            self._count(measured[0], n_layers, seed), round((1 - first.share) * steps), seed
+        )
         return [first, *(replace(phase, share=phase.share * (1 - first.share)) for phase in rest)]
 
     def spread_over(self, counts: Sequence[float], steps: int, seed: int) -> list[Phase]:
         """The stretches, by what each layer counts (mean 1 where all are alike). Raises `UserError`."""
         raise AssertionError("each plan has its own")
 
-    def _count(self, importance: Sequence[float], n_layers: int) -> list[float]:
+    def _count(self, importance: Sequence[float], n_layers: int, seed: int) -> list[float]:
         """What each layer counts, from 1 - spread to 1 + spread. Raises `UserError` for another number of layers."""
         values = list(importance)
         if len(values) != n_layers:
@@ -135,7 +137,7 @@ class ImportancePlan(TrainingPlan):
                 f"recipe: training_plan: importance has {len(values)} numbers; the model has {n_layers} layers"
             )
         if self.shuffle is not None:
-            random.Random(self.shuffle).shuffle(values)
+            random.Random(f"{self.shuffle}/{seed}").shuffle(values)
         low, width = min(values), max(values) - min(values)
         return [1 + self.spread * (2 * (v - low) / width - 1) if width else 1.0 for v in values]
 
@@ -183,7 +185,7 @@ def lay_out(
     """
     whole = steps * batch_tokens * cost.flops_per_token(shape, sequence)
     budget = whole - plan.measurements * measurement_flops(plan, shape, sequence)
-    if plan.spend == "flops" and budget < whole / 2:
+    if budget < whole / 2:
         raise UserError(
             "recipe: training_plan: its measurements take more than half of the run's FLOPs; read fewer tokens"
         )
@@ -222,6 +224,10 @@ def lay_out(
                 "schedule_part": [start / end, min(1.0, done / end)],
                 "anneal": rates,
             }
+        )
+    if not result:
+        raise UserError(
+            f"recipe: training_plan: none of {steps} steps falls on its first stretch; train longer, or plan fewer stretches"
         )
     return result
 
