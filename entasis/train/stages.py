@@ -81,8 +81,8 @@ class StageSpan:
 
     @property
     def first_trained(self) -> int:
-        """The layers below this one are frozen, and so is the embedding; 0: none are."""
-        learns = set(self.trainable)
+        """No gradient is needed below this layer: nothing there learns or has an adapter. 0: all is needed."""
+        learns = {*self.trainable, *self.adapted}
         found = [
             p.layer or 0 for p in layout.parameters(self.shape) if p.name in learns and p.part not in _ABOVE
         ]

@@ -12,7 +12,7 @@ from entasis.train.auto_settings import simplest
 from entasis.train.metrics import records
 from entasis.train.resolve import resolve
 from entasis.train.run import train
-from entasis.train.stage_runner import StageRunner
+from entasis.train.stage_runner import StageRunner, checkpointed_layers
 from entasis.train.stages import lay_out
 
 LORA = {"lora": {"rank": 3, "alpha": 6}, "trainable": ["final_norm", "head"]}
@@ -78,6 +78,14 @@ def test_counts_flops_and_memory_of_a_phase_are_those_of_the_built_one(phases, o
     assert memory.optimizer == sum(4 * x.numel() for x in held)
 
 
+def test_activations_of_a_phase_count(phases):
+    resolved, shape, _ = resolve(phases(activation_memory="1kB"), 0)
+    recipe = simplest(resolved, torch.device("cpu"))
+    recipe = recipe.replaced(batch=recipe.batch.replaced(micro=2))
+    with pytest.raises(UserError, match="activation_memory"):
+        checkpointed_layers(lay_out(recipe, shape)[1], recipe)
+
+
 @pytest.mark.slow
 def test_a_phase_then_growth_resumes_to_the_bit_from_every_checkpoint(phases, tmp_path):
     growth = {
@@ -114,6 +122,7 @@ def test_a_phase_then_growth_resumes_to_the_bit_from_every_checkpoint(phases, tm
         ({"lora": {"rank": 0}}, "rank is 0; it must be a whole number of at least 1"),
         ({"lora": {}}, "rank is missing"),
         ({"lora": {"rank": 3, "r": 3}}, "unknown key"),
+        ({"cache_frozen": True}, "cache_frozen is true, but no layer is frozen below the first that learns"),
         ({"active_parameters": 8000}, "active_parameters is 8,000, but trainable is"),
     ],
 )
