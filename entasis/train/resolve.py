@@ -93,6 +93,15 @@ def _with_plan(recipe: Recipe, shape: ModelShape) -> Recipe:
     if recipe.stages and tuple(s.replaced(schedule=None) for s in recipe.stages) != stages:
         raise UserError("recipe: gives both training_plan and stages; leave one out")
     name = next(iter(recipe.training_plan))
+    if plan.spend == "flops":
+        # Stretches differ in their steps' price, so numbers of steps would be another length in each.
+        nominal = steps(recipe.tokens, recipe.batch.tokens)
+        shares = {
+            key: f"{100 * value / nominal:.6f}%"
+            for key in ("warmup", "decay")
+            if isinstance(value := getattr(recipe.schedule, key), int) and value
+        }
+        recipe = recipe.replaced(schedule=recipe.schedule.replaced(**shares))
     return recipe.replaced(training_plan={name: plan.model_dump()}, stages=stages)
 
 

@@ -1,5 +1,6 @@
 """Runs whose layers learn by a training plan."""
 
+import itertools
 import json
 import math
 
@@ -53,6 +54,16 @@ def test_shares_are_of_the_whole_run_also_before_a_plan_has_measured(recipe, pla
     every = {"evaluation": {"every": "25%"}, "checkpoint": {"every": "10%"}}
     resolved, *_ = resolve(recipe(tokens=512 * 100, training_plan=plan, **every), 512)
     assert (resolved.evaluation.every, resolved.checkpoint.every) == (25, 10)
+
+
+def test_at_equal_flops_a_schedule_in_steps_falls_without_jumps(recipe, tmp_path):
+    """Stretches have steps of their own price, and yet one schedule: a number of steps is a share of the run's."""
+    schedule = {"name": "warmup-stable-decay", "warmup": 0, "decay": 20}
+    plan = {"freezeout": {"spend": "flops", "t0": 0.8}}
+    train(recipe(tokens=512 * 20, schedule=schedule, training_plan=plan), tmp_path)
+    rates = [r["lr"] for r in records(tmp_path)]
+    falls = [a - b for a, b in itertools.pairwise(rates)]
+    assert len(rates) > 20 and min(falls) > 0 and max(falls) < 2.5 * min(falls)
 
 
 @pytest.mark.parametrize(
