@@ -21,7 +21,7 @@ def stage_tokens_of(
 ) -> list[int]:
     """Tokens of each stage under a protocol, in whole batches: the last one is as long as makes the costs equal.
 
-    What the arm's trunk costs is spent already. A control's length stays in proportion to the baseline's. Raises `UserError` where nothing would be left for the last stage.
+    Stages that are written as shares of the run stay these shares. What the arm's trunk costs is spent already. A control's length stays in proportion to the baseline's. Raises `UserError` where nothing would be left for the last stage.
     """
     base = arms[study.baseline]
     if arm.plan is not None:
@@ -32,8 +32,12 @@ def stage_tokens_of(
     if arm.control:
         wanted *= tokens_of(study, arms, base, protocol, findings) / sum(base.stage_tokens)
     elif protocol == "flops" and arm.name != base.name:
-        spent = before_run(arms, arm)[1] + arm.flops([*before, 0])
         limit = before_run(arms, base)[1] + base.flops(base.stage_tokens)
+        if _in_shares(arm):
+            factor = (limit - before_run(arms, arm)[1]) / arm.flops(arm.stage_tokens)
+            sizes = [stage.batch_tokens for stage in arm.stages[:-1]]
+            before = [max(1, round(n * factor / b)) * b for n, b in zip(before, sizes, strict=True)]
+        spent = before_run(arms, arm)[1] + arm.flops([*before, 0])
         wanted = (limit - spent) / arm.stages[-1].flops_per_token
         if wanted < batch and spent > 0:
             raise UserError(
@@ -43,6 +47,12 @@ def stage_tokens_of(
     if protocol == "time" and not arm.control:
         wanted = _tokens_in_time(study, base, arm, findings)
     return [*before, max(1, round(wanted / batch)) * batch]
+
+
+def _in_shares(arm: Arm) -> bool:
+    """Whether all of an arm's stages but the last, which takes the rest, are shares of its tokens."""
+    written = [stage.get("tokens") for stage in arm.recipe.get("stages") or []][:-1]
+    return bool(written) and all(str(tokens).strip().endswith("%") for tokens in written)
 
 
 def _tokens_in_time(study: Study, base: Arm, arm: Arm, findings: Findings) -> float:

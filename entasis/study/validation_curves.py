@@ -25,7 +25,7 @@ def section(page: Page, done: Sequence[Outcome], order: Sequence[str], folder: P
         page.chart(chart),
         page.note(
             "Each point is one validation of one run, the last one its score; points of a seed are joined. Scores in the "
-            "middle are at a learning rate that has not decayed yet, and no part of the verdict."
+            "middle are at whatever learning rate the schedule has there, and no part of the verdict."
         ),
     ]
 

@@ -68,6 +68,19 @@ def test_equal_flops_stretch_the_last_stage_and_count_the_trunk() -> None:
     assert grid["plain"][0].tokens == 4096 and grid["scratch"][0].tokens < 4096
 
 
+def test_stages_that_are_shares_stay_these_shares_at_equal_flops() -> None:
+    stages = [{"tokens": "25%"}, {"tokens": "25%", "transition": TWICE}, {"trainable": "newest"}]
+    s = study(trunks={}, arms={"plain": {"shape.layers": LAYERS * 2}, "grown": {"shape.layers": LAYERS, "stages": stages}},
+              base={**source()["base"], "tokens": 256 * 400})  # fmt: skip
+    arms = plan.solve(s)
+    runs = plan.lay_out(s, arms, Findings()).grid["flops"]
+    plain, grown = runs["plain"][0], runs["grown"][0]
+    assert abs(grown.flops - plain.flops) <= 128 * arms["grown"].stages[-1].flops_per_token
+    lengths = [stage["tokens"] for stage in grown.recipe["stages"]]
+    assert sum(lengths) == grown.tokens > 1.2 * plain.tokens
+    assert [n / grown.tokens for n in lengths] == pytest.approx([0.25, 0.25, 0.5], abs=0.003)
+
+
 def test_each_run_starts_from_the_trunk_of_its_own_seed() -> None:
     s = study(sweep=[0.5, 1])
     arms = plan.solve(s)
