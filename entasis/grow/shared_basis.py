@@ -38,7 +38,8 @@ class SharedBasis:
 
 
 def add_up(matrices: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Σ W Wᵀ [M, M], fp64, of which the upper triangle is not to be read. Raises `UserError` for numbers that are not finite."""
+    """Σ W Wᵀ [M, M], fp64, of which the upper triangle is not to be read. Raises `UserError` for numbers that are not
+    finite, and where all are zero."""
     total_MM: torch.Tensor | None = None
     for w_MN in matrices:
         w_MN = w_MN.double()
@@ -50,6 +51,8 @@ def add_up(matrices: Iterable[torch.Tensor]) -> torch.Tensor:
     assert total_MM is not None
     if not total_MM.isfinite().all():
         raise UserError("lesa: the model's weights hold numbers that are not finite (NaN or infinity)")
+    if not total_MM.any():
+        raise UserError("lesa: a matrix is zero in all layers, from which nothing can be predicted")
     return total_MM
 
 

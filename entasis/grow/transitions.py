@@ -44,6 +44,11 @@ class Transition(Settings):
     keeps_moments: ClassVar[bool] = False
     """Whether the moments of what survives are taken over unless the stage says otherwise."""
 
+    @property
+    def diagnostics(self) -> dict[str, Any]:
+        """What `weights` found out, as plain data; a list under `warnings` holds lines for the user."""
+        return {}
+
     @classmethod
     def read(cls, options: Mapping[str, Any], where: str) -> Transition:
         """The transition with these options. Raises `UserError`, which begins with `where`."""

@@ -40,7 +40,7 @@ def write(source: Path, shape: ModelShape, answer: dict[str, Any]) -> str:
         path = source / name
         if path.is_file():
             record = read_json(path)
-            hidden = {SEAL, "files", "busy", "layers", "diagnostics"}
+            hidden = {SEAL, "files", "busy", "layers", "diagnostics", "transitions"}
             if record.get("busy") or record.get("mfu", 0) > 1:
                 hidden.add("mfu")  # its ceiling was measured while other work took the processor
             lines += ["", f"## {heading}", "", "| | |", "|---|---|"]

@@ -19,7 +19,7 @@ from entasis.errors import Failure
 from entasis.files import hash_of
 from entasis.model import weights
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write(

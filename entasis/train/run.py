@@ -124,6 +124,8 @@ class Run:
         self.step = 0
         self.positions: dict[str, int] = {}
         """Sequences read of each corpus at each length of sequence."""
+        self.diagnostics: dict[str, Any] = {}
+        """By stage, what its transition found out."""
         self.span = self.timeline.spans[0]
         self.metrics: MetricsWriter | None = None
         self.started_at = 0
@@ -138,6 +140,7 @@ class Run:
                 "--output"
             )
         self.positions = dict(state["positions"]) if last else {}
+        self.diagnostics = dict(state.get("diagnostics", {}))
         if parallel.is_main():
             self.metrics = MetricsWriter(self.folder, self.recipe.logging, state)
         if measured := state.get("measured"):
@@ -199,6 +202,10 @@ class Run:
             plan = transition.settle(plan, tensors.__getitem__, shape)
             tensors = dict(transition.weights(plan, tensors.__getitem__, init))
             found = moments.resized(found, plan)
+            if told := transition.diagnostics:
+                self.diagnostics[str(span.index)] = told
+            for line in told.get("warnings", ()):
+                self.report("note", text=f"stage {span.index}: {line}")
         runner = StageRunner(span, self.recipe, self.device, tensors=tensors, loads=resumes is not None)
         if resumes is not None:
             checkpoint.load(resumes, runner.model, runner.optimizers, runner.average)
@@ -310,6 +317,7 @@ class Run:
             "stage": self.span.index,
             "positions": self.positions,
             "measured": self.timeline.measured,
+            "diagnostics": self.diagnostics,
             "tokens": self.span.tokens(self.step),
             "metrics": self.metrics.mark() if self.metrics else None,
             "provenance": {
@@ -347,6 +355,7 @@ class Run:
             **run_result.summarise(self.folder, self.timeline, self.environment, validation),
             "seed": self.recipe.seed,
             "epochs": epochs,
+            **({"transitions": self.diagnostics} if self.diagnostics else {}),
             "files": hashes,
         }
         result = files.write_json(self.folder / run_folder.RESULT, result, locked=True)

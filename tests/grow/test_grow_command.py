@@ -123,16 +123,17 @@ def test_the_folder_is_a_model_with_everything_it_needs(model, tmp_path, capsys)
     assert rows[6]["history"] == [last, {"operator": "widen", "from": [6]}]
 
 
-def test_bf16_stays_bf16(model, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_numbers_stay_of_their_kind(model, tmp_path, dtype):
     source = model()
-    loaded = weights.load(source, dtype=torch.bfloat16)
+    loaded = weights.load(source, dtype=dtype)
     weights.save(loaded, source)
     grow(source, tmp_path / "grown", "--operator", "average", "--after", "0")
     found = load_file(tmp_path / "grown" / "model.safetensors")
-    assert {x.dtype for x in found.values()} == {torch.bfloat16}
+    assert {x.dtype for x in found.values()} == {dtype}
     name = "feedforward.up.weight"
-    a, b = (loaded.blocks[i].get_parameter(name).float() for i in (0, 1))
-    torch.testing.assert_close(found[f"blocks.1.{name}"], ((a + b) / 2).bfloat16())
+    a, b = (loaded.blocks[i].get_parameter(name).double() for i in (0, 1))
+    torch.testing.assert_close(found[f"blocks.1.{name}"], ((a + b) / 2).to(dtype))
 
 
 def test_the_loss_is_measured_before_and_after(model, tmp_path, capsys):

@@ -129,6 +129,12 @@ def test_raw_rows_are_what_the_network_sees_and_gives():
         fit_network([*layers[:-1], torch.full((M, N), torch.nan)], NetworkSettings(basis="none"))
 
 
+@pytest.mark.parametrize("fit", [ridge.fit, lambda *a: predictor.fit(*a, NetworkSettings(), seed=0)])
+def test_a_matrix_that_is_zero_everywhere_is_refused(fit):
+    with pytest.raises(UserError, match="zero in all layers"):
+        fit(([torch.zeros(M, N)] * L).__getitem__, L, triples.split(L, 0))
+
+
 def test_effective_rank():
     assert lesa.effective_rank(torch.eye(5)) == pytest.approx(5)
     assert lesa.effective_rank(torch.ones(4, 9)) == pytest.approx(1, abs=1e-5)

@@ -196,6 +196,26 @@ def test_a_run_that_starts_from_weights_grows_before_its_first_step(growing, rec
     assert [x["new"] for x in result["layers"]] == [False, False, True, False, False, False]
 
 
+def test_what_an_operator_finds_out_within_a_run_is_told_and_kept(growing, recipe, tmp_path):
+    """Layers of random numbers say nothing of one another, so there is something to warn of."""
+    shape = {**recipe().shape, "layers": EQUAL[:1] * 5}
+    stages = [{"tokens": 512}, {**grown("lesa", after=[1], epochs=1), "tokens": 512 * 2}]
+    run = recipe(shape=shape, tokens=None, stages=stages, schedule=CONSTANT, checkpoint={"every": 1})
+    events = []
+
+    def stop(event):
+        events.append(event)
+        if event["event"] == "checkpoint" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path / "run", reporter=stop)
+    notes = [e["text"] for e in events if e["event"] == "note"]
+    assert any(text.startswith("stage 1: ") and "neighbours" in text for text in notes), notes
+    result = train(run, tmp_path / "run")
+    assert set(result["transitions"]["1"]["matrices"]) >= {"query", "gate", "down"}
+
+
 def test_a_layer_silenced_behind_a_reordered_norm_learns_at_a_sane_pace(growing, recipe, tmp_path):
     """Its norm's weight is 0, so what its first gradient touches is that alone; nothing is multiplied by 1/sqrt(eps)."""
     shape = {**recipe().shape, "layers": EQUAL, "norm_placement": "reordered", "qk_norm": "full"}
