@@ -141,7 +141,7 @@ class Codes(Interface):
     papers' `repeat_interleave` does."""
     values: Literal["balanced", "signs", "bits"] = "balanced"
     """`bits`: 0 and 1, as in the papers. `signs`: -1 and 1. `balanced`: those times a fixed pattern of signs that has as
-    many of each for every bit, so that no code is constant over the channels and LayerNorm leaves all of them."""
+    many of each for every bit as go into its channels, so that no code is constant over the channels and LayerNorm leaves all of them."""
 
     def n_bits(self, shape: ModelShape) -> int:
         """K, the length of a code."""

@@ -19,11 +19,16 @@ from entasis.train import parallel
 NAME = "frozen-outputs-{rank}.scratch"
 
 
+def path_in(folder: Path) -> Path:
+    """Where this process keeps them in a run's folder."""
+    return folder / NAME.format(rank=parallel.rank())
+
+
 class FrozenOutputs:
     """Residual streams [T, D] by the number of their window. Raises `DiskFull` where they do not fit on the disk."""
 
     def __init__(self, folder: Path, *, windows: int, sequence: int, width: int) -> None:
-        self.path = folder / NAME.format(rank=parallel.rank())
+        self.path = path_in(folder)
         self.path.unlink(missing_ok=True)
         need = 4 * windows * sequence * width
         if shutil.disk_usage(folder).free < need:

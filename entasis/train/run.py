@@ -29,6 +29,7 @@ from entasis.shape import cost
 from entasis.train import (
     checkpoint,
     failure_diagnosis,
+    frozen_outputs,
     metrics,
     moments,
     parallel,
@@ -390,6 +391,8 @@ class Run:
     def close(self) -> None:
         if self.metrics:
             self.metrics.close()
+        # Of a stage that did not end; nothing goes on with it.
+        frozen_outputs.path_in(self.folder).unlink(missing_ok=True)
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -132,7 +132,16 @@ def test_frozen_outputs_read_from_disk_change_no_bit(
     train(grown({"cache_frozen": True}, **changes), tmp_path / "cached")
     assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
     assert len(found) == 80 and sum(found) >= 15
-    assert not list((tmp_path / "cached").glob("*.scratch"))
+
+    def stop(event):
+        if event["event"] == "step" and event["step"] == 50:
+            assert list((tmp_path / "stopped").glob("*.scratch"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(grown({"cache_frozen": True}, **changes), tmp_path / "stopped", reporter=stop)
+    for name in ("cached", "stopped"):
+        assert not list((tmp_path / name).glob("*.scratch"))
 
 
 def test_a_cache_of_nothing_and_a_compiled_one_are_refused(grown, tmp_path):
