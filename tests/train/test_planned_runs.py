@@ -72,6 +72,7 @@ def test_at_equal_flops_a_schedule_in_steps_falls_without_jumps(recipe, tmp_path
         ({"autofreeze": {"looks": 41, "tokens": 64}}, "none of 20 steps falls on its first stretch"),
         ({"importance_groups": {"importance": {"after": 0.01, "tokens": 64}, "groups": 2}}, "none of 20 steps"),
         ({"importance_groups": {"importance": {"after": 0.1, "tokens": "1M"}, "groups": 2}}, "take more than half"),
+        ({"freezeout": {"always": []}}, "always is empty, and in one stretch no layer learns either"),
         ({"lisa": {"every": 0}}, "every is 0; a period has a step at least"),
     ],
 )  # fmt: skip

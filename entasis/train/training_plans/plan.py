@@ -201,6 +201,10 @@ def lay_out(
     for phase in plan.phases(shape.n_layers, steps, seed, measured):
         layers = [f"blocks[{','.join(map(str, phase.layers))}]"] if phase.layers else []
         trainable = "all" if phase.everything else [*always, *layers]
+        if not trainable:
+            raise UserError(
+                "recipe: training_plan: always is empty, and in one stretch no layer learns either"
+            )
         each, end = 1.0, float(steps)
         if plan.spend == "flops":
             names = selectors.select(shape, trainable, where="recipe: training_plan: always")
