@@ -115,13 +115,11 @@ def _parts(differences: Mapping[str, Difference], baseline: str, margin: float) 
                 f"{name} is {comparative} than {baseline} by {amount(d.mean)} {UNIT} (95 % interval {span(d)})"
             )
     if same := groups.get("same"):
-        parts.append(
-            f"{listed(same)} {_is(same)} no different from {baseline} within ±{amount(margin)} {UNIT}"
-        )
+        parts.append(f"{some(same)} {_is(same)} no different from {baseline} within ±{amount(margin)} {UNIT}")
     if undecided := groups.get("undecided"):
         only = len(undecided) == len(differences)
         whom = (
-            f"{listed(undecided, 'or')} and {baseline}"
+            f"{some(undecided, 'or')} and {baseline}"
             if len(undecided) > 1
             else f"{undecided[0]} and {baseline}"
         )
@@ -233,6 +231,11 @@ def span(d: Difference) -> str:
 def listed(names: Sequence[str], word: str = "and") -> str:
     """`a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
+
+
+def some(names: Sequence[str], word: str = "and") -> str:
+    """`listed`, of more than six the first three: `a, b, c and 9 others`."""
+    return listed(names if len(names) <= 6 else [*names[:3], f"{len(names) - 3} others"], word)
 
 
 def _is(names: Sequence[str]) -> str:

@@ -106,6 +106,13 @@ def test_verdict_names_every_arm_once() -> None:
     assert all(text.count(name + " ") == 1 + (name == "bad") for name in d if name != "good")
 
 
+def test_many_arms_of_one_kind_are_counted() -> None:
+    d = compared({f"a{k}": [0.01 * (k + 1), -0.01, 0.002] for k in range(8)}, margin=0.001)
+    text = verdict_text.verdict({"b": d}, baseline="b", protocol="params", margin=0.001)
+    assert "between a0, a1, a2 or 5 others and b; this study could have seen" in text
+    assert verdict_text.some(list("abcdef")) == "a, b, c, d, e and f"
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0.01234, "0.0123"), (-0.5, "0.5000"), (0.00012, "0.00012"), (0.0, "0.0000")]
 )
