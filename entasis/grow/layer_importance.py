@@ -69,7 +69,8 @@ def measure_skips(model: Transformer, batches: Batches) -> list[float]:
                 losses[i] += float(model.head_loss(model.norm(rest_BTD), targets_BT))
                 x_BTD = model.run_layers(x_BTD, rotation, i, i + 1, mask_BTS=mask_BTS)
             losses[-1] += float(model.head_loss(model.norm(x_BTD), targets_BT))
-    return [(loss - losses[-1]) / _count(batches) for loss in losses[:-1]]
+    tokens = _count(batches)
+    return [(loss - losses[-1]) / tokens for loss in losses[:-1]]
 
 
 def _count(batches: Batches) -> int:

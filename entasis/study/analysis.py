@@ -189,7 +189,8 @@ class _Judging:
 
     @property
     def twins(self) -> list[str]:
-        return self.plan.twins(self.protocol, self.study.baseline)
+        pairs = [c for c in self.plan.pairs(self.study) if c.protocol == self.protocol]
+        return [c.arm for c in pairs if c.against == self.study.baseline and self.plan.is_twin(c)]
 
     def verdict(self, failed: Mapping[str, str]) -> ProtocolVerdict:
         """The answer under this protocol; `failed` are folders of runs."""
@@ -219,7 +220,7 @@ class _Judging:
     def _contrast(self, c: Comparison) -> ContrastVerdict:
         d = self.differences.get(c)
         judgement, says = self._words(d)
-        if c.arm in self.plan.twins(self.protocol, c.against):
+        if self.plan.is_twin(c):
             judgement, says = "itself", f"{c.against} itself: the same shape and recipe"
         return ContrastVerdict(
             arm=c.arm,
@@ -275,10 +276,11 @@ class _Judging:
     def _judge(self, arm: str) -> tuple[statistics.Difference | None, str, str]:
         """The difference to the baseline, the judgement, and the same in words."""
         study, control = self.study, self.controls.get(arm)
-        d = self.differences.get(Comparison(self.protocol, arm, study.baseline))
+        compared = Comparison(self.protocol, arm, study.baseline)
+        d = self.differences.get(compared)
         if arm == study.baseline:
             return d, "baseline", "baseline"
-        if arm in self.twins:
+        if self.plan.is_twin(compared):
             return d, "itself", f"{study.baseline} itself: the same shape and recipe"
         if control and control.difference:
             seen = "worse, as it must be" if control.seen else "not seen to be worse"

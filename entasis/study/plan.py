@@ -63,10 +63,10 @@ class Plan:
         unique = {run.folder: run for arms in self.grid.values() for runs in arms.values() for run in runs}
         return sorted(unique.values(), key=lambda run: run.seed)
 
-    def twins(self, protocol: Protocol, against: str) -> list[str]:
-        """Arms whose runs repeat those of `against`: shapes that round to one."""
-        runs = {arm: [run.recipe for run in runs] for arm, runs in self.grid[protocol].items()}
-        return [arm for arm in runs if arm != against and runs[arm] == runs[against]]
+    def is_twin(self, c: Comparison) -> bool:
+        """Whether the arm's runs repeat those of what it is compared with: shapes that round to one."""
+        arm, against = ([run.recipe for run in self.grid[c.protocol][name]] for name in (c.arm, c.against))
+        return arm == against
 
     def name(self, c: Comparison) -> str:
         """The same for what two protocols share."""
@@ -81,9 +81,7 @@ class Plan:
     def comparisons(self, study: Study) -> dict[Comparison, str]:
         """What is judged together, with its name; what two protocols share has one name in both."""
         return {
-            c: self.name(c)
-            for c in self.pairs(study)
-            if not self.arms[c.arm].control and c.arm not in self.twins(c.protocol, c.against)
+            c: self.name(c) for c in self.pairs(study) if not self.arms[c.arm].control and not self.is_twin(c)
         }
 
     def controls(self, study: Study) -> dict[str, Comparison]:

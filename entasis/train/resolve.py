@@ -60,7 +60,11 @@ def resolve(
         )
     else:
         stages, tokens = _resolve_stages(recipe)
-    whole = _guessed(recipe, solution.shape) if recipe.training_plan is not None else stages
+    whole = stages
+    if recipe.training_plan is not None:
+        # As far as it is known before anything is measured.
+        alike = training_plans.read(recipe.training_plan).alike(solution.shape.n_layers)
+        whole = resolved_stages_of_plan(recipe, solution.shape, alike)
     total = sum(steps(stage.tokens, (stage.batch or recipe.batch).tokens) for stage in whole)
     result = recipe.narrowed(
         ResolvedRecipe,
@@ -105,10 +109,10 @@ def _with_plan(recipe: Recipe, shape: ModelShape) -> Recipe:
     return recipe.replaced(training_plan={name: plan.model_dump()}, stages=stages)
 
 
-def _guessed(recipe: Recipe, shape: ModelShape) -> list[ResolvedStage]:
-    """All stages of the recipe's plan, as they would be if every layer that it measures turned out alike."""
-    assert recipe.training_plan is not None
-    measured = [[1.0] * shape.n_layers] * training_plans.read(recipe.training_plan).measurements
+def resolved_stages_of_plan(
+    recipe: Recipe, shape: ModelShape, measured: training_plans.Measured
+) -> list[ResolvedStage]:
+    """As `stages_of_plan`, each under the recipe's schedule."""
     found = stages_of_plan(recipe, shape, measured)
     return [stage.narrowed(ResolvedStage, schedule=recipe.schedule) for stage in found]
 

@@ -9,8 +9,8 @@ from typing import Any
 from entasis.grow.provenance import Lineage
 from entasis.shape.shapes import ModelShape
 from entasis.train import stages
-from entasis.train.resolve import stages_of_plan
-from entasis.train.resolved_recipe import ResolvedRecipe, ResolvedStage
+from entasis.train.resolve import resolved_stages_of_plan
+from entasis.train.resolved_recipe import ResolvedRecipe
 from entasis.train.resolved_recipe import steps as count_steps
 from entasis.train.training_plans import plan as training_plans
 
@@ -33,10 +33,7 @@ class Timeline:
         wanted = recipe.training_plan
         self.plan = None if wanted is None else training_plans.read(wanted)
         if measured:
-            planned = stages_of_plan(recipe, shape, measured)
-            recipe = recipe.replaced(
-                stages=tuple(s.narrowed(ResolvedStage, schedule=recipe.schedule) for s in planned)
-            )
+            recipe = recipe.replaced(stages=tuple(resolved_stages_of_plan(recipe, shape, measured)))
         self.spans = stages.lay_out(recipe, shape, lineage)
 
     @property
@@ -62,7 +59,7 @@ class Timeline:
         """The whole run as it would be if all layers turned out alike: for what must be known before anything is measured."""
         if self.plan is None:
             return self
-        return Timeline(self.recipe, self.shape, [[1.0] * self.shape.n_layers] * self.plan.measurements)
+        return Timeline(self.recipe, self.shape, self.plan.alike(self.shape.n_layers))
 
     def learning_again(self, span: stages.StageSpan, names: Iterable[str]) -> set[str]:
         """Those of a stage's parameters whose moments a later stage goes on with; all, as long as that is not known."""

@@ -83,6 +83,10 @@ class TrainingPlan(Settings):
         """How many times it does."""
         return 0 if self.measurement is None else 1
 
+    def alike(self, n_layers: int) -> list[list[float]]:
+        """What it would measure if all layers turned out alike."""
+        return [[1.0] * n_layers] * self.measurements
+
     def phases(self, n_layers: int, steps: int, seed: int, measured: Measured = ()) -> list[Phase]:
         """The stretches in order, up to the next measurement; with all of them their shares add up to 1.
 
