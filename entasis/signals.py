@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 _TOGETHER = 1.0
@@ -27,11 +28,13 @@ class Terminated(KeyboardInterrupt):
 _came: str | None = None
 
 
-def came() -> str | None:
-    """The signal that has come inside `raised`, in words.
+def hear() -> str | None:
+    """The signal that has come inside `raised`, in words; if it still waits for an import to end, it will not be raised.
 
-    An exception out of a handler may be lost (where a library is being imported, say) or end in another one.
+    An exception out of a handler may be lost (in a library's callback, say) or end in another one.
     """
+    if _came:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return _came
 
 
@@ -42,7 +45,10 @@ def name_of(error: KeyboardInterrupt) -> str:
 
 @contextlib.contextmanager
 def raised(*, last: bool) -> Iterator[None]:
-    """Inside, SIGINT raises `KeyboardInterrupt` and SIGTERM `Terminated`.
+    """Inside, SIGINT raises `KeyboardInterrupt` and SIGTERM `Terminated`; the first one waits for an import to end.
+
+    An exception that comes while torch builds its classes from C++ ends the process with C++'s words. A second signal, more
+    than a second later, waits for nothing.
 
     `last` says that the process ends with the block: once a signal has come, no other disturbs its end.
     """
@@ -50,18 +56,29 @@ def raised(*, last: bool) -> Iterator[None]:
     told: float | None = None
     _came = None
 
-    def act(number: int, _frame: object) -> None:
+    def act(number: int, frame: FrameType | None) -> None:
         nonlocal told
         global _came
         now = time.monotonic()
+        first = told is None
         if told is not None and now - told < _TOGETHER:
             return
         told = now
         _came = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        error = KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+        def look_again(_number: int, frame: FrameType | None) -> None:
+            if not _is_importing(frame):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                raise error
+
+        if not (first and _is_importing(frame)):
+            raise error
+        signal.signal(signal.SIGALRM, look_again)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
 
     def ignore(lost: Any) -> None:
-        # An exception that a library's callback swallows is told by `came`, not by Python's traceback of it.
+        # An exception that a library's callback swallows is told by `hear`, not by Python's traceback of it.
         if not isinstance(lost.exc_value, KeyboardInterrupt):
             hook(lost)
 
@@ -71,6 +88,7 @@ def raised(*, last: bool) -> Iterator[None]:
             yield
         finally:
             sys.unraisablehook = hook
+            hear()
             if last and told is not None and before:
                 before.update(dict.fromkeys(_SIGNALS, signal.SIG_IGN))
 
@@ -98,8 +116,8 @@ def requested() -> Iterator[Request]:
             _act_as(before[number], number, frame)
 
     with _handled(ask) as before:
-        if _came:
-            asked.by = _came
+        if signal_before := hear():
+            asked.by = signal_before
             asked.set()
         yield asked
 
@@ -116,6 +134,13 @@ def _handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether an import is under way in this frame or one that called it."""
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _act_as(earlier: Any, number: int, frame: object) -> None:

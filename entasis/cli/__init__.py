@@ -108,7 +108,7 @@ def _run(argv: Sequence[str]) -> int:
             return _complain("a path holds a NUL character", 2)
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return _complain(error, 2)
-        if isinstance(error, OSError) or signals.came():
+        if isinstance(error, OSError) or signals.hear():
             return _complain(error, 1)
         raise
 
@@ -121,8 +121,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _complain(error: BaseException | str, code: int) -> int:
-    if signals.came() and not isinstance(error, Failure):
-        error, code = f"stopped by {signals.came()}", 1  # whatever that ended in
+    if (signal := signals.hear()) and not isinstance(error, Failure):
+        error, code = f"stopped by {signal}", 1  # whatever that ended in
     if os.environ.get("ENTASIS_DEBUG") and isinstance(error, BaseException):
         raise error
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error).replace("\n", " "))

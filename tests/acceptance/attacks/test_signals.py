@@ -54,6 +54,26 @@ def test_signals_in_a_bunch_are_one_request(call, ground, tmp_path, number, time
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_a_signal_waits_for_an_import_to_end(tmp_path):
+    """torch's own ends the process from C++ where an exception comes out of it."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.1)\nprint('imported')\n"
+    )
+    script = (
+        "import time\nfrom entasis import signals\nwith signals.raised(last=True):\n    try:\n"
+        "        import slow\n        time.sleep(60)\n    except signals.Terminated:\n        print('told')\n"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env={**os.environ, **paths},
+    )
+    assert (done.stdout, done.returncode) == ("imported\ntold\n", 0), done.stderr
+
+
 @pytest.mark.parametrize(("number", "times"), BUNCHES)
 def test_at_start_up_there_is_a_word_too(call, ground, tmp_path, number, times):
     script = "import sys, entasis.cli, importlib\nprint('ready', flush=True)\nsys.exit(entasis.cli.main())\n"
