@@ -23,6 +23,8 @@ from entasis.report.tables import Column, Table
 from entasis.study import results, statistics
 from entasis.study.arms import Arm
 from entasis.study.config import Study
+from entasis.study.executors import launchers
+from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Plan
 from entasis.study.results import Outcome
 
@@ -78,27 +80,41 @@ def _check_lengths(study: Study, folder: Path, arms: Mapping[str, Arm]) -> None:
             )
 
 
-def score(study: Study, folder: Path, done: Sequence[Outcome], console: Console) -> bool:
+def score(study: Study, folder: Path, done: Sequence[Outcome], console: Console, pool: Pool) -> bool:
     """Adds the tasks that a run has not answered to `downstream.json` in its folder: task → metric → value.
 
-    Returns whether there were any.
+    As many runs at once as are trained at once. Returns whether there were any.
     """
     wanted = study.downstream
     if wanted is None or importlib.util.find_spec("lm_eval") is None:
         return False
     own = [] if wanted.continuation is None else [CONTINUATION]
     asked = [*wanted.tasks, *own]
-    left = [(o, tasks) for o in done if (tasks := [t for t in asked if t not in _answers(o)])]
+    left = [(o.folder, tasks) for o in done if (tasks := [t for t in asked if t not in _answers(o.folder)])]
     if not left:
         return False
+    paths = [str(folder / FOLDER)] if own else []
+    paths += [wanted.include_path] if wanted.include_path else []
+    told = -1
+
+    def tell() -> None:
+        nonlocal told
+        if (count := sum(_answers(run).keys() >= set(tasks) for run, tasks in left)) != told:
+            told = count
+            console.print(f"downstream: {told} of {len(left)} runs scored", markup=False, highlight=False)
+
+    launchers.share(pool, "downstream", _score, left, paths, wanted.limit, told=tell)
+    tell()
+    return True
+
+
+def _score(left: Sequence[tuple[Path, list[str]]], paths: list[str], limit: int | None) -> None:
+    """Of each run the tasks, in a worker."""
     from entasis.evaluate import harness
     from entasis.evaluate.loading import load
 
-    paths = [str(folder / FOLDER)] if own else []
-    paths += [wanted.include_path] if wanted.include_path else []
-    for i, (outcome, tasks) in enumerate(left, 1):
-        console.print(f"downstream {i} of {len(left)}: {outcome.run.folder}", markup=False, highlight=False)
-        answer = harness.run(load(outcome.folder), tasks, include_path=paths, limit=wanted.limit)
+    for run, tasks in left:
+        answer = harness.run(load(run), tasks, include_path=paths, limit=limit)
         plain: dict[str, dict[str, float]] = {
             task: {
                 name.removesuffix(",none"): float(value)
@@ -108,13 +124,12 @@ def score(study: Study, folder: Path, done: Sequence[Outcome], console: Console)
             for task, values in answer["results"].items()
         }
         # What stands for several tasks has no score of its own, and was asked all the same.
-        plain = {**_answers(outcome), **{task: {} for task in tasks}, **plain}
-        write_text(outcome.folder / FILE, json.dumps(plain, indent=1) + "\n")
-    return True
+        plain = {**_answers(run), **{task: {} for task in tasks}, **plain}
+        write_text(run / FILE, json.dumps(plain, indent=1) + "\n")
 
 
-def _answers(outcome: Outcome) -> dict[str, dict[str, float]]:
-    path = outcome.folder / FILE
+def _answers(run: Path) -> dict[str, dict[str, float]]:
+    path = run / FILE
     return results.json_of(path) if path.is_file() else {}
 
 
@@ -123,7 +138,7 @@ def table(plan: Plan, done: Mapping[str, Outcome], baseline: str) -> Table:
     rows: list[dict[str, Any]] = []
     for protocol, grid in plan.grid.items():
         found = {
-            arm: {run.seed: _answers(done[run.folder]) for run in runs if run.folder in done}
+            arm: {run.seed: _answers(done[run.folder].folder) for run in runs if run.folder in done}
             for arm, runs in grid.items()
         }
         measured = sorted(

@@ -96,7 +96,8 @@ def _run(
         rounds.train(
             study, plan, folder, lambda runs: _train(study, folder, runs, console, study.title, pool)
         )
-        scored = downstream.score(study, folder, list(results.outcomes(folder, plan.runs).values()), console)
+        done = list(results.outcomes(folder, plan.runs).values())
+        scored = downstream.score(study, folder, done, console, pool)
         verdict = analysis.judge(study, plan, folder)
         if not scored and verdicts.holds(folder, verdict) and (folder / "report.html").is_file():
             return verdict

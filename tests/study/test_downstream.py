@@ -16,6 +16,7 @@ from entasis.errors import UserError
 from entasis.study import downstream, study_files
 from entasis.study.arms import Findings
 from entasis.study.config import Study
+from entasis.study.executors import local
 from entasis.study.plan import lay_out, solve
 from entasis.study.results import Outcome
 
@@ -74,7 +75,8 @@ def test_without_lm_eval_it_is_said_before_training_and_nothing_is_scored(corpus
     wanted = {"continuation": {"items": 20, "context": 8, "continuation": 3}}
     said = prepared(corpus, tmp_path, wanted)
     assert said.startswith("downstream: left out. Tasks need lm-eval (pip install 'entasis[eval]')")
-    assert not downstream.score(study(corpus, wanted), tmp_path, [], Console(file=io.StringIO()))
+    with local.pool_of(local.places(1)) as pool:
+        assert not downstream.score(study(corpus, wanted), tmp_path, [], Console(file=io.StringIO()), pool)
 
 
 def scored(corpus, folder, scores):

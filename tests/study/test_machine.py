@@ -139,3 +139,11 @@ def test_threads_that_the_user_has_set_are_kept(monkeypatch: pytest.MonkeyPatch)
     assert [place.threads for place in local.places(1)] == [1, 1, 1, 1]
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert [place.threads for place in local.places(None)] == [4]
+
+
+def test_runs_share_gpus_evenly_and_cores_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 16)
+    found = local.places_on_gpus(2, runs_per_gpu=3, threads=4)
+    assert sorted(place.gpu for place in found) == [0, 0, 0, 1, 1, 1]
+    assert [place.threads for place in found] == [2] * 6 and len({place.name for place in found}) == 6
+    assert [place.threads for place in local.places_on_gpus(1, runs_per_gpu=32, threads=4)] == [1] * 32

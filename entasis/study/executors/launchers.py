@@ -150,17 +150,38 @@ def call(pool: Pool, name: str, function: Callable[..., Any], *arguments: Any, a
         pool.submit(name, worker.attempt, function, *arguments)
         for _ in range(max(1, min(pool.alike, at_most)))
     ]
-    answers = []
+    return [_content(job, name) for job in jobs]
+
+
+def share(
+    pool: Pool,
+    name: str,
+    function: Callable[..., Any],
+    items: Sequence[Any],
+    *arguments: Any,
+    told: Callable[[], None],
+) -> None:
+    """Calls `function(items, *arguments)` on as many workers at once as runs will be, each with its share of the items.
+
+    `told` is called while they work. Raises what the call raises of `UserError` and `Failure`, and `Failure` when a job is lost.
+    """
+    count = min(len(items), pool.alike)
+    jobs = [pool.submit(name, worker.attempt, function, items[i::count], *arguments) for i in range(count)]
     for job in jobs:
-        while (answer := job.poll()) is None:
-            time.sleep(0.1)
-        if answer[0] == "lost":
-            raise Failure(f"{name}: a process that was measuring was lost: {answer[1]}")
-        kind, content = answer[1]
-        if kind == "raised":
-            raise content
-        answers.append(content)
-    return answers
+        _content(job, name, told)
+
+
+def _content(job: Job, name: str, told: Callable[[], None] = lambda: None) -> Any:
+    """What a call returned, once it has."""
+    while (answer := job.poll()) is None:
+        told()
+        time.sleep(0.1)
+    if answer[0] == "lost":
+        raise Failure(f"{name}: a process was lost: {answer[1]}")
+    kind, content = answer[1]
+    if kind == "raised":
+        raise content
+    return content
 
 
 def failure_note(folder: Path, run: PlannedRun) -> Path:

@@ -1,6 +1,6 @@
-"""Runs on the machine at hand: one worker process on each GPU, or on each share of the CPU cores.
+"""Runs on the machine at hand: worker processes on each GPU, or one on each share of the CPU cores.
 
-entasis study run FILE --launcher local
+entasis study run FILE --launcher local --option runs_per_gpu=8
 """
 
 from __future__ import annotations
@@ -123,22 +123,33 @@ def pool_of(places: Sequence[Place], logs: Path | None = None) -> Iterator[Pool]
 @launcher("local")
 @contextlib.contextmanager
 def on_this_machine(logs: Path, threads: int | None, options: Mapping[str, str]) -> Iterator[Pool]:
-    """As many runs at once as there are GPUs, or shares of `threads` CPU cores. Raises `UserError` with an option."""
-    if options:
-        raise UserError("--option goes with --launcher slurm or ray")
-    with pool_of(places(threads), logs) as pool:
+    """As many runs at once as there are GPUs, `runs_per_gpu` times, or shares of `threads` CPU cores.
+
+    Raises `UserError` for another option.
+    """
+    if unknown := options.keys() - {"runs_per_gpu"}:
+        raise UserError(f"--option {min(unknown)}: --launcher local knows runs_per_gpu alone")
+    given = options.get("runs_per_gpu", "1")
+    if not (given.isascii() and given.isdigit() and int(given)):
+        raise UserError(f"--option runs_per_gpu={given}: a whole number of runs, at least 1")
+    with pool_of(places(threads, int(given)), logs) as pool:
         yield pool
 
 
-def places(threads: int | None) -> list[Place]:
-    """One place per CUDA device, else one per share of the CPU cores."""
+def places(threads: int | None, runs_per_gpu: int = 1) -> list[Place]:
+    """So many places per CUDA device, else one per share of the CPU cores."""
     import torch
 
     each = threads_of_a_run(threads)
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return [Place(f"cuda-{i}", max(1, min(each, cores() // count)), i) for i in range(count)]
+        return places_on_gpus(torch.cuda.device_count(), runs_per_gpu, each)
     return [Place(f"cpu-{i}", each) for i in range(cores() // each)]
+
+
+def places_on_gpus(gpus: int, runs_per_gpu: int, threads: int) -> list[Place]:
+    """Places in turn over the GPUs, with at most `threads` threads each and no more than there are cores."""
+    count = gpus * runs_per_gpu
+    return [Place(f"cuda-{i}", max(1, min(threads, cores() // count)), i % gpus) for i in range(count)]
 
 
 def threads_of_a_run(wanted: int | None) -> int:
