@@ -128,6 +128,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             }
     return {
         "tokens_per_step": runs["baseline"].tokens,
+        "compile": args.compile,
         "matmul_flops_per_second": ceiling,
         "columns": rows,
         "crown_over_baseline": ratios,
@@ -271,10 +272,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     names = ["speed", "documents", "first_steps", "loss_memory", "checkpoints"]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
+    parser.add_argument("--eager", action="store_true", help="without compiling, which takes minutes a shape")
     parser.add_argument("--first-step", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.bf16 = DEVICE == "cuda"
-    args.compile = devices.has_compiler(torch.device(DEVICE))
+    args.compile = not args.eager and devices.has_compiler(torch.device(DEVICE))
     return args
 
 

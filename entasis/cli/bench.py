@@ -73,7 +73,7 @@ def _print(figures: BenchResult) -> None:
         f"{figures.attention} attention",
         f"{figures.tokens_per_second:,.0f} tokens/s: a step takes {step.median:.3f} s "
         f"({step.fastest:.3f} to {step.slowest:.3f} over {figures.steps} steps)",
-        f"MFU {figures.mfu:.0%} of the measured {figures.matmul_flops_per_second / 1e9:,.0f} GFLOP/s; "
+        f"MFU {figures.mfu:.1%} of the measured {figures.matmul_flops_per_second / 1e9:,.0f} GFLOP/s; "
         f"at that ceiling a step would take {figures.seconds_at_the_ceiling:.3f} s"
         + (" (measured while other work took the processor: it is too low)" if figures.busy else ""),
         f"peak memory {figures.peak_memory_bytes / 1e6:,.0f} MB, of which weights, gradients and optimizer "

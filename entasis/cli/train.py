@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _summary(result: dict[str, Any], folder: Path) -> str:
     lines = [
         f"{result['parameters']:,} parameters, {result['tokens']:,} tokens, {result['steps']} steps, "
-        f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.0%} of the measured ceiling"
+        f"{result['tokens_per_second']:,.0f} tokens/s, MFU {result['mfu']:.1%} of the measured ceiling"
         + (" (measured while other work took the processor: too high)" if result.get("busy") else ""),
         f"training loss {result['loss']:.4f} nats per token",
     ]

@@ -84,7 +84,9 @@ def is_busy(device: torch.device) -> bool:
 def has_compiler(device: torch.device) -> bool:
     """Whether torch.compile can build its code here: it needs a C++ compiler on the CPU, triton on CUDA."""
     if device.type == "cuda":
-        return torch.utils._triton.has_triton()
+        from torch.utils._triton import has_triton  # torch imports it only when it compiles
+
+        return has_triton()
     named = os.environ.get("CXX")
     return any(shutil.which(name) for name in (named, "g++", "clang++", "c++") if name)
 

@@ -54,10 +54,9 @@ def put(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer], fou
                 raise UserError(f"recipe: optimizer_state keep: {names[p]} has moments of another optimizer")
             if any(x.ndim and x.shape != p.shape for x in state.values()):
                 raise UserError(f"recipe: optimizer_state keep: the moments of {names[p]} have another size")
-            optimizer.state[p] = {
-                key: x.clone() if key == "step" else sharding.like(x.to(p.device, copy=True), p)
-                for key, x in state.items()
-            }
+            # On a GPU fused AdamW wants its step there too.
+            here = {key: x.to(p.device, copy=True) for key, x in state.items()}
+            optimizer.state[p] = {key: x if key == "step" else sharding.like(x, p) for key, x in here.items()}
 
 
 def resized(found: Moments, plan: ResizePlan) -> Moments:
