@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: setup quickstart smollm2 test test-wheel fuzz test-compat test-vllm attacks lint types clean
+.PHONY: setup quickstart smollm2 test test-gpu test-wheel fuzz test-compat test-vllm attacks lint types clean
 
 setup: $(DEV)
 
@@ -40,6 +40,10 @@ $(SMOLLM2): | $(STAMP)
 test: setup
 	# One thread in each of two processes: more threads than cores slow torch down many times over.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# Runs on a GPU: stages, growth, adapters, plans, killed and resumed.
+test-gpu: setup
+	TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 tests/train --deselect tests/train/test_golden.py
 
 # Every command of README and docs, from a wheel in an empty folder.
 test-wheel: setup

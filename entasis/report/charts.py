@@ -30,6 +30,8 @@ PALETTE = [
     "#a6761d",
 ]
 Rows = Sequence[dict[str, Any]]
+_HOVERED = "hovered"
+"""The layer of a chart that only a pointer brings out."""
 
 
 def forest(rows: Rows, *, title: str, order: Sequence[str], margin: float | None = None) -> altair.LayerChart:
@@ -141,7 +143,8 @@ def lines(
     points = base.mark_point(filled=True, size=55, clip=True).encode(
         opacity=alt.condition(near, alt.value(1), alt.value(0.85 if dots else 0))
     )
-    chart = alt.layer(*drawn, points.add_params(near)).add_params(chosen)
+    hovered = points.add_params(near) if dots else points.properties(name=_HOVERED).add_params(near)
+    chart = alt.layer(*drawn, hovered).add_params(chosen)
     return _finish(chart.properties(usermeta=legend(order)), height=330)
 
 
@@ -165,7 +168,7 @@ def slopes(
 
 
 def save(chart: altair.TopLevelMixin, stem: Path) -> None:
-    """Writes `stem.svg` and `stem.pdf`, 640 px wide, on white."""
+    """Writes `stem.svg` and `stem.pdf`, 640 px wide, on white, without the marks that only a pointer brings out."""
     import altair
     import vl_convert
 
@@ -174,6 +177,9 @@ def save(chart: altair.TopLevelMixin, stem: Path) -> None:
     spec = chart.to_dict()
     spec["width"] = 640
     spec["background"] = "white"
+    if "layer" in spec:
+        spec["layer"] = [layer for layer in spec["layer"] if layer.get("name") != _HOVERED]
+        spec["params"] = [p for p in spec.get("params", []) if _HOVERED not in p.get("views", [])]
     version = ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     svg = vl_convert.vegalite_to_svg(spec, vl_version=version)
     write_text(stem.with_suffix(".svg"), svg)

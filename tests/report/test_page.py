@@ -94,6 +94,18 @@ def test_charts_are_saved_for_paper(tmp_path: Path) -> None:
     assert (tmp_path / "runs.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_what_only_a_pointer_brings_out_is_not_saved(tmp_path: Path) -> None:
+    """A study of a hundred runs had drawings of fifteen megabytes."""
+    rows = [{"arm": "a", "seed": 0, "tokens": i, "loss": 3 - i / 50, "place": i / 100} for i in range(100)]
+    chart = charts.lines(
+        rows, x="tokens", x_title="tokens", y="loss", y_title="loss", series="arm", repeat="seed", order=["a"]
+    )
+    charts.save(chart, tmp_path / "loss")
+    drawn = (tmp_path / "loss.svg").read_text(encoding="utf-8")
+    assert drawn.count("<path") < 50 and max(line.count("L") for line in drawn.split("<path")) >= 99
+    assert "hovered" in str(chart.to_dict())
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")

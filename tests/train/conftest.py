@@ -15,6 +15,10 @@ MODULES = """antigravity bisect cmd colorsys contextvars copyreg filecmp generic
     netrc nturl2path opcode pty queue quopri reprlib rlcompleter sched stat struct this token tty""".split()
 
 
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+"""`make test-gpu` says cuda."""
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Sums over several threads round differently; and the machine is shared."""
@@ -63,7 +67,7 @@ def recipe(corpora):
             "precision": "fp32",
             "compile": False,
             "attention": "plain",
-            "device": "cpu",
+            "device": DEVICE,
             "evaluation": {"tokens": 4000},
             "logging": {"tensorboard": False},
         }

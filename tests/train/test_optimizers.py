@@ -5,7 +5,7 @@ from torch import nn
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
-from entasis.train import optimizers
+from entasis.train import moments, optimizers
 from entasis.train.muon import Muon, orthogonalise
 from entasis.train.recipe import Optimizer
 
@@ -166,3 +166,13 @@ def test_under_mup_muons_updates_have_the_spectral_norm_that_mup_asks_for():
     base, wide = norms(32), norms(256)
     assert wide == pytest.approx(base)
     assert len(base) == 14
+
+
+def test_moments_that_are_carried_over_lie_beside_their_parameters():
+    """The step too: fused AdamW on a GPU refuses one on the CPU."""
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    one = {"step": torch.tensor(4.0), "exp_avg": torch.ones(2, 3), "exp_avg_sq": torch.ones(2, 3)}
+    moments.put(model, [optimizer], {"weight": one})
+    assert {x.device.type for x in optimizer.state[model.weight].values()} == {"meta"}
