@@ -117,7 +117,8 @@ def _is_out_of_memory(error: Exception) -> bool:
     """Python's error, or one of torch's, which is not imported for that."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def _complain(error: BaseException | str, code: int) -> int:

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale", choices=["ffn", "heads", "both"], default="ffn", help="what a profile makes unequal (ffn)"
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="all values, as one JSON object")
 
 

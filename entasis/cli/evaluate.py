@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include-path", metavar="DIR", help="folder with lm-eval tasks of your own")
     parser.add_argument("--limit", type=whole(1), help="examples per task")
     parser.add_argument("--fewshot", type=whole(0), help="examples shown before each question")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true")
 
 

@@ -181,7 +181,7 @@ def _loss(args: argparse.Namespace, folder: str, when: str) -> dict[str, Any]:
     from entasis.evaluate.loading import load
     from entasis.evaluate.scoring import corpus_of, score
 
-    loaded = load(folder)
+    loaded = load(folder, device="auto")
     assert loaded.tokenizer is not None, "looked at before"
     with corpus_of(args.text, loaded.tokenizer) as corpus, progress.bars("tokens") as advance:
         told = functools.partial(advance, f"loss {when}")

@@ -38,6 +38,15 @@ class Sampling:
                 raise UserError(f"{name.replace('_', '-')} is {value}; it must be above 0 and at most 1")
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated."""
+    if device.type == "cuda":
+        # What torch holds and does not use is free to it.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    return psutil.virtual_memory().available
+
+
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -64,8 +73,7 @@ def generate(
     weight = model.norm.weight
     device, dtype = weight.device, weight.dtype
     needed = len(prompts) * longest * kv_bytes_per_token(model.shape, dtype.itemsize)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if needed > free:
+    if needed > (free := free_memory(device)):
         raise UserError(
             f"prompt and continuation are {longest:,} tokens; their keys and values take {needed / 2**30:,.1f} GiB, "
             f"{free / 2**30:,.1f} GiB are free"

@@ -32,6 +32,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(shape, i, attention) for i in range(shape.n_layers))
         self.norm = Norm(shape.d_model, shape, bias=shape.norm_bias)
         self.head = Head(shape)
+        self._on_gpu: torch.Tensor | None = None
 
     def forward(
         self,
@@ -103,7 +104,15 @@ class Transformer(nn.Module):
         """What each block needs to turn queries and keys; None with learned positions."""
         if self.shape.positions == "learned":
             return None
-        return rotary.table(rotary.frequencies(self.shape).to(device), start, length)
+        return rotary.table(self._frequencies(device), start, length)
+
+    def _frequencies(self, device: torch.device) -> torch.Tensor:
+        """Of the rotary positions [head_dim / 2]; to a GPU they go once, as a copy from the host waits for all its work."""
+        if device.type != "cuda":
+            return rotary.frequencies(self.shape).to(device)
+        if self._on_gpu is None or self._on_gpu.device != device:
+            self._on_gpu = rotary.frequencies(self.shape).to(device)
+        return self._on_gpu
 
     @property
     def head_weight(self) -> torch.Tensor:

@@ -114,7 +114,7 @@ def _score(left: Sequence[tuple[Path, list[str]]], paths: list[str], limit: int 
     from entasis.evaluate.loading import load
 
     for run, tasks in left:
-        answer = harness.run(load(run), tasks, include_path=paths, limit=limit)
+        answer = harness.run(load(run, device="auto"), tasks, include_path=paths, limit=limit)
         plain: dict[str, dict[str, float]] = {
             task: {
                 name.removesuffix(",none"): float(value)

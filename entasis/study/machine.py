@@ -148,6 +148,7 @@ def measure(
     With a limit, a recipe is left untimed whose one step would take longer than its part of it at a third of what a
     large matrix product reaches (`flops_per_second`), or whose weights and moments do not fit the free memory.
     """
+    from entasis.evaluate.generation import free_memory
     from entasis.train import auto_settings, preflight, recipe
     from entasis.train import device as devices
     from entasis.train.resolve import resolve
@@ -156,7 +157,7 @@ def measure(
     devices.set_threads()
     found = devices.choose_device(device)
     speed = devices.measure_matmul_ceiling(found, _product(found)) / 3
-    free = devices.free_memory(found)
+    free = free_memory(found)
     jobs = []
     for plain, count in zip(recipes, runs, strict=True):
         resolved, shape, _ = resolve(recipe.from_dict(plain), plain["shape"]["vocabulary"])

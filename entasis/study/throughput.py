@@ -103,6 +103,7 @@ def mixed(speeds: Sequence[Sequence[float]], mix: Mix) -> list[float]:
 
 def in_turn(steps: Sequence[tuple[Mapping[str, Any], int]], device: str) -> list[list[float]]:
     """In a worker: tokens per second of each step, in each round."""
+    from entasis.evaluate.generation import free_memory
     from entasis.shape import cost
     from entasis.train import device as devices
     from entasis.train import recipe
@@ -117,7 +118,7 @@ def in_turn(steps: Sequence[tuple[Mapping[str, Any], int]], device: str) -> list
     states = [cost.training_memory(shape) for _, shape, _ in ready]
     state = sum(m.weights + m.gradients + m.optimizer for m in states)
     # Kept between rounds where all of them fit, made anew for each round otherwise.
-    keep = state < (devices.free_memory(found)) / 4
+    keep = state < free_memory(found) / 4
     held: dict[int, Step] = {}
     speeds: list[list[float]] = [[] for _ in ready]
     for i in range(ROUNDS):

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from entasis.errors import UserError
+from entasis.errors import Failure, UserError
+from entasis.evaluate.generation import free_memory
 from entasis.shape import activations
 from entasis.shape.shapes import ModelShape
 from entasis.train import device as devices
@@ -177,17 +178,22 @@ def _fits(
         for i in range(shape.n_layers)
     ]
     needed = activations.peak_bytes_per_token(layers, checkpointed, shape.d_model)
-    free = parallel.broadcast_object(devices.free_memory(device))
+    free = parallel.broadcast_object(free_memory(device))
     return needed * micro_sequences(base.batch.micro, span.sequences) * sequence < free / 2
 
 
 def _try(step: Step, settings: Settings, timings: dict[Settings, Timing]) -> None:
-    """Makes a candidate's first step; of several, one that runs out of memory is none."""
+    """Makes a candidate's first step; of several, one that runs out of memory is none.
+
+    Raises `Failure` where memory does not suffice for the first.
+    """
     try:
         timings[settings] = Timing(step(settings))
     except RuntimeError as error:
-        if not timings or parallel.world() > 1 or not failure_diagnosis.is_out_of_memory(error):
+        if not failure_diagnosis.is_out_of_memory(error):
             raise
+        if not timings or parallel.world() > 1:
+            raise failure_diagnosis.out_of_memory(step.micro, step.span.data.sequence, 0) from error
 
 
 def _timed(
@@ -222,7 +228,14 @@ def _compiled(
         torch._dynamo.reset()
         timings: dict[Settings, Timing] = {}
         for m in chosen:
-            _try(step, m.settings._replace(compile=True), timings)
+            try:
+                _try(step, m.settings._replace(compile=True), timings)
+            except (RuntimeError, Failure):
+                # Nobody asked for compiled code: where it cannot be built, or held in memory, it is no candidate.
+                if forced or parallel.world() > 1:
+                    raise
+        if not timings:
+            return []
 
         def time_for(seconds: float) -> bool:
             return parallel.broadcast_object(time.perf_counter() - begun + seconds < budget)

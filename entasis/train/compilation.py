@@ -24,6 +24,7 @@ def compiled(
     if forget:
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 8
+    model.rotation(0, 1, model.norm.weight.device)  # what it keeps is there before anything is compiled
     if parallel.world() == 1 and not sharding.is_sharded(model):
         return torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
     compile_parts(model, backend=backend)

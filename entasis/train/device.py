@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
 from entasis.errors import UserError
@@ -36,13 +35,20 @@ def choose_device(name: str) -> torch.device:
             )
         if chosen.index is None:
             chosen = torch.device("cuda", parallel.local_rank())
+        elif parallel.world() > 1:
+            raise UserError(f"recipe: device is {name}, for {parallel.world()} processes; use device=cuda")
+        if chosen.index >= (count := torch.cuda.device_count()):
+            raise UserError(f"recipe: device is {chosen}, but this process sees {count} CUDA devices")
         torch.cuda.set_device(chosen)
     return chosen
 
 
 def bf16_product_is_faster(device: torch.device) -> bool:
     """Whether a matrix product in bf16 takes less time than in fp32; measured, about 50 ms."""
-    return _matmul_seconds(256, torch.bfloat16, device) < _matmul_seconds(256, torch.float32, device)
+    size = (
+        4096 if device.type == "cuda" else 256
+    )  # a GPU takes longer to be told of a small one than to make it
+    return _matmul_seconds(size, torch.bfloat16, device) < _matmul_seconds(size, torch.float32, device)
 
 
 def set_threads() -> None:
@@ -50,13 +56,6 @@ def set_threads() -> None:
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit():
         torch.set_num_threads(int(threads))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def measure_matmul_ceiling(device: torch.device, precision: str) -> float:

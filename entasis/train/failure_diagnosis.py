@@ -15,7 +15,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """CUDA's own error, the CPU allocator's RuntimeError, or Python's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+    said = (
+        "can't allocate memory", "not enough memory", "CUDA out of memory", "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )  # fmt: skip
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 

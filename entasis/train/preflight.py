@@ -133,7 +133,7 @@ def check_settings(recipe: Recipe, device: torch.device) -> None:
         raise UserError("recipe: a stage has lora, but peft is not installed: pip install 'entasis[lora]'")
     if recipe.compile is True and not devices.has_compiler(device):
         raise UserError(
-            "recipe: compile is true, but there is no C++ compiler (g++ or clang++); use compile=false"
+            "recipe: compile is true, but there is no C++ compiler (g++ or clang++), or on a GPU no Triton; use compile=false"
         )
     if recipe.attention == "flex" and (
         device.type != "cuda" or recipe.compile is not True or parallel.world() > 1

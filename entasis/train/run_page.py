@@ -189,7 +189,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
         Column("loss", "loss", ".4f", "last 10 steps"),
         Column("bits_per_byte", "bits per byte", ".4f", "held-out"),
         Column("tokens_per_second", "tokens/s", ",.0f"),
-        Column("mfu", "MFU", ".0%"),
+        Column("mfu", "MFU", ".1%"),
         Column("memory", "memory", ",.0f", "MB, peak"),
         Column("time", "time"),
     ]
