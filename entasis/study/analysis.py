@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +263,8 @@ class _Judging:
             learning_rate_multiplier=done[0].run.multiplier if done else None,
             scores={o.run.seed: o.bits_per_byte for o in done},
             bits_per_byte=float(np.mean(scores)) if scores else None,
+            stage_scores=_stage_scores(done),
+            training_loss=float(np.mean([o.result["loss"] for o in done])) if done else None,
             sd=float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
             judgement=judgement,
             says=says,
@@ -299,3 +301,12 @@ def _by_seed(pairs: Pairs) -> dict[int, float]:
 
 def _number(x: float | None) -> float | None:
     return None if x is None or not math.isfinite(x) else x
+
+
+def _stage_scores(done: Sequence[Outcome]) -> list[float] | None:
+    """Bits per byte after each of several stages, means over seeds."""
+    scores = [[stage["bits_per_byte"] for stage in o.result.get("stages", [])] for o in done]
+    lengths = {len(of) for of in scores}
+    if len(lengths) != 1 or lengths <= {0, 1} or any(score is None for of in scores for score in of):
+        return None
+    return [float(mean) for mean in np.mean(scores, axis=0)]

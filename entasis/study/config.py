@@ -34,7 +34,7 @@ from entasis.study import trunks
 from entasis.study.planned_looks import Spending
 from entasis.study.stopping import Method, Until
 
-Protocol = Literal["params", "flops", "time"]
+Protocol = Literal["params", "flops", "time", "unmatched"]
 _MOST_SEEDS = 10_000
 _SWEEP_SEEDS = 1000
 """Where the sweep's seeds begin, so that a study may be given more seeds."""

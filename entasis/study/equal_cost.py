@@ -80,7 +80,7 @@ def _plan_factor(
         return tokens_of(study, arms, base, protocol, findings) / sum(base.stage_tokens)
     if protocol == "time":
         return _tokens_in_time(study, base, arm, findings) / sum(arm.stage_tokens)
-    if protocol == "params":
+    if protocol in ("params", "unmatched"):
         return 1.0
     left = before_run(arms, base)[1] + base.flops(base.stage_tokens) - before_run(arms, arm)[1]
     if plan.spend == "flops":
@@ -102,6 +102,8 @@ def check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
     """Refuses arms whose length cannot be what a protocol asks for. Raises `UserError`."""
     where, base = f"study {study.name}: arm {arm.name}", arms[study.baseline]
     for protocol in study.protocols:
+        if protocol == "unmatched":
+            continue
         if protocol == "params":
             own, others = (before_run(arms, a)[0] + sum(a.stage_tokens) for a in (arm, base))
             if own != others:

@@ -280,6 +280,9 @@ def _cost(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Pat
         blocks = [speeds, page.note(said)]
     else:
         blocks = []
+    if stages := verdict_tables.stage_table(verdict, protocol):
+        scores = page.table(_save(stages, folder, f"stages-{protocol}"))
+        blocks.append(page.folded("Bits per byte after each stage, means over seeds", scores))
     return [
         *blocks,
         page.table(_save(table, folder, f"cost-{protocol}")),

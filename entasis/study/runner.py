@@ -43,6 +43,9 @@ from entasis.study.verdict import Verdict
 
 _PATH = re.compile(r"(stages\.)?data\.(train|validation)(\.[^.]+\.path)?|start\.from")
 """Keys of a recipe that name a folder."""
+_FONT = "shape.interface.font"
+_IMPORTANCE = re.compile(r"training_plan\.[^.]+\.importance")
+"""May name a file of numbers for the layers, which the study then holds itself."""
 
 
 def run(
@@ -144,7 +147,12 @@ def summary(verdict: Verdict, console: Console) -> None:
 
 
 def at_home(study: Study) -> Study:
-    """The study with paths outside its folder made absolute, so that it runs the same from anywhere."""
+    """The study with paths outside its folder made absolute, so that it runs the same from anywhere.
+
+    Of a file of importances it takes the numbers.
+    """
+    from entasis.train.training_plans.plan import read_importance
+
     own = tuple(f"corpora/{name}/" for name in study.corpora)
 
     def absolute(value: Any, key: str = "") -> Any:
@@ -153,8 +161,14 @@ def at_home(study: Study) -> Study:
             return {k: absolute(v, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
         if isinstance(value, list):
             return [absolute(v, key) for v in value]
-        if isinstance(value, str) and _PATH.fullmatch(key) and not (own and value.startswith(own)):
+        if not isinstance(value, str):
+            return value
+        if _PATH.fullmatch(key):
+            return value if own and value.startswith(own) else str(Path(value).absolute())
+        if key == _FONT and Path(value).is_file():
             return str(Path(value).absolute())
+        if _IMPORTANCE.fullmatch(key) and Path(value).is_file():
+            return read_importance(value)
         return value
 
     corpora = {

@@ -98,6 +98,10 @@ class ArmVerdict:
     """Bits per byte by seed."""
     bits_per_byte: float | None
     """Their mean."""
+    stage_scores: list[float] | None = None
+    """Bits per byte after each stage, means over seeds; None for one stage, and where some were not validated."""
+    training_loss: float | None = None
+    """Mean over seeds of the loss in nats per token on the text that is read, in the last steps."""
     sd: float | None
     judgement: str
     """A key of `verdict_text.SHORT`."""

@@ -136,11 +136,27 @@ def cost_table(verdict: Verdict, protocol: str) -> Table:
             Column("flops_per_token", "FLOPs/token", ".3e", "training"),
             Column("tokens", "tokens", ",d"),
             Column("training_flops", "training", ".3e", "FLOPs"),
+            Column("training_loss", "loss", ".4f", "nats, text that was read"),
             Column("tokens_per_second", "tokens/s", ",.0f", "median of seeds"),
             Column("seconds", "seconds", ",.1f", "one run"),
             Column("peak_memory_bytes", "memory", ",.3e", "bytes, process"),
         ],
         arms,
+    )
+
+
+def stage_table(verdict: Verdict, protocol: str) -> Table | None:
+    """Bits per byte after each stage, means over seeds; None where no arm has several."""
+    staged = [row for row in rows(verdict, protocol) if row["stage_scores"]]
+    if not staged:
+        return None
+    most = max(len(row["stage_scores"]) for row in staged)
+    return Table(
+        [Column("arm", "arm"), *(Column(f"stage-{i}", f"stage {i}", ".4f") for i in range(1, most + 1))],
+        [
+            {"arm": row["arm"], **{f"stage-{i}": score for i, score in enumerate(row["stage_scores"], 1)}}
+            for row in staged
+        ],
     )
 
 

@@ -29,6 +29,7 @@ EQUAL = {
     "params": "At equal parameters and tokens",
     "flops": "At equal training FLOPs",
     "time": "At equal device time",
+    "unmatched": "At unequal cost, every arm as long as its recipe says",
 }
 
 

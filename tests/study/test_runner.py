@@ -251,3 +251,31 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
         execute(tmp_path, runs, interrupt)
     assert list((tmp_path / runs[0].folder / "checkpoints").iterdir())
     assert execute(tmp_path, runs, lambda states: None)[0].status == "done"
+
+
+def test_files_that_arms_name_are_found_from_where_the_study_was_begun(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers stand in the study's folder; what a plan's importance is, the study holds itself."""
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(16)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    (tmp_path / "letters.ttf").write_bytes(font.font_bytes)
+    (tmp_path / "importance.json").write_text(json.dumps({"importance": [1, 2, 3, 4]}))
+    monkeypatch.chdir(tmp_path)
+    arms: dict[str, Any] = {
+        "plain": {},
+        "planned": {"training_plan": {"importance_groups": {"importance": "importance.json"}}},
+        "drawn": {
+            "shape.interface": {"kind": "glyph", "font": "letters.ttf"},
+            "shape.tied_embeddings": False,
+            "shape.budget": "60k",
+        },
+    }
+    study = study_files.from_dict(source(text, arms=arms, seeds=1, protocols=["unmatched"]), name="s")
+    console = Console(file=io.StringIO(), width=200)
+    verdict = runner.run(study, tmp_path / "s", console)
+    assert verdict.complete and not verdict.failed
+    (tmp_path / "importance.json").unlink()
+    assert runner.report(tmp_path / "s", console).complete
