@@ -78,9 +78,13 @@ def _asked(layers: int, count: int) -> Iterator[tuple[str, str, dict[str, Any]]]
             yield from (
                 (f"{name}-{places}", name, {"after": f"{places}:{count}"}) for places in ("uniform", "top")
             )
-    for method in ("uniform", "top"):
-        options = {"after": f"{method}:{count}", "method": "slerp"}
-        yield f"interpolate-slerp-{method}", "interpolate", options
+    for places in ("uniform", "top"):
+        after = {"after": f"{places}:{count}"}
+        yield f"interpolate-slerp-{places}", "interpolate", {**after, "method": "slerp"}
+        # The paper's own ablations: raw weights for the shared basis, no norm loss; and that loss by rows.
+        yield f"lesa-raw-{places}", "lesa", {**after, "basis": "none"}
+        yield f"lesa-without-norm-{places}", "lesa", {**after, "norm_loss": "none"}
+        yield f"lesa-norm-by-rows-{places}", "lesa", {**after, "norm_loss": "row"}
     drop, middle = (layers - count) // 2, (-(-layers // count // 2) - 1) * count
     yield "solar", "solar", {"drop": drop}
     yield "solar-twin", "duplicate", {"after": list(range(drop, layers - drop))}
