@@ -130,30 +130,36 @@ def _print(named: list[tuple[str, Solution]], args: argparse.Namespace) -> None:
     console.print(draw.columns(shapes, console.width))
     console.print()
     console.print(draw.table(shapes, sequence=args.sequence, attended=args.attended))
+    # Beside an interface of another kind a learned one is told of as well.
+    told = any(shape.interface != LEARNED for _, shape in shapes)
     for name, solution in named:
         if solution.budget is not None:
             budget = f"{solution.budget.kind} {solution.budget.value:,}"
             console.print(f"{name}: budget {budget}, achieved {solution.achieved:,} ({solution.miss:+.3%})")
-        for note in (*solution.notes, *_say_interface(solution.shape, args)):
+        for note in (*solution.notes, *_say_interface(solution.shape, args, told=told)):
             console.print(f"{name}: {note}")
     if args.svg:
         console.print(f"figure: {args.svg}")
 
 
-def _say_interface(shape: ModelShape, args: argparse.Namespace) -> list[str]:
-    """What there is to say of an interface that is not simply learned, and of a stage's share of the parameters."""
+def _say_interface(shape: ModelShape, args: argparse.Namespace, *, told: bool) -> list[str]:
+    """What there is to say of an interface, if it is `told`, and of a stage's share of the parameters."""
     notes, learning = [], _learning(shape, args)
-    if shape.interface != LEARNED or learning is not None:
-        told = cost.count_uses(shape, learning)
+    if told or learning is not None:
+        uses = cost.count_uses(shape, learning)
         notes.append(
-            f"parameters: {told.active:,} active, {told.frozen:,} frozen, {told.stored:,} stored together"
+            f"parameters: {uses.active:,} active, {uses.frozen:,} frozen, {uses.stored:,} stored together"
         )
     if learning is not None:
         flops = cost.stage_flops_per_token(shape, learning, args.sequence, attended=args.attended) / 1e6
         memory = cost.training_memory(shape, learning)
         total = (memory.weights + memory.gradients + memory.optimizer) / 2**20
         notes.append(f"the stage: {flops:,.2f} M train FLOPs/token, weights+grads+AdamW {total:,.1f} MiB")
-    if shape.interface != LEARNED:
+    if shape.interface == LEARNED:
+        if told:
+            rank = min(shape.d_model, shape.vocabulary)
+            notes.append(f"interface learned: rank at most {rank:,}; what tokens it tells apart is learned")
+    else:
         kind, seen = interfaces.name_of(shape.interface), _insight(shape, args)
         if seen is None:
             notes.append(

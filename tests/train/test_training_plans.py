@@ -2,18 +2,26 @@
 
 import itertools
 import json
+import pkgutil
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from entasis.errors import UserError
 from entasis.grow import layer_importance
+from entasis.registry import Registry
 from entasis.shape import cost, selectors
 from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.train import training_plans as package
 from entasis.train.training_plans import plan as training_plans
-from entasis.train.training_plans.plan import lay_out, read
+from entasis.train.training_plans.plan import TRAINING_PLANS, Measurement, TrainingPlan, lay_out, read
+
+ROOT = Path(__file__).parents[2]
 
 NUMBERS = [0.1, 3.0, 0.2, 0.4, 2.0, 0.3]
 PLANS = {
@@ -50,7 +58,65 @@ def layers(stage):
 
 
 def test_every_plan_is_tried_here():
-    assert set(PLANS) == set(training_plans.TRAINING_PLANS)
+    assert set(PLANS) == set(TRAINING_PLANS)
+
+
+def test_every_file_of_the_folder_gives_a_plan():
+    files = {module.name for module in pkgutil.iter_modules(package.__path__)} - {"plan"}
+    assert {plan.__module__.rpartition(".")[2] for plan in TRAINING_PLANS.values()} == files
+
+
+def table(page, header):
+    """The cells of the rows below a header line."""
+    below = page.partition(f"\n{header}\n")[2].splitlines()[1:]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), below)
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+
+
+def defaults(plan):
+    return {
+        name: None if field.is_required() else field.get_default(call_default_factory=True)
+        for name, field in plan.model_fields.items()
+    }
+
+
+def own_defaults(plan):
+    """Without what is so in every plan."""
+    common = defaults(TrainingPlan)
+    return {
+        name: value for name, value in defaults(plan).items() if name not in common or common[name] != value
+    }
+
+
+def test_the_documented_table_is_the_registry():
+    page = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
+    rows = table(page, "| plan | rule | its options |")
+    assert [row[0].strip("`") for row in rows] == list(TRAINING_PLANS)
+    for name, rule, options in rows:
+        plan = TRAINING_PLANS[name.strip("`")]
+        assert rule == plan.__doc__.splitlines()[0]
+        told = [yaml.safe_load(option) for option in re.findall(r"`(.+?)`", options)]
+        required = [option for option in told if isinstance(option, str)]
+        assert required == [option for option, field in plan.model_fields.items() if field.is_required()]
+        found = {key: value for option in told if isinstance(option, dict) for key, value in option.items()}
+        assert found | dict.fromkeys(required) == own_defaults(plan)
+    for name, value in defaults(TrainingPlan).items():
+        written = re.search(rf"two options more.*?`{name}: (.+?)`", page, re.DOTALL)
+        assert written and yaml.safe_load(written[1]) == value
+    named = [name for row in table(page, "| option | meaning |") for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(named) == sorted({name for plan in TRAINING_PLANS.values() for name in plan.model_fields})
+    measured = re.search(r"`importance: (\{measure.*?\})`, which are the defaults", page)
+    assert measured and yaml.safe_load(measured[1]) == Measurement().model_dump()
+
+
+def test_the_example_of_a_plan_is_one(monkeypatch):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```diff\n(\+@TRAINING_PLANS.*?)```", text, re.DOTALL)
+    monkeypatch.setattr(training_plans, "TRAINING_PLANS", Registry("training plan"))
+    exec("".join(line[1:] for line in example.splitlines(keepends=True)), dict(vars(training_plans)))
+    found = stages("top_first", n_layers=6, first=0.25)
+    assert lengths(found) == [25, 75]
+    assert layers(found[0]) == [3, 4, 5] and found[1]["trainable"] == "all"
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -130,9 +196,7 @@ def test_measurements_that_eat_the_budget_are_refused():
 
 
 def test_every_measure_that_a_plan_may_name_is_there():
-    assert set(training_plans.Measurement.model_fields["measure"].annotation.__args__) == set(
-        layer_importance.MEASURES
-    )
+    assert set(Measurement.model_fields["measure"].annotation.__args__) == set(layer_importance.MEASURES)
 
 
 def test_groups_follow_importance():

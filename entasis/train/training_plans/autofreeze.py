@@ -13,12 +13,14 @@ from entasis.train.training_plans.plan import TRAINING_PLANS, Measured, Measurem
 
 @TRAINING_PLANS.register("autofreeze")
 class AutoFreeze(TrainingPlan):
-    """AutoFreeze (2102.01386): from time to time the lowest layers that still learn are frozen, as far up as the norms of their
-    gradients have changed less than most since the last look.
+    """AutoFreeze (2102.01386): layers are frozen from the bottom up once their gradients have settled.
 
-    A layer's change is |n - n'| / n of its norms n, n' at two looks. Layers are frozen from the bottom, one after another,
-    while their change is below the given percentile of those that still learn; the last one never is. What is above the
-    layers learns to the end, the embedding as long as layer 0.
+    A layer's change is |n - n'| / n of its gradient's norms n, n' at two looks. Layers are frozen from the bottom, one after
+    another, while their change is below the given percentile of those that still learn; the last one never is.
+
+    Our reading: a look takes the norm of the mean gradient on the text that comes next, where the authors' code takes that
+    of the gradients summed up since the last look; what is above the layers learns to the end, the embedding as long as
+    layer 0.
     """
 
     always: list[str] = Field(default_factory=lambda: ["final_norm", "head"])

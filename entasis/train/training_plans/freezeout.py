@@ -12,17 +12,20 @@ from entasis.train.training_plans.plan import TRAINING_PLANS, Anneal, Measured, 
 
 @TRAINING_PLANS.register("freezeout")
 class FreezeOut(TrainingPlan):
-    """FreezeOut (1706.04983): layers stop learning from the bottom up, layer i of L after the share
-    t_i = (t0 + (1 - t0) · i / L)³ of the steps (without the cube where `cubed` is false); what is above the layers learns to
-    the end, the embedding as long as layer 0.
+    """FreezeOut (1706.04983): layers stop learning from the bottom up, each at a time set beforehand.
+
+    Layer i of L stops after the share t_i = (t0 + (1 - t0) · i / L)³ of the steps (without the cube where `cubed` is false).
+
+    Our reading: what is above the layers learns to the end, the embedding as long as layer 0; by default all layers keep the
+    run's rate until they stop.
     """
 
     always: list[str] = Field(default_factory=lambda: ["final_norm", "head"])
     t0: Share = 0.5
     cubed: bool = True
     layer_lr: Literal["shared", "unscaled", "scaled"] = "shared"
-    """`shared`: all layers learn at the run's rate. `unscaled`, `scaled`: the paper's rates, beside the run's schedule (the
-    paper has no other: `schedule: {name: constant, warmup: 0}`). After the share u of the steps layer i learns at
+    """`shared`: all layers learn at the run's rate. `unscaled`, `scaled`: the authors' rates, beside the run's schedule (they
+    have no other: `schedule: {name: constant, warmup: 0}`). After the share u of the steps layer i learns at
     ½ (1 + cos(π · u / t_i)) of the run's rate, `scaled` at 1 / t_i of that again, so that the rates of all layers add up to the
     same; what is above the layers as though frozen at the end, t = 1."""
 

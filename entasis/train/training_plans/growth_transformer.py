@@ -21,7 +21,8 @@ class GrowthTransformer(TrainingPlan):
     second core (8, 9; 20), growth (7 to 10), redundant layers scaled by 0.9, maturation of everything (15). It leaves
     open how long growth and redundant layers train, whether positions count from 0, which layers are redundant, and
     whether embedding and head learn in every phase. Our reading: 20 and 15 epochs, from 0, those that no other phase
-    names, and `always`. "Epochs" are relative: they are shares of the steps.
+    names, and `always`. "Epochs" are relative: they are shares of the steps. Redundant layers are scaled as their phase
+    begins, not initialised anew; till then they rest, and every forward pass goes through them.
     """
 
     first_core: list[Layer] = Field(default_factory=lambda: [4, 5])

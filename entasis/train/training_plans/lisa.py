@@ -16,7 +16,7 @@ from entasis.train.training_plans.plan import TRAINING_PLANS, ImportancePlan, Me
 
 @TRAINING_PLANS.register("lisa")
 class Lisa(ImportancePlan):
-    """LISA (2403.17919): a few layers at a time, drawn anew every period; the layers' odds follow their importance.
+    """LISA (2403.17919): a few layers at a time, drawn anew every period; the odds may follow importance.
 
     Embedding, final norm and head learn throughout, as in the paper. Without `importance` all layers are as likely, as
     there. Moments of layers that rest are kept, where the paper drops them.

@@ -1,12 +1,12 @@
-"""Training plans: which layers learn in which stretch of a run. One registered class each, in a file of its own.
+"""Training plans: which layers learn in which stretch of a run. One registered class each, in a file of its own here.
 
     training_plan: {importance_groups: {importance: [0.3, 2.1, 0.7, 0.2], groups: 2}}
     training_plan: {lisa: {layers: 2, every: 5%, spend: flops}}
     training_plan: {importance_groups: {importance: {measure: gradient, after: 10%}}}
 
 A plan stands in a recipe instead of `stages:` and says shares, not tokens: it becomes stages once the model and the steps
-of the run are known. Its fields are its options. All stages of a plan keep the optimizer's moments and share one
-learning-rate schedule. A plan that measures the importance of layers as it goes is known up to its next measurement only.
+of the run are known. Its fields are its options, the first line of its docstring its rule in docs/budgets.md. All stages of
+a plan keep the optimizer's moments and share one learning-rate schedule. A plan that measures the importance of layers as it goes is known up to its next measurement only.
 """
 
 from __future__ import annotations
@@ -162,8 +162,6 @@ TRAINING_PLANS: Registry[type[TrainingPlan]] = Registry("training plan")
 
 def read(source: Mapping[str, Any]) -> TrainingPlan:
     """The plan in `{NAME: {option: value, …}}`. Raises `UserError`."""
-    from entasis.train import training_plans  # noqa: F401  (registers them)
-
     where = "recipe: training_plan"
     if len(source) != 1:
         raise UserError(f"{where} is {dict(source)!r}; name one of {', '.join(TRAINING_PLANS)}")
