@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from entasis.errors import UserError
 from entasis.evaluate.loading import load
+from entasis.interop.exporting import export
 from entasis.shape import cost, layout
 from entasis.train.auto_settings import simplest
 from entasis.train.metrics import records
@@ -130,3 +131,11 @@ def test_a_phase_that_cannot_be_is_refused_before_the_first_step(phases, tmp_pat
     with pytest.raises(UserError, match=says):
         train(phases(lora), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_phase_leaves_is_exported(recipe, tmp_path):
+    stages = [{"tokens": 512 * 2}, {"tokens": 512 * 2, **LORA}]
+    train(recipe(tokens=None, stages=stages), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "hf", to="hf")
+    ours, theirs = (load(tmp_path / name).logits([1, 2, 3]) for name in ("run", "hf"))
+    assert torch.allclose(ours, theirs, atol=1e-6)
