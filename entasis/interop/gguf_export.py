@@ -89,7 +89,8 @@ def _refusal(shape: ModelShape, reason: str) -> UserError:
         find_class(shape)
     except UserError:
         return UserError(f"export: {reason}, and {NO_FORMAT}")
-    return UserError(f"export: {reason}; --to hf and --to padded hold it")
+    held = "--to hf holds it" if shape.head_bias else "--to hf and --to padded hold it"
+    return UserError(f"export: {reason}; {held}")
 
 
 def _write_metadata(writer: gguf.GGUFWriter, request: ExportRequest, shape: ModelShape, arch: str) -> None:

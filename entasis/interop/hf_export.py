@@ -1,17 +1,19 @@
-"""Hugging Face folders: a plain Llama, Qwen3 or OLMo2 where layers are equal, our own modeling file where not.
+"""Hugging Face folders: one of transformers' own classes where layers are equal, our own modeling file where not.
 
-| norm placement | QK-norm    | class  |
-|----------------|------------|--------|
-| pre            | none       | Llama  |
-| pre            | per head   | Qwen3  |
-| reordered      | full width | OLMo2  |
+| norm      | FFN    | norm placement | QK-norm    | class       |
+|-----------|--------|----------------|------------|-------------|
+| RMSNorm   | SwiGLU | pre            | none       | Llama       |
+| RMSNorm   | SwiGLU | pre            | per head   | Qwen3       |
+| RMSNorm   | SwiGLU | reordered      | full width | OLMo2       |
+| LayerNorm | GELU   | pre            | none       | Starcoder2  |
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from entasis.interop.hf_families import FAMILIES, Family
 from entasis.interop.hf_unequal import WIDTH_KEYS
 from entasis.interop.transforms import (
     ShapedWeights,
-    fill_attention_biases,
+    fill_biases,
     fill_missing_halves,
     find_widest,
     pad_layers,
@@ -42,6 +44,13 @@ class _Class:
     """The parts that may have biases."""
     heads_must_divide: bool
     """Whether its config refuses head counts that do not divide the hidden size."""
+    norm: str = "rmsnorm"
+    ffn: Mapping[str, str] = field(default_factory=lambda: {"swiglu": "silu"})
+    """The kinds of FFN that it has, and their names in its config."""
+    biases: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"attention_bias": ("qkv_bias", "attention_output_bias")}
+    )
+    """The keys of its config that give biases, each with the fields of a shape that it gives all of them to."""
 
     @property
     def model_type(self) -> str:
@@ -55,9 +64,22 @@ class _Class:
 
 NO_FORMAT = "no format here holds it; `entasis generate` and `entasis evaluate` open the model as it is"
 _CLASSES = {
-    ("pre", "none"): _Class(FAMILIES["llama"], ("attention", "feedforward"), heads_must_divide=True),
-    ("pre", "head"): _Class(FAMILIES["qwen3"], ("attention",), heads_must_divide=False),
-    ("reordered", "full"): _Class(FAMILIES["olmo2"], ("attention",), heads_must_divide=False),
+    ("rmsnorm", "pre", "none"): _Class(
+        FAMILIES["llama"],
+        ("attention", "feedforward"),
+        heads_must_divide=True,
+        biases={"attention_bias": ("qkv_bias", "attention_output_bias"), "mlp_bias": ("ffn_bias",)},
+    ),
+    ("rmsnorm", "pre", "head"): _Class(FAMILIES["qwen3"], ("attention",), heads_must_divide=False),
+    ("rmsnorm", "reordered", "full"): _Class(FAMILIES["olmo2"], ("attention",), heads_must_divide=False),
+    ("layernorm", "pre", "none"): _Class(
+        FAMILIES["starcoder2"],
+        ("attention", "feedforward", "norms", "final_norm", "head"),
+        heads_must_divide=True,
+        norm="layernorm",
+        ffn={"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"},
+        biases={"use_bias": ("qkv_bias", "attention_output_bias", "ffn_bias")},
+    ),
 }
 
 
@@ -67,7 +89,7 @@ def write_hf(request: ExportRequest, folder: Path) -> dict[str, Any]:
     kind, shape = find_class(request.weights.shape), request.weights.shape
     one = shape.layers[0]
     fits = one.n_heads and one.d_ff and (not kind.heads_must_divide or shape.d_model % one.n_heads == 0)
-    if shape.uniform and fits:
+    if shape.uniform and fits and not shape.head_bias:
         return _write_plain(request, request.weights, kind, folder)
     # transformers' layers always have both halves.
     weights = fill_missing_halves(request.weights, d_ff=1)
@@ -88,6 +110,9 @@ def write_hf(request: ExportRequest, folder: Path) -> dict[str, Any]:
     }
     text = (resources.files("entasis.interop") / "modeling_template.py").read_text(encoding="utf-8")
     text = text.replace("llama", kind.model_type).replace("Llama", kind.name)
+    if kind.norm == "layernorm":
+        text = text.replace(f"    {kind.name}RMSNorm,\n", "")
+        text = text.replace(f"{kind.name}RMSNorm", "nn.LayerNorm").replace("rms_norm_eps", "norm_epsilon")
     (folder / f"{code}.py").write_text(text, encoding="utf-8")
     held = _write(request, weights, kind, config, folder)
     return {
@@ -101,6 +126,11 @@ def write_hf(request: ExportRequest, folder: Path) -> dict[str, Any]:
 def write_padded(request: ExportRequest, folder: Path) -> dict[str, Any]:
     """Every layer zero-padded to the widest: a plain folder that any tool opens, without the savings."""
     kind, shape = find_class(request.weights.shape), request.weights.shape
+
+    if shape.head_bias:
+        raise UserError(
+            f"export: {kind.name} has no bias on its head; --to hf writes a folder of its own code"
+        )
 
     def is_valid(heads: int) -> bool:
         return not kind.heads_must_divide or shape.d_model % heads == 0
@@ -125,10 +155,12 @@ def _write_plain(
 
 def find_class(shape: ModelShape) -> _Class:
     """The class for a shape. Raises `UserError` naming what none of them has."""
-    kind = _CLASSES.get((shape.norm_placement, shape.qk_norm))
+    kind = _CLASSES.get((shape.norm, shape.norm_placement, shape.qk_norm))
     reason = None
-    if shape.norm != "rmsnorm" or shape.ffn != "swiglu" or shape.positions != "rope":
-        reason = "Llama, Qwen3 and OLMo2 have RMSNorm, SwiGLU and rotary positions"
+    if shape.positions != "rope" or not any(
+        shape.norm == k.norm and shape.ffn in k.ffn for k in _CLASSES.values()
+    ):
+        reason = "Llama, Qwen3 and OLMo2 have RMSNorm, SwiGLU and rotary positions, Starcoder2 LayerNorm, GELU and those"
     elif kind is None:
         reason = f"no class there has {shape.norm_placement} norm with QK-norm {shape.qk_norm}"
     elif any(p.is_bias and p.part not in kind.biased_parts for p in layout.parameters(shape)):
@@ -151,11 +183,11 @@ def _config(shape: ModelShape, kind: _Class, request: ExportRequest) -> dict[str
         "num_hidden_layers": shape.n_layers,
         **widest,
         "head_dim": shape.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": kind.ffn[shape.ffn],
         "max_position_embeddings": shape.context,
-        "rms_norm_eps": shape.norm_eps,
+        "rms_norm_eps" if kind.norm == "rmsnorm" else "norm_epsilon": shape.norm_eps,
         "tie_word_embeddings": shape.tied_embeddings,
-        "attention_bias": shape.qkv_bias or shape.attention_output_bias,
+        **{key: any(getattr(shape, name) for name in given) for key, given in kind.biases.items()},
         # transformers 5 reads the first, earlier ones the second and, where there is any, `rope_scaling`.
         "rope_parameters": rope,
         "rope_theta": shape.rope_theta,
@@ -164,7 +196,7 @@ def _config(shape: ModelShape, kind: _Class, request: ExportRequest) -> dict[str
         "dtype": str(DTYPES[request.dtype]).removeprefix("torch."),
         "use_cache": True,
     }
-    return config | ({"mlp_bias": shape.ffn_bias} if "feedforward" in kind.biased_parts else {})
+    return config | ({"head_bias": True} if shape.head_bias else {})
 
 
 def _write(
@@ -172,9 +204,9 @@ def _write(
 ) -> int:
     """Writes everything but code and card; returns how many numbers the weights are."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if config["attention_bias"]:
-        # One switch there for all four.
-        weights = fill_attention_biases(weights)
+    # One switch there for several, and LayerNorm has a bias always.
+    filled = [name for key, given in kind.biases.items() if config[key] for name in given]
+    weights = fill_biases(weights, *filled, *(["norm_bias"] if kind.norm == "layernorm" else []))
     dtype = DTYPES[request.dtype]
     stored = name_map.list_tensors(kind.family.names, weights.shape)
     described = {tensor.name: (dtype, tensor.size) for tensor in stored}

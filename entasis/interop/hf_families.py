@@ -69,6 +69,14 @@ OLMO2 = replace(
         "feedforward_norm": "post_feedforward_layernorm",
     },
 )
+STARCODER2 = replace(
+    LLAMA,
+    block={
+        **{ours: theirs for ours, theirs in LLAMA.block.items() if not theirs.startswith("mlp.")},
+        "feedforward.up": "mlp.c_fc",
+        "feedforward.down": "mlp.c_proj",
+    },
+)
 OPENELM = NameMap(
     outer={
         "embedding.tokens": "transformer.token_embeddings",
@@ -188,6 +196,7 @@ def _expect(config: ConfigReader, key: str, default: str, valid: dict[str, str])
 
 
 _SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
+_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
 
 
 def _llama_shape(
@@ -252,6 +261,39 @@ def read_olmo2(config: ConfigReader, n_tensors: int, layers: list[LayerShape] | 
     """OLMo 2: norms after the branch, query and key normalised over their full width."""
     kinds = {**_biases(config), "ffn_bias": False, "qk_norm": "full", "norm_placement": "reordered"}
     return Description(_llama_shape(config, n_tensors, layers=layers, default_eps=1e-5, **kinds))
+
+
+@family("starcoder2", names=STARCODER2, model_types=("starcoder2",), architectures=("Starcoder2ForCausalLM",))
+def read_starcoder2(
+    config: ConfigReader, n_tensors: int, layers: list[LayerShape] | None = None
+) -> Description:
+    """StarCoder 2: LayerNorm, GELU, rotary positions, and one switch for the biases of all matrices but the head's."""
+    d_model, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    if layers is None:
+        same = LayerShape(
+            n_heads, config.integer("num_key_value_heads", 2), config.integer("intermediate_size", 12_288)
+        )
+        layers = [same] * read_layer_count(config, "num_hidden_layers", n_tensors)
+    length, bias = read_context(config, "max_position_embeddings", 4096), config.flag("use_bias", True)
+    _refuse_sliding_window(config, length, always=True)
+    shape = ModelShape(
+        d_model=d_model,
+        head_dim=config.integer("head_dim", d_model // n_heads if n_heads else 0),
+        vocabulary=config.integer("vocab_size"),
+        layers=tuple(layers),
+        norm="layernorm",
+        norm_bias=True,
+        norm_eps=config.number("norm_epsilon", 1e-5, least=0, most=1),
+        ffn=_expect(config, "hidden_act", "gelu_pytorch_tanh", _GELU),
+        tied_embeddings=config.flag("tie_word_embeddings", True),
+        qkv_bias=bias,
+        attention_output_bias=bias,
+        ffn_bias=bias,
+        head_bias=config.flag("head_bias", False),  # of our own folders with a modeling file
+        context=length,
+        **rope.read_config(config),
+    )
+    return Description(shape)
 
 
 @family("deci", names=LLAMA, model_types=("nemotron-nas", "deci"), architectures=("DeciLMForCausalLM",))
@@ -351,7 +393,6 @@ def read_gpt2(config: ConfigReader, n_tensors: int) -> Description:
     if n_heads == 0 or d_model % n_heads:
         raise config.wrong("n_head", n_heads, f"a divisor of n_embd {d_model}")
     layer = LayerShape(n_heads, n_heads, config.integer("n_inner", 4 * d_model))
-    tanh = dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "gelu_tanh")
     shape = ModelShape(
         d_model=d_model,
         head_dim=d_model // n_heads,
@@ -360,7 +401,7 @@ def read_gpt2(config: ConfigReader, n_tensors: int) -> Description:
         norm="layernorm",
         norm_bias=True,
         norm_eps=config.number("layer_norm_epsilon", 1e-5, least=0, most=1),
-        ffn=_expect(config, "activation_function", "gelu_new", {**tanh, "gelu": "gelu"}),
+        ffn=_expect(config, "activation_function", "gelu_new", _GELU),
         tied_embeddings=config.flag("tie_word_embeddings", True),
         qkv_bias=True,
         attention_output_bias=True,

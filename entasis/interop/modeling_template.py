@@ -62,6 +62,7 @@ class EntasisModel(LlamaModel):
         self.layers = nn.ModuleList([decoder_layer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=rotary_config(config))
+        self.embedding_dropout = 0.0  # Starcoder2's
         self.gradient_checkpointing = False
         self.has_sliding_layers = False
         self.post_init()
@@ -74,5 +75,7 @@ class EntasisForCausalLM(LlamaForCausalLM):
         LlamaPreTrainedModel.__init__(self, config)
         self.model = EntasisModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(
+            config.hidden_size, config.vocab_size, bias=getattr(config, "head_bias", False)
+        )
         self.post_init()

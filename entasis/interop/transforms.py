@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -84,9 +85,10 @@ def fill_missing_halves(weights: ShapedWeights, d_ff: int) -> ShapedWeights:
     return pad_layers(weights, filled)
 
 
-def fill_attention_biases(weights: ShapedWeights) -> ShapedWeights:
-    """Gives query, key, value and output each a bias of zeros where it has none."""
-    shape = replace(weights.shape, qkv_bias=True, attention_output_bias=True)
+def fill_biases(weights: ShapedWeights, *fields_of_shape: str) -> ShapedWeights:
+    """Gives what these fields of a shape name (`qkv_bias`, `ffn_bias`) biases of zeros where it has none."""
+    given: dict[str, Any] = dict.fromkeys(fields_of_shape, True)
+    shape = replace(weights.shape, **given)
     like = weights.tensors["norm.weight"]
     sizes = layout.sizes(shape)
     missing = {name: like.new_zeros(size) for name, size in sizes.items() if name not in weights.tensors}

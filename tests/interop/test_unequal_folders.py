@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export import OLMO, QWEN, RAGGED, UNEQUAL, ids, made, trained  # noqa: F401  (trained is a fixture)
+from test_export import GELU, OLMO, QWEN, RAGGED, UNEQUAL, ids, made, trained  # noqa: F401  (trained is a fixture)
 from transformers import AutoModelForCausalLM
 
 from entasis.cli import main
@@ -16,7 +16,7 @@ from entasis.shape import LayerShape
 
 FIVE = (LayerShape(5, 5, 64), LayerShape(4, 2, 96), LayerShape(2, 1, 32))
 """At d_model 96 the largest number of heads does not divide it, nor does the largest of KV heads divide that of heads."""
-BLOCKS = {"llama": {}, "qwen3": QWEN, "olmo2": OLMO}
+BLOCKS = {"llama": {}, "qwen3": QWEN, "olmo2": OLMO, "starcoder2": {**GELU, "head_bias": True}}
 
 
 @pytest.fixture

@@ -41,6 +41,8 @@ CASES = {
     "qwen2": ("Qwen2", {"rms_norm_eps": 1e-5}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "olmo2": ("Olmo2", {}),
+    "starcoder2": ("Starcoder2", {}),
+    "starcoder2-no-biases": ("Starcoder2", {"use_bias": False, "hidden_act": "gelu", "tie_word_embeddings": False}),
     "gpt2": ("GPT2", {"n_inner": 192}),
     "gpt2-unscaled": ("GPT2", {"scale_attn_weights": False, "activation_function": "gelu"}),
 }  # fmt: skip
