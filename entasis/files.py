@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,31 @@ def new_folder(path: Path, *, need: int | None = None) -> Iterator[Path]:
             raise no_space(path, error, need=need) from error
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_space(need: int) -> Iterator[None]:
+    """Inside, where nothing but temporary files is written, a full disk is that of the temporary folder.
+
+    `need` is the size in bytes, for the message. Raises `DiskFull`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error) and not isinstance(error, DiskFull):
+            raise _no_temporary_space(error, need) from error
+        raise
+
+
+def check_temporary(need: int) -> None:
+    """Raises `DiskFull` where the temporary folder has no room for so many bytes."""
+    if shutil.disk_usage(tempfile.gettempdir()).free < need:
+        raise _no_temporary_space(OSError(), need)
+
+
+def on_temporary_disk(path: Path) -> bool:
+    """Whether what is written at `path`, which is there, takes room from temporary files."""
+    return path.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev
 
 
 def write_bytes(path: Path, content: bytes, *, locked: bool = False) -> None:
@@ -166,6 +192,11 @@ def no_space(
     full = DiskFull(f"{cause} on the disk of {path} ({', '.join(room)}); {cure} and {then}")
     full.errno = errno.ENOSPC
     return full
+
+
+def _no_temporary_space(error: BaseException, need: int) -> DiskFull:
+    then = "try again, or name another folder for temporary files with TMPDIR"
+    return no_space(Path(tempfile.gettempdir()), error, need=need, then=then)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

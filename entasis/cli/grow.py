@@ -18,6 +18,7 @@ import argparse
 import functools
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="then the widths of this profile, at the new depth and with as many parameters",
     )
     parser.add_argument("--text", metavar="PATH", help="measure the loss before and after on this text")
-    parser.add_argument("--tokens", type=amount(1), help="of the text, such as 20k (default: all)")
+    parser.add_argument(
+        "--tokens",
+        type=amount(1),
+        help="of the text whole documents, at most so many tokens, such as 20k; a single one is cut there (all)",
+    )
     parser.add_argument("--sequence", type=whole(1), help="tokens read at once (the context, at most 1024)")
     parser.add_argument("--seed", type=seed, default=0, help="of what is drawn (0)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
@@ -204,6 +209,7 @@ def _tell(growth: Growth, args: argparse.Namespace, losses: dict[str, Any] | Non
         "folder": None if args.dry_run else args.folder,
         "operators": [name_of(x) for x in growth.operators],
         "keeps_function": growth.keeps_function,
+        "rounded": growth.rounded,
         "parameters": {"before": cost.parameters(old), "after": cost.parameters(new), "new_layers": newest},
         "flops_per_token": {
             when: cost.flops_per_token(shape, min(1024, shape.context), training=False)
@@ -215,6 +221,7 @@ def _tell(growth: Growth, args: argparse.Namespace, losses: dict[str, Any] | Non
             "training_all": 16 * cost.parameters(new),
             "training_new": 4 * cost.parameters(new) + 12 * newest,
         },
+        "temporary_bytes": growth.temporary,
         "layers": [
             {**row, **layer.to_dict()}
             for row, layer in zip(growth.lineage.to_list(), new.layers, strict=True)
@@ -253,6 +260,8 @@ def _print(answer: dict[str, Any]) -> None:
         f"activations {_size(memory['training_all'])}"
         + (f", only new layers {_size(memory['training_new'])}" if count["new_layers"] else "")
     )
+    if answer["temporary_bytes"]:
+        print(f"temporary files {_size(answer['temporary_bytes'])}, in {tempfile.gettempdir()} (TMPDIR)")
     for name, found in answer["diagnostics"].items():
         growth_diagnostics.show(name, found, console)
     if losses := answer["loss"]:
@@ -260,6 +269,11 @@ def _print(answer: dict[str, Any]) -> None:
         print(
             f"loss on {before['tokens']:,} tokens: {before['nats_per_token']:.4f} → {after['nats_per_token']:.4f} nats per token, "
             f"{before['bits_per_byte']:.4f} → {after['bits_per_byte']:.4f} bits per byte"
+        )
+    elif answer["rounded"]:
+        print(
+            "the grown model computes nearly the same, as its factors are rounded to the dtype of its weights; "
+            "--text FILE measures its loss before and after"
         )
     elif not answer["keeps_function"]:
         print("the grown model computes something else; --text FILE measures its loss before and after")

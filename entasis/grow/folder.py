@@ -19,7 +19,7 @@ import torch
 
 from entasis import __version__, files
 from entasis.errors import Failure, UserError
-from entasis.grow import growth, provenance
+from entasis.grow import growth, provenance, resize
 from entasis.grow.growth import Operator
 from entasis.grow.provenance import Lineage
 from entasis.grow.resize import ResizePlan
@@ -46,6 +46,10 @@ class Growth:
     """Of the written weights."""
     memory: int
     """About the most bytes of tensors held at once: one, its sources and their sum, or what an operator fits."""
+    temporary: int
+    """The most bytes of temporary files at once."""
+    rounded: bool
+    """Whether it would compute what the old model did, but for factors that the dtype of the weights rounds."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -55,28 +59,41 @@ class Growth:
     @property
     def keeps_function(self) -> bool:
         """Whether the grown model computes what the old one did."""
-        return all(
-            operator.computes_the_same(shape)
-            for operator, shape in zip(self.operators, self.shapes, strict=False)
-        )
+        return _compute_the_same(self.operators, self.shapes) and not self.rounded
 
 
 def plan_growth(source: str | Path, operators: Sequence[Operator]) -> Growth:
     """What growing the model in `source` would do; nothing is written. Raises `UserError`."""
     stored = StoredWeights(source)
     shapes, before = [stored.shape], provenance.read(source, stored.shape.n_layers)
-    lineage = before
+    lineage, plans = before, []
     for number, operator in enumerate(operators):
         plan = operator.plan(shapes[-1])
         lineage = _joined(lineage, lineage.after(plan)) if number else lineage.after(plan)
         shapes.append(plan.shape)
+        plans.append(plan)
     # What all the operators added is new.
     if fresh := frozenset(lineage.ids) - frozenset(before.ids):
         lineage = replace(lineage, added=fresh)
     width = stored.dtypes["norm.weight"].itemsize
     sizes = [width * torch.Size(size).numel() for size in layout.sizes(shapes[-1]).values()]
     fits = [operator.memory(shape) for operator, shape in zip(operators, shapes, strict=False)]
-    return Growth(tuple(shapes), tuple(operators), lineage, sum(sizes), max(4 * max(sizes), *fits))
+    filed = [operator.temporary(shape) for operator, shape in zip(operators, shapes, strict=False)]
+    narrow = any(dtype.itemsize < 4 for dtype in stored.dtypes.values())
+    return Growth(
+        shapes=tuple(shapes),
+        operators=tuple(operators),
+        lineage=lineage,
+        bytes=sum(sizes),
+        memory=max(4 * max(sizes), *fits),
+        temporary=max(filed, default=0),
+        rounded=narrow and _compute_the_same(operators, shapes) and any(map(resize.rounds, plans)),
+    )
+
+
+def _compute_the_same(operators: Sequence[Operator], shapes: Sequence[ModelShape]) -> bool:
+    """Whether, in exact numbers, the model of the last shape computes what that of the first does."""
+    return all(operator.computes_the_same(shape) for operator, shape in zip(operators, shapes, strict=False))
 
 
 def grow_folder(
@@ -100,7 +117,7 @@ def grow_folder(
         raise UserError(f"{folder}: is there already and not empty; name a new folder")
     StoredWeights(source).verify()
     with files.new_folder(folder, need=planned.bytes) as aside:
-        _refuse_too_small(folder, aside, planned.bytes)
+        _refuse_too_small(folder, aside, planned)
         diagnostics: dict[str, Any] = {}
         before = source
         for number, operator in enumerate(operators):
@@ -167,8 +184,13 @@ def _watched(
             progress(done, total)
 
 
-def _refuse_too_small(folder: Path, aside: Path, need: int) -> None:
-    """Raises `DiskFull` before the work where the room does not suffice."""
+def _refuse_too_small(folder: Path, aside: Path, planned: Growth) -> None:
+    """Raises `DiskFull` before the work where the room does not suffice, for the model or for temporary files."""
+    need = planned.bytes
+    if planned.temporary:
+        files.check_temporary(planned.temporary)
+        if files.on_temporary_disk(aside):
+            need += planned.temporary
     if shutil.disk_usage(aside).free < need:
         raise files.no_space(folder, OSError(), need=need)
 

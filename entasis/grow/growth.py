@@ -125,6 +125,10 @@ class Operator(Transition):
         """About the most bytes that is held to fit something to a model of `shape`."""
         return 0
 
+    def temporary(self, shape: ModelShape) -> int:
+        """The most bytes that it keeps in temporary files meanwhile."""
+        return 0
+
     def make(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every parameter that the plan leaves to the operator, in any order."""
         return iter(())

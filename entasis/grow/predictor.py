@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from entasis import files
 from entasis.grow import shared_basis
 from entasis.grow.network_settings import NetworkSettings
 from entasis.grow.shared_basis import SharedBasis
@@ -59,12 +60,13 @@ def fit(
     basis = (
         shared_basis.identity(len(gram_MM)) if settings.basis == "none" else shared_basis.decompose(gram_MM)
     )
-    with tempfile.TemporaryFile() as file:
+    C, N = basis.components, read(0).shape[1]
+    with files.temporary_space(4 * n_layers * C * N), tempfile.TemporaryFile() as file:
         for i in range(n_layers):
             v_CN = (basis.inverse_CM @ read(i).double()).float()
             file.write(v_CN.numpy().data)
         file.flush()
-        rows = np.memmap(file, np.float32, "r", shape=(n_layers, *v_CN.shape))
+        rows = np.memmap(file, np.float32, "r", shape=(n_layers, C, N))
         network, epochs, losses = _train(rows, split, settings, seed, progress)
         del rows
     return NetworkPredictor(basis, network, epochs, losses)

@@ -87,8 +87,11 @@ def read(folder: str | Path, n_layers: int) -> Lineage:
     A folder that says nothing has no past. Raises `Damaged`.
     """
     rows = read_rows(folder)
-    if rows is None:
-        return begin(n_layers)
+    return begin(n_layers) if rows is None else parse(rows, n_layers, folder)
+
+
+def parse(rows: Any, n_layers: int, folder: str | Path) -> Lineage:
+    """The lineage that the record of the layers in a folder tells. Raises `Damaged` where it tells none of so many layers."""
     try:
         # Earlier versions had one source.
         sources = [
@@ -96,7 +99,7 @@ def read(folder: str | Path, n_layers: int) -> Lineage:
             for row in rows
         ]
         origins = (
-            Origin(tuple(map(int, found)), row["operator"], bool(row["new"]))
+            Origin(tuple(map(int, found)), row["operator"] and str(row["operator"]), bool(row["new"]))
             for found, row in zip(sources, rows, strict=True)
         )
         histories = (
@@ -109,7 +112,7 @@ def read(folder: str | Path, n_layers: int) -> Lineage:
         ids = tuple(int(row["id"]) for row in rows)
         added = frozenset(i for i, row in zip(ids, rows, strict=True) if row["new"])
         found = Lineage(ids, tuple(origins), tuple(histories), added)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise Damaged(f"damaged: the record of the layers in {folder} cannot be read ({error})") from error
     if len(found.ids) != n_layers or len(set(found.ids)) != n_layers:
         raise Damaged(f"damaged: {folder} has {n_layers} layers, and a record of {len(found.ids)}")

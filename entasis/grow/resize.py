@@ -56,6 +56,8 @@ class AxisMap:
     """[n] place in the old axis; -1 is new, and zero."""
     factor: np.ndarray
     """[n] what the old number is multiplied by."""
+    is_shared: bool = False
+    """Whether the factors are shares of one number among the copies of what it reads."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,17 @@ def apply(plan: ResizePlan, tensors: Mapping[str, torch.Tensor] | Read) -> Itera
         given.add(entry.source)
 
 
+def rounds(plan: ResizePlan) -> bool:
+    """Whether numbers of old layers are multiplied by what is no power of two, so that a dtype narrower than fp32 rounds them.
+
+    Shares among copies are not meant: `widen` makes them add up in any dtype.
+    """
+    old = [entry for name, entry in plan.parameters.items() if not plan.is_new(name)]
+    factors = [np.array([share for entry in old for _, share in entry.sources])]
+    factors += [axis.factor for entry in old for axis in entry.axes if axis and not axis.is_shared]
+    return any((np.abs(np.frexp(x)[0]) != 0.5).any() for x in factors)
+
+
 def _origins(shape: ModelShape, layers: Sequence[LayerShape], sources: Sequence[int]) -> tuple[Origin, ...]:
     """The first layer made from an old one is that one; others made from it are new."""
     return tuple(
@@ -324,4 +337,4 @@ def _read(source: np.ndarray) -> AxisMap:
     """What reads a unit is divided among its copies."""
     old = source.clip(min=0)
     counts = np.bincount(old, weights=source >= 0)
-    return AxisMap(source, 1 / np.maximum(counts[old], 1))
+    return AxisMap(source, 1 / np.maximum(counts[old], 1), is_shared=True)

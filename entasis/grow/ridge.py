@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from entasis import files
 from entasis.grow import shared_basis
 from entasis.grow.shared_basis import CHUNK
 from entasis.grow.triples import Split
@@ -77,10 +78,14 @@ def fit(
     components, dropped = shared_basis.whiten(gram_MM)
     del gram_MM
     normal = _accumulate(lambda i: components(read(i)).float(), n_layers, split, progress)
-    outputs = torch.linspace(0, len(normal.bb) - 1, min(OUTPUTS, len(normal.bb))).long()
+    N = len(normal.bb)
+    outputs = torch.linspace(0, N - 1, min(OUTPUTS, N)).long()
     target_NQ = torch.cat([normal.bt[:, outputs], normal.at[:, outputs]])
-    with tempfile.TemporaryDirectory(prefix="entasis-ridge-") as folder:
-        blocks = _Blocks(Path(folder), len(normal.bb))
+    with (
+        files.temporary_space(12 * N * N),
+        tempfile.TemporaryDirectory(prefix="entasis-ridge-") as folder,
+    ):
+        blocks = _Blocks(Path(folder), N)
         unit = float(normal.bb.diagonal().mean() + normal.aa.diagonal().mean()) / 2
         for name in ("bb", "aa", "ab"):
             blocks.put(name, getattr(normal, name))
@@ -152,7 +157,8 @@ class _Blocks:
         self.folder, self.width = folder, width
 
     def put(self, name: str, block_NN: torch.Tensor) -> None:
-        block_NN.numpy().tofile(self.folder / name)
+        # numpy's tofile says nothing when the last bytes find no room.
+        (self.folder / name).write_bytes(block_NN.numpy().data)
 
     def get(self, name: str) -> torch.Tensor:
         return torch.from_numpy(np.fromfile(self.folder / name, np.float32)).view(self.width, self.width)

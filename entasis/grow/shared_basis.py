@@ -81,12 +81,27 @@ def identity(size: int) -> SharedBasis:
 def whiten(gram_MM: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
     """What makes components [C, N] of a matrix, those of `decompose` up to a rotation, and how many were dropped.
 
-    By Cholesky, which is ten times as fast, for what sees no rotation. Where a pivot says that components are to be
-    dropped it is `decompose`, which overwrites the sum.
+    By Cholesky, which is ten times as fast, for what sees no rotation. Where components may have to be dropped it is
+    `decompose`, which overwrites the sum.
     """
     lower_MM, failed = torch.linalg.cholesky_ex(gram_MM)
-    pivots_M = lower_MM.diagonal()
-    if failed or pivots_M.min() < SMALLEST * pivots_M.max():
+    if failed or _spread(lower_MM) < 10 * SMALLEST:
         basis = decompose(gram_MM)
         return lambda w_MN: basis.inverse_CM @ w_MN.double(), basis.dropped
     return lambda w_MN: torch.linalg.solve_triangular(lower_MM, w_MN.double(), upper=False), 0
+
+
+def _spread(lower_MM: torch.Tensor, steps: int = 12) -> float:
+    """About the smallest singular value of a triangular matrix as a part of the first, by power iteration.
+
+    The pivots do not tell it: they all lie between the two. From a random start the error is one-sided and has a bound without
+    gaps between singular values (Kuczynski & Wozniakowski 1992): after `steps` the result is rarely more than four times too large.
+    """
+    generator = torch.Generator().manual_seed(0)
+    large_M1, small_M1 = torch.randn(2, len(lower_MM), 1, generator=generator, dtype=lower_MM.dtype)
+    for _ in range(steps):
+        large_M1 = lower_MM.T @ (lower_MM @ (large_M1 / large_M1.norm()))
+        half_M1 = torch.linalg.solve_triangular(lower_MM, small_M1 / small_M1.norm(), upper=False)
+        small_M1 = torch.linalg.solve_triangular(lower_MM.T, half_M1, upper=True)
+    # Each is now a vector of length 1 times about the square of a singular value, or its inverse.
+    return float((large_M1.norm() * small_M1.norm()) ** -0.5)

@@ -21,9 +21,10 @@ import torch
 from entasis import __version__
 from entasis.errors import UserError
 from entasis.files import hash_of, new_folder
+from entasis.grow import provenance
 from entasis.interop import hub, name_map
 from entasis.interop.config_reader import Description, shorten
-from entasis.interop.hf_folder import HFFolder
+from entasis.interop.hf_folder import HFFolder, find_member, read_json
 from entasis.interop.hf_tokenizer import TokenizerFiles, check_vocabulary, read_folder, read_given
 from entasis.interop.name_map import NameMap, StoredTensor
 from entasis.model import weights, weights_writer
@@ -66,6 +67,8 @@ class _Opened:
     tensors: list[StoredTensor]
     tokenizer: TokenizerFiles
     files: list[Path]
+    layers: list[dict[str, Any]] | None = None
+    """Where each layer came from, in a folder that we exported."""
 
 
 def import_model(
@@ -124,7 +127,20 @@ def _open_folder(path: Path, tokenizer: Path | None) -> _Opened:
     files = read_given(tokenizer) if tokenizer else read_folder(path, family.name)
     check_vocabulary(files, description.shape.vocabulary)
     paths = [path / "config.json", *source.files]
-    return _Opened(source, family.name, "huggingface", description, tensors, files, paths)
+    layers = _read_layers(path, description.shape.n_layers)
+    return _Opened(source, family.name, "huggingface", description, tensors, files, paths, layers)
+
+
+def _read_layers(path: Path, n_layers: int) -> list[dict[str, Any]] | None:
+    """The record of the layers in a folder that we exported.
+
+    None in any other, and where there is no record of so many layers: the weights can be used without.
+    """
+    try:
+        told = read_json(find_member(path, "entasis.json")).get("layers")
+        return provenance.parse(told, n_layers, path).to_list()
+    except (UserError, OSError):
+        return None
 
 
 def _check_tied(source: HFFolder, names: NameMap) -> None:
@@ -238,6 +254,7 @@ def _provenance(opened: _Opened, digest: str) -> dict[str, Any]:
         "source": [{"file": path.name, "sha256": hash_of(path)} for path in opened.files],
         "model.safetensors": {"sha256": digest},
         "notes": list(opened.description.notes + opened.tokenizer.notes),
+        **({"layers": opened.layers} if opened.layers else {}),
     }
 
 

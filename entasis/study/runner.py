@@ -64,6 +64,10 @@ def run(
     """
     folder = folder.resolve()
     study = at_home(study)
+    if "time" in study.protocols and (options or {}).get("runs_per_gpu", "1") != "1":
+        raise UserError(
+            f"study {study.name}: under time runs are as long as they are fast, alone on their GPU; leave runs_per_gpu out"
+        )
     place = launchers.find(launcher)(folder / "logs", study.threads, options or {})
     try:
         return _run(study, folder, console, place)

@@ -142,3 +142,7 @@ def check_settings(recipe: Recipe, device: torch.device) -> None:
             "recipe: attention is flex, which trains on CUDA, compiled (compile=true) and in one process only; "
             "use auto"
         )
+    if recipe.attention == "flex" and any(stage.cache_frozen for stage in recipe.stages):
+        raise UserError(
+            "recipe: attention is flex, which is compiled, and a stage has cache_frozen, which runs eager"
+        )

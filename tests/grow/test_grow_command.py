@@ -151,6 +151,25 @@ def test_the_loss_is_measured_before_and_after(model, tmp_path, capsys):
     assert "loss on" in said and "computes something else" not in said
 
 
+def test_tokens_are_of_whole_documents_and_the_help_says_so(model, tmp_path, capsys):
+    source, folder = model(), tmp_path / "text"
+    folder.mkdir()
+    for lines in (40, 60, 90):
+        (folder / f"{lines}.txt").write_text("some words and more\n" * lines)
+
+    def scored(name, *words):
+        grow(source, tmp_path / name, "--operator", "half_step", "--after", "1", "--text", *words, "--json")
+        return json.loads(capsys.readouterr().out)["loss"]["before"]["tokens"]
+
+    sizes = [scored(path.stem, path) for path in folder.iterdir()]
+    some = scored("some", folder, "--tokens", 1200)
+    assert some in {*sizes, *(sum(sizes) - size for size in sizes)} and some < 1200 < sum(sizes)
+    with pytest.raises(SystemExit):
+        main(["grow", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "whole documents, at most so many tokens" in told and "a single one is cut there" in told
+
+
 def test_a_dry_run_writes_nothing(model, tmp_path, capsys):
     source = model()
     before = sorted(tmp_path.iterdir())
@@ -282,6 +301,53 @@ def test_copies_of_a_unit_learn_different_things(model, tmp_path):
         value = grown.blocks[1].attention.value.weight.detach()
         apart = [(x[: len(x) // 2] - x[len(x) // 2 :]).abs().max() for x in (up, value)]
         assert all(x > 1e-4 for x in apart) if noise else all(x < 1e-5 for x in apart)
+
+
+def narrow(folder, dtype):
+    """The model with its weights in another dtype."""
+    weights.save(weights.load(folder, dtype=dtype), folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("noise", [0, 0.5, 4])
+def test_shares_of_copies_add_up_in_narrow_dtypes_too(model, tmp_path, capsys, dtype, noise):
+    source = narrow(model(), dtype)
+    widths = [
+        "d_ff=150",
+        "n_heads=12",
+        "n_kv_heads=6",
+    ]  # two or three copies of each unit, three of each head
+    grow(source, tmp_path / "wide", "--operator", "widen", *widths, f"noise={noise}", "--json")
+    assert json.loads(capsys.readouterr().out)["keeps_function"] is True
+    torch.testing.assert_close(logits(tmp_path / "wide"), logits(source), atol=2e-5, rtol=0)
+    old, new = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "wide"))
+    name = "blocks.1.feedforward.down.weight"
+    assert new[name].dtype == dtype
+    sums = torch.zeros(32, 64, dtype=torch.float64).index_add_(1, torch.arange(150) % 64, new[name].double())
+    assert torch.equal(sums, old[name].double())
+    apart = (new[name][:, :64] - new[name][:, 64:128]).float().square().mean().sqrt()
+    assert apart > 0.05 if noise else apart < 0.005
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm_scaling": True}, ["llama_pro", "--after", "0,1"]),
+        ({"qk_norm": "full"}, ["widen", "n_heads=8", "n_kv_heads=4", "new_units=zeros"]),
+    ],
+)
+def test_factors_that_a_narrow_dtype_rounds_are_told(model, tmp_path, capsys, changes, words):
+    source = model(replace(EQUAL, **changes))
+    grow(source, tmp_path / "wide", "--operator", *words)
+    assert "computes" not in capsys.readouterr().out
+    narrow(source, torch.bfloat16)
+    grow(source, tmp_path / "rounded", "--operator", *words)
+    said = capsys.readouterr().out
+    assert "computes nearly the same" in said and "--text FILE" in said
+    grow(source, "--operator", *words, "--dry-run", "--json")
+    assert json.loads(capsys.readouterr().out)["keeps_function"] is False
+    assert (logits(tmp_path / "rounded") - logits(source)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """docs/growth.md: its table is the registry's, and its stage lists are recipes."""
 
+import math
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from entasis.configuration import load_yaml
 from entasis.grow import operators  # noqa: F401  (registers them)
 from entasis.grow.growth import OPERATORS
+from entasis.grow.growth_timing import tokens_before_growth
 from entasis.shape import specification
 from entasis.shape.shapes import LayerShape, ModelShape
 from entasis.train.recipe import from_dict
@@ -49,3 +51,11 @@ def test_stage_lists_are_recipes(block, tmp_path):
     (operator,) = {s.transition["grow"]["operator"] for s in recipe.stages if s.transition}
     assert spans[-1].shape.n_layers == LAYERS[operator]
     assert any(span.lineage.newest for span in spans)
+
+
+def test_the_timing_is_what_the_formula_gives():
+    [(parameters, compute, told)] = re.findall(
+        r"tokens_before_growth\((\S+), (.+)\)  # ([\d,]+) tokens", PAGE
+    )
+    flops = math.prod(float(factor) for factor in compute.split("*"))
+    assert tokens_before_growth(float(parameters), flops) == int(told.replace(",", ""))

@@ -1,5 +1,6 @@
 """The streamed basis is that of a direct SVD of all layers side by side."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,3 +54,21 @@ def test_the_quick_way_is_the_basis_up_to_a_rotation_and_falls_back_where_rows_d
         assert found == dropped
         v = torch.cat([components(w) for w in layers], dim=1)
         torch.testing.assert_close(v @ v.T, torch.eye(10 - dropped).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("smallest", "dropped"), [(3e-7, 1), (3e-6, 0), (3e-5, 0)])
+def test_the_quick_way_sees_rows_that_nearly_depend(smallest, dropped):
+    """No pivot of Cholesky's tells: each is larger than the smallest singular value, here ten times."""
+    generator = torch.Generator().manual_seed(0)
+    u_MM, v_MM = (
+        torch.linalg.qr(torch.randn(256, 256, generator=generator, dtype=torch.float64))[0] for _ in range(2)
+    )
+    s_M = torch.ones(256, dtype=torch.float64)
+    s_M[-1] = smallest
+    layers = [(u_MM * s_M) @ v_MM[:, half] for half in (slice(128), slice(128, None))]
+    gram_MM = shared_basis.add_up(layers)
+    assert torch.linalg.cholesky_ex(gram_MM)[1] == 0
+    components, found = shared_basis.whiten(gram_MM)
+    assert found == shared_basis.decompose(shared_basis.add_up(layers)).dropped == dropped
+    v = torch.cat([components(w) for w in layers], dim=1)
+    torch.testing.assert_close(v @ v.T, torch.eye(256 - dropped).double(), rtol=0, atol=2e-3)

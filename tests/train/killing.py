@@ -1,6 +1,6 @@
 """Kills a training run at given points and lets it go on; run as a script by test_kill_and_resume.py.
 
-    python killing.py FOLDER TRAIN VALIDATION POINTS SEED plain|staged|constructive
+    python killing.py FOLDER TRAIN VALIDATION POINTS SEED plain|staged|constructive|predicted
 
 A point is a file operation inside the run's folder (open, rename, remove, mkdir, as Python's audit events
 tell) or a step. The first run counts them; then POINTS of them, chosen at random, are each met by SIGKILL
@@ -65,12 +65,36 @@ CONSTRUCTIVE = {
         {"tokens": 128 * 3, "trainable": ["final_norm", "head"], "lora": {"rank": 2}},
     ],
 }
-KINDS: dict[str, dict] = {"plain": {}, "staged": STAGED, "constructive": CONSTRUCTIVE}
+
+PREDICTED = {
+    "shape": {
+        "d_model": 16, "head_dim": 8, "vocabulary": 257, "context": 32,
+        "layers": [{"n_heads": 2, "n_kv_heads": 1, "d_ff": 32}] * 4,
+    },
+    "tokens": None,
+    "stages": [
+        {"tokens": 128 * 4},
+        {
+            "tokens": 128 * 3,
+            "transition": {"grow": {"operator": "lesa", "after": "1", "epochs": 1, "hidden": 8}},
+            "trainable": "newest",
+        },
+        {"tokens": 128 * 3, "transition": {"grow": {"operator": "half_step", "after": "2"}}, "warmup_new": 2},
+    ],
+}  # fmt: skip
+KINDS: dict[str, dict] = {
+    "plain": {},
+    "staged": STAGED,
+    "constructive": CONSTRUCTIVE,
+    "predicted": PREDICTED,
+}
 
 
 def main(folder: Path, train_corpus: str, validation: str, points: int, seed: int, kind: str) -> None:
     if kind == "constructive":
         import peft  # noqa: F401  better once than in every fork
+    if kind == "predicted":
+        from entasis.grow import predictor  # noqa: F401  the same
     recipe = from_dict(
         {
             "shape": {

@@ -16,7 +16,9 @@ from entasis.train.run import train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "points"), [("plain", 24), ("staged", 24), ("constructive", 10)])
+@pytest.mark.parametrize(
+    ("kind", "points"), [("plain", 24), ("staged", 24), ("constructive", 10), ("predicted", 5)]
+)
 def test_killed_anywhere_resumes_to_the_same_losses(corpora, tmp_path, kind, points):
     script = Path(__file__).with_name("killing.py")
     answer = subprocess.run(

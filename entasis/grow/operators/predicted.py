@@ -38,12 +38,18 @@ class _Predicted(Operator):
         return insert(shape, between)
 
     def memory(self, shape: ModelShape) -> int:
-        sizes = [p.size for p in layout.layer_parameters(shape, 0) if p.is_matrix]
-        return max(self.held(M, N) + 24 * M * N for M, N in sizes)
+        return max(self.held(M, N) + 24 * M * N for M, N in _sizes(shape))
+
+    def temporary(self, shape: ModelShape) -> int:
+        return max(self.filed(shape.n_layers, M, N) for M, N in _sizes(shape))
 
     def held(self, M: int, N: int) -> int:
         """Bytes of what is fitted to a matrix [M, N]: here the shared basis with its inverse, eigenvectors and their scaling."""
         return 32 * M * M
+
+    def filed(self, layers: int, M: int, N: int) -> int:
+        """Bytes that are kept in temporary files for it: here the components V of all layers."""
+        return 4 * layers * M * N
 
     def weights(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         old = {name: entry for name, entry in plan.parameters.items() if not plan.is_new(name)}
@@ -94,6 +100,9 @@ class LesaRidge(_Predicted):
     def held(self, M: int, N: int) -> int:
         return max(16 * M * M, 28 * N * N)
 
+    def filed(self, layers: int, M: int, N: int) -> int:
+        return 12 * N * N
+
     def fit(self) -> Fit:
         from entasis.grow import ridge
 
@@ -112,6 +121,9 @@ class AlignedLesa(Lesa):
     def held(self, M: int, N: int) -> int:
         return max(16 * M * M, 28 * N * N) if self.predictor == "ridge" else super().held(M, N)
 
+    def filed(self, layers: int, M: int, N: int) -> int:
+        return 12 * N * N if self.predictor == "ridge" else super().filed(layers, M, N)
+
     def aligned(self, plan: ResizePlan, read: Read, init: Init) -> Read:
         from entasis.grow import alignment, symmetry
 
@@ -127,3 +139,8 @@ class AlignedLesa(Lesa):
         from entasis.grow import ridge
 
         return ridge.fit if self.predictor == "ridge" else super().fit()
+
+
+def _sizes(shape: ModelShape) -> list[tuple[int, ...]]:
+    """Of the matrices of one layer, which are those of every layer."""
+    return [p.size for p in layout.layer_parameters(shape, 0) if p.is_matrix]

@@ -42,7 +42,8 @@ class Reshape(Operator):
     """Zeros are for serving: no gradient reaches them."""
     noise: Annotated[float, Field(ge=0, le=10)] = 0.5
     """Copies would learn the same for ever. What reads a unit is shared out among its copies with random numbers that cancel,
-    of this size beside the weights' own; 0 shares evenly."""
+    of this size beside the weights' own; 0 shares evenly. In bf16 and fp16 no share is more than about twice what is shared
+    out, so that all of them add up to it to the bit."""
     importance: Annotated[str, AfterValidator(_known)] = "norm"
     """What is kept where a layer gets narrower, see `entasis.grow.importance`."""
 
@@ -92,11 +93,14 @@ class Reshape(Operator):
         )
 
     def weights(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
-        reading = {p.name for p in layout.parameters(plan.shape) if p.is_matrix and p.axes[0] == "residual"}
-        for name, x in resize.apply(plan, read):
-            axis = plan.parameters[name].axes[-1:]
-            shared = name in reading and self.new_units == "copies" and self.noise and axis and axis[0]
-            yield name, _share_unevenly(x, axis[0], self.noise, init.seed, name) if shared else x
+        copied = plan.parameters if self.new_units == "copies" else {}
+        shared = {name: x for name, x in copied.items() if x.axes and x.axes[-1] and x.axes[-1].is_shared}
+        rest = {name: x for name, x in plan.parameters.items() if name not in shared}
+        yield from resize.apply(dataclasses.replace(plan, parameters=rest), read)
+        for name, entry in shared.items():
+            old = read(entry.sources[0][0])
+            whole = entry.make(old, old, factors=False)
+            yield name, _share_out(whole, entry.axes[-1], self.noise, init.seed, name)
 
 
 @OPERATORS.register("widen")
@@ -126,12 +130,13 @@ def _narrower(old: LayerShape, new: LayerShape) -> bool:
     return new.n_kv_heads < old.n_kv_heads or ratio[1] < ratio[0] or new.d_ff < old.d_ff
 
 
-def _share_unevenly(
-    x: torch.Tensor, axis: AxisMap | None, noise: float, seed: int, name: str
+def _share_out(
+    whole_RC: torch.Tensor, axis: AxisMap | None, noise: float, seed: int, name: str
 ) -> torch.Tensor:
-    """Adds to the columns that copies of one unit are read by random numbers that sum to zero over the copies.
+    """What each copy of a unit is read by, from columns that are the old ones over and over.
 
-    Their root mean square is `noise` times the column's own.
+    To equal shares are added random numbers that sum to zero over the copies; their root mean square is `noise` times a
+    share's own.
     """
     import numpy as np
     import torch
@@ -139,12 +144,59 @@ def _share_unevenly(
     from entasis.model.initialisation import draw_normal
 
     assert axis is not None, "its columns have been mapped"
-    _, unit = np.unique(axis.source, return_inverse=True)
-    units = torch.from_numpy(unit).to(x.device)
-    counts = torch.bincount(units)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    drawn = draw_normal(tuple(x.shape), seed, f"{name}/copies").to(wide)
-    drawn *= wide.square().mean(dim=0).sqrt() * noise
-    total = torch.zeros(len(x), len(counts), dtype=wide.dtype, device=x.device).index_add_(1, units, drawn)
-    # Alone, a unit's random numbers are their own mean: nothing is added.
-    return (wide + drawn - (total / counts)[:, units]).to(x.dtype)
+    units_C = torch.from_numpy(np.unique(axis.source, return_inverse=True)[1]).to(whole_RC.device)
+    wide_RC = whole_RC.to(torch.promote_types(whole_RC.dtype, torch.float32))
+    shares_RC = wide_RC * torch.from_numpy(axis.factor).to(wide_RC)
+    if noise:
+        counts_U = torch.bincount(units_C)
+        drawn_RC = draw_normal(tuple(whole_RC.shape), seed, f"{name}/copies").to(wide_RC)
+        drawn_RC *= shares_RC.square().mean(dim=0).sqrt() * noise
+        total_RU = wide_RC.new_zeros(len(wide_RC), len(counts_U)).index_add_(1, units_C, drawn_RC)
+        # Alone, a unit's random numbers are their own mean: nothing is added.
+        shares_RC = shares_RC + drawn_RC - (total_RU / counts_U)[:, units_C]
+    if whole_RC.dtype == wide_RC.dtype:
+        return shares_RC
+    return _adding_up(shares_RC, wide_RC, units_C, whole_RC.dtype, even=not noise)
+
+
+def _adding_up(
+    shares_RC: torch.Tensor, whole_RC: torch.Tensor, units_C: torch.Tensor, dtype: torch.dtype, *, even: bool
+) -> torch.Tensor:
+    """The shares in a dtype narrower than theirs; those of one number add up to it to the bit.
+
+    All are whole multiples of one step, the last place of the number that is shared out, and no more of them than the dtype
+    can count, so that each is one of its numbers. The last copy gets what the others leave. Shares that are `even` are smaller, and
+    so may the step be.
+    """
+    import torch
+
+    info, counts_U = torch.finfo(dtype), torch.bincount(units_C)
+    order_C = units_C.argsort(stable=True)
+    starts_U = counts_U.cumsum(0) - counts_U
+    place_C = torch.empty_like(order_C)
+    place_C[order_C] = torch.arange(len(order_C), device=order_C.device) - starts_U[units_C[order_C]]
+    whole_RU = whole_RC[:, order_C[starts_U]]
+    step_RU = _power_below(whole_RU) * info.eps
+    if even:
+        step_RU = step_RU / _power_below(counts_U.to(step_RU))
+    step_RU = step_RU.clamp(min=info.tiny * info.eps)
+    most_RU = (info.max / step_RU).clamp(max=2 / info.eps)
+    rest_RU = whole_RU / step_RU
+    result_RC = torch.empty_like(whole_RC, dtype=dtype)
+    for place in range(int(counts_U.max())):
+        columns = (place_C == place).nonzero()[:, 0]
+        u = units_C[columns]
+        most, rest, step = most_RU[:, u], rest_RU[:, u], step_RU[:, u]
+        room = most * (counts_U[u] - 1 - place)  # what the copies after this one can take
+        share = (shares_RC[:, columns] / step).round()
+        share = share.clamp(torch.maximum(-most, rest - room), torch.minimum(most, rest + room))
+        rest_RU[:, u] = rest - share
+        result_RC[:, columns] = (share * step).to(dtype)
+    return result_RC
+
+
+def _power_below(x: torch.Tensor) -> torch.Tensor:
+    """The largest power of two that is not above the size of each number; 0 for 0."""
+    import torch
+
+    return (x / 2 / torch.frexp(x).mantissa).nan_to_num(0.0)

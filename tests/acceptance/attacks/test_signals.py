@@ -1,12 +1,19 @@
 """Ctrl-C and SIGTERM: a word, a checkpoint, and the same end afterwards."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from entasis.model import weights
+from entasis.model.initialisation import init_weights
+from entasis.model.transformer import Transformer
+from entasis.shape.shapes import LayerShape, ModelShape
 
 from .conftest import losses
 
@@ -113,6 +120,65 @@ def test_both_signals_at_once_are_one_request(call, ground, tmp_path):
     assert child.returncode == 1
     assert "Traceback" not in err
     assert len([line for line in err.splitlines() if line.startswith("entasis: ")]) == 1
+
+
+@pytest.fixture
+def equal(tmp_path):
+    """A model of four equal layers and 30 MB, which takes a while to write."""
+    shape = ModelShape(d_model=256, head_dim=64, vocabulary=257, layers=(LayerShape(4, 4, 2048),) * 4)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = Transformer(shape)
+    init_weights(model, 0)
+    weights.save(model, folder)
+    return folder
+
+
+FITS = ["lesa", "--after", "1", "epochs=1000000", "patience=0"]  # longer than any test
+GROWTHS = {"fits": FITS, "writes": ["stack", "times=4"]}
+
+
+def half_way(pid, place, folder):
+    """The weights that a process is writing in `place`, once some are there and it has a file open in `folder`."""
+    opened = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            opened.append(descriptor.readlink())
+    if any(path.is_relative_to(folder) for path in opened):
+        return next((x for x in place.glob(".*/model.safetensors") if x.stat().st_size > 10**6), None)
+    return None
+
+
+@pytest.mark.parametrize("doing", GROWTHS)
+def test_a_growth_that_is_stopped_leaves_nothing(equal, tmp_path, doing):
+    place, temporary = tmp_path / "place", tmp_path / "temporary"
+    for folder in (place, temporary):
+        folder.mkdir()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "entasis", "grow", equal, place / "grown", "--operator", *GROWTHS[doing]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
+    )
+    try:
+        while not (partial := half_way(child.pid, place, temporary if doing == "fits" else place)):
+            assert child.poll() is None, child.stderr.read()[-3000:]
+            time.sleep(0.005)
+        # Stopped, it cannot end before the signal.
+        os.kill(child.pid, signal.SIGSTOP)
+        assert partial.exists()
+        child.send_signal(signal.SIGTERM)
+        os.kill(child.pid, signal.SIGCONT)
+        out, err = child.communicate(timeout=120)
+    finally:
+        if child.poll() is None:
+            child.kill()
+    assert (child.returncode, out) == (1, ""), err
+    assert "Traceback" not in err
+    assert [x for x in err.splitlines() if x.startswith("entasis: ")] == ["entasis: stopped by SIGTERM"]
+    assert list(place.iterdir()) == []
+    assert not list(temporary.glob("entasis-*"))
 
 
 def under_torchrun(program, ground, folder, *, until):
