@@ -1,13 +1,15 @@
-"""How many tokens' logits the loss should make at a time on this CPU.
+"""How many tokens' logits the loss should make at a time on this device.
 
     OMP_NUM_THREADS=1 python benchmarks/chunks.py
+    python benchmarks/chunks.py --device cuda --bf16
 
-Head and loss, forward and backward, eager, with chunks of different numbers of tokens in turn; medians of the
-processor's time, so that a shared machine matters less.
+Head and loss, forward and backward, eager, with chunks of different numbers of tokens in turn; medians, on a CPU of the
+processor's time, so that a shared machine matters less. On a GPU also the most memory that each takes.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from typing import Any
@@ -17,41 +19,68 @@ from common import write
 
 from entasis.model.loss import LOGITS_AT_ONCE, summed_nll
 
-D_MODEL, ROUNDS = 192, 5
-SIZES = {8_192: 2048, 50_304: 1024}
-"""Vocabularies, and tokens in a batch."""
+ROUNDS = 5
+SIZES = {
+    "cpu": (192, {8_192: 2048, 50_304: 1024}, (32, 64, 128, 256)),
+    "cuda": (768, {50_304: 32_768}, (512, 1024, 2048, 4096, 8192)),
+}
+"""d_model; vocabularies, each with the tokens of a batch; tokens of a chunk, beside what 64 MB hold."""
 
 
 def main() -> None:
     """Writes and prints benchmarks/results/chunks-TIME.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--bf16", action="store_true")
+    args = parser.parse_args()
+    d_model, vocabularies, _ = SIZES[args.device]
     write(
         "chunks",
         ["torch"],
         threads=torch.get_num_threads(),
-        d_model=D_MODEL,
-        vocabularies={str(vocabulary): measured(vocabulary) for vocabulary in SIZES},
+        device=args.device,
+        precision="bf16" if args.bf16 else "fp32",
+        d_model=d_model,
+        vocabularies={str(vocabulary): measured(args, vocabulary) for vocabulary in vocabularies},
     )
 
 
-def measured(vocabulary: int) -> dict[str, Any]:
-    """Seconds of each chunk, and as a share of those of chunks of 64 MB."""
-    tokens = SIZES[vocabulary]
+def measured(args: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
+    """Seconds of each chunk, as a share of those of chunks of 64 MB too, and bytes."""
+    d_model, vocabularies, sizes = SIZES[args.device]
+    tokens, on_gpu = vocabularies[vocabulary], args.device == "cuda"
     generator = torch.Generator().manual_seed(0)
-    x_ND = torch.randn(tokens, D_MODEL, generator=generator).requires_grad_()
-    weight_VD = (0.02 * torch.randn(vocabulary, D_MODEL, generator=generator)).requires_grad_()
-    targets_N = torch.randint(vocabulary, (tokens,), generator=generator)
-    largest = min(tokens, LOGITS_AT_ONCE // vocabulary)
-    seconds: dict[int, list[float]] = {rows: [] for rows in (32, 64, 128, 256, largest)}
-    for _ in range(ROUNDS):
+    x_ND = torch.randn(tokens, d_model, generator=generator).to(args.device).requires_grad_()
+    weight_VD = (0.02 * torch.randn(vocabulary, d_model, generator=generator)).to(args.device)
+    weight_VD.requires_grad_()
+    targets_N = torch.randint(vocabulary, (tokens,), generator=generator).to(args.device)
+    of_64_mb = min(tokens, LOGITS_AT_ONCE // vocabulary)
+    seconds: dict[int, list[float]] = {rows: [] for rows in (*sizes, of_64_mb)}
+    peak: dict[int, int] = {}
+    for _ in range(ROUNDS + on_gpu):
         for rows, taken in seconds.items():
-            begun = time.process_time()
-            summed_nll(x_ND, weight_VD, None, targets_N, at_once=rows * vocabulary).backward()
-            taken.append(time.process_time() - begun)
-    medians = {rows: statistics.median(taken) for rows, taken in seconds.items()}
+            x_ND.grad = weight_VD.grad = None
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            begun = time.perf_counter() if on_gpu else time.process_time()
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                total = summed_nll(x_ND, weight_VD, None, targets_N, at_once=rows * vocabulary)
+            total.backward()
+            if on_gpu:
+                torch.cuda.synchronize()
+                peak[rows] = torch.cuda.max_memory_allocated() - before
+            taken.append((time.perf_counter() if on_gpu else time.process_time()) - begun)
+    # The first round on a GPU warms it up.
+    medians = {rows: statistics.median(taken[int(on_gpu) :]) for rows, taken in seconds.items()}
     return {
         "tokens": tokens,
         "seconds": medians,
-        "share_of_64_MB": {rows: value / medians[largest] for rows, value in medians.items()},
+        "share_of_64_MB": {rows: value / medians[of_64_mb] for rows, value in medians.items()},
+        "extra_bytes": peak,
     }
 
 

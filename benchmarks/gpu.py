@@ -189,12 +189,16 @@ def first_steps(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def loss_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """benchmarks/loss.py on this device, which writes a file of its own."""
+    """benchmarks/loss.py and, on a GPU, chunks.py on this device, which write files of their own."""
     sizes = (
         ["--tokens", "4096", "--vocabulary", "20000"] if args.toy else ["--d-model", "768", "--materialise"]
     )
     words = [sys.executable, str(HERE / "loss.py"), "--device", DEVICE, *sizes]
-    done = [subprocess.run([*words, *more]).returncode for more in ([], ["--bf16"] if args.bf16 else [])]
+    ways = ([], ["--bf16"]) if args.bf16 else ([],)
+    done = [subprocess.run([*words, *more]).returncode for more in ways]
+    if DEVICE == "cuda":
+        chunks = [sys.executable, str(HERE / "chunks.py"), "--device", DEVICE]
+        done += [subprocess.run([*chunks, *more]).returncode for more in ways]
     return {"exit_codes": done}
 
 
