@@ -82,6 +82,7 @@ $(VLLM)/.installed:
 # Every file × every damage, signals, full disks; `make test` runs a part of it.
 attacks: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/acceptance/attacks -m "attack or not attack" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train tests/study -m attack -n 2
 
 lint: setup
 	$(BIN)/ruff check .

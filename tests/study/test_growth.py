@@ -171,4 +171,5 @@ def test_shipped_studies_have_a_control_at_every_size(name: str) -> None:
         assert s.controls
         arms = solve(s, 50_304)
         half = sum(arms[s.baseline].stage_tokens) / 2
-        assert sum(arms[s.controls[0]].stage_tokens) == pytest.approx(half, rel=0.01)
+        trained = sum(arms[s.controls[0]].stage_tokens)
+        assert trained == pytest.approx(half / 5 if (name, size) == ("budgets", "paper") else half, rel=0.01)

@@ -17,7 +17,14 @@ from entasis.train.run import train
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "points"), [("plain", 24), ("staged", 24), ("constructive", 10), ("predicted", 5)]
+    ("kind", "points"),
+    [
+        *(("plain", 8), ("staged", 8), ("constructive", 5), ("predicted", 3)),
+        *(
+            pytest.param(kind, 24, marks=pytest.mark.attack)
+            for kind in ("plain", "staged", "constructive", "predicted")
+        ),
+    ],
 )
 def test_killed_anywhere_resumes_to_the_same_losses(corpora, tmp_path, kind, points):
     script = Path(__file__).with_name("killing.py")
