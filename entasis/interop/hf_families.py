@@ -69,14 +69,6 @@ OLMO2 = replace(
         "feedforward_norm": "post_feedforward_layernorm",
     },
 )
-STARCODER2 = replace(
-    LLAMA,
-    block={
-        **{ours: theirs for ours, theirs in LLAMA.block.items() if not theirs.startswith("mlp.")},
-        "feedforward.up": "mlp.c_fc",
-        "feedforward.down": "mlp.c_proj",
-    },
-)
 OPENELM = NameMap(
     outer={
         "embedding.tokens": "transformer.token_embeddings",
@@ -97,28 +89,6 @@ OPENELM = NameMap(
         "feedforward.up": "ffn.proj_1",
         "feedforward.down": "ffn.proj_2",
     },
-)
-GPT2 = NameMap(
-    outer={
-        "embedding.tokens": "transformer.wte",
-        "embedding.positions": "transformer.wpe",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
-    },
-    layer="transformer.h.{i}",
-    block={
-        "attention_norm": "ln_1",
-        "attention.query": "attn.c_attn",
-        "attention.key": "attn.c_attn",
-        "attention.value": "attn.c_attn",
-        "attention.output": "attn.c_proj",
-        "feedforward_norm": "ln_2",
-        "feedforward.up": "mlp.c_fc",
-        "feedforward.down": "mlp.c_proj",
-    },
-    conv1d=True,
-    # Checkpoints from before transformers 4 hold the causal mask.
-    ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
 )
 
 # Keys that change what is computed, and the values at which they change nothing.
@@ -174,7 +144,7 @@ def find_family(config: ConfigReader) -> Family:
     return chosen
 
 
-def _refuse_sliding_window(config: ConfigReader, length: int, always: bool) -> None:
+def refuse_sliding_window(config: ConfigReader, length: int, always: bool) -> None:
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(k not in ("full_attention", "sliding_attention") for k in kinds):
         raise config.wrong("layer_types", kinds, "a list of full_attention and sliding_attention")
@@ -187,7 +157,7 @@ def _refuse_sliding_window(config: ConfigReader, length: int, always: bool) -> N
         )
 
 
-def _expect(config: ConfigReader, key: str, default: str, valid: dict[str, str]) -> Any:
+def expect(config: ConfigReader, key: str, default: str, valid: dict[str, str]) -> Any:
     """What one of the values `valid` stands for."""
     value = config.text(key, default)
     if value not in valid:
@@ -196,7 +166,6 @@ def _expect(config: ConfigReader, key: str, default: str, valid: dict[str, str])
 
 
 _SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
-_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
 
 
 def _llama_shape(
@@ -205,14 +174,14 @@ def _llama_shape(
     """The fields that Llama's descendants share; `kinds` are those in which they differ."""
     d_model, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", d_model // n_heads if n_heads else 0)
-    _expect(config, "hidden_act", "silu", _SWIGLU)
+    expect(config, "hidden_act", "silu", _SWIGLU)
     if layers is None:
         same = LayerShape(
             n_heads, config.integer("num_key_value_heads", n_heads), config.integer("intermediate_size")
         )
         layers = [same] * read_layer_count(config, "num_hidden_layers", n_tensors)
     length = read_context(config, "max_position_embeddings", 2048)
-    _refuse_sliding_window(config, length, kinds.pop("always_sliding", False))
+    refuse_sliding_window(config, length, kinds.pop("always_sliding", False))
     return ModelShape(
         d_model=d_model,
         head_dim=head_dim,
@@ -261,39 +230,6 @@ def read_olmo2(config: ConfigReader, n_tensors: int, layers: list[LayerShape] | 
     """OLMo 2: norms after the branch, query and key normalised over their full width."""
     kinds = {**_biases(config), "ffn_bias": False, "qk_norm": "full", "norm_placement": "reordered"}
     return Description(_llama_shape(config, n_tensors, layers=layers, default_eps=1e-5, **kinds))
-
-
-@family("starcoder2", names=STARCODER2, model_types=("starcoder2",), architectures=("Starcoder2ForCausalLM",))
-def read_starcoder2(
-    config: ConfigReader, n_tensors: int, layers: list[LayerShape] | None = None
-) -> Description:
-    """StarCoder 2: LayerNorm, GELU, rotary positions, and one switch for the biases of all matrices but the head's."""
-    d_model, n_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    if layers is None:
-        same = LayerShape(
-            n_heads, config.integer("num_key_value_heads", 2), config.integer("intermediate_size", 12_288)
-        )
-        layers = [same] * read_layer_count(config, "num_hidden_layers", n_tensors)
-    length, bias = read_context(config, "max_position_embeddings", 4096), config.flag("use_bias", True)
-    _refuse_sliding_window(config, length, always=True)
-    shape = ModelShape(
-        d_model=d_model,
-        head_dim=config.integer("head_dim", d_model // n_heads if n_heads else 0),
-        vocabulary=config.integer("vocab_size"),
-        layers=tuple(layers),
-        norm="layernorm",
-        norm_bias=True,
-        norm_eps=config.number("norm_epsilon", 1e-5, least=0, most=1),
-        ffn=_expect(config, "hidden_act", "gelu_pytorch_tanh", _GELU),
-        tied_embeddings=config.flag("tie_word_embeddings", True),
-        qkv_bias=bias,
-        attention_output_bias=bias,
-        ffn_bias=bias,
-        head_bias=config.flag("head_bias", False),  # of our own folders with a modeling file
-        context=length,
-        **rope.read_config(config),
-    )
-    return Description(shape)
 
 
 @family("deci", names=LLAMA, model_types=("nemotron-nas", "deci"), architectures=("DeciLMForCausalLM",))
@@ -364,8 +300,8 @@ def read_openelm(config: ConfigReader, n_tensors: int) -> Description:
     kv_heads = config.integers("num_kv_heads", count)
     if not config.flag("ffn_with_glu", True):
         raise config.refuse("ffn_with_glu", "only the gated FFN is supported")
-    _expect(config, "activation_fn_name", "swish", _SWIGLU)
-    _expect(config, "normalization_layer_name", "rms_norm", {"rms_norm": "rmsnorm"})
+    expect(config, "activation_fn_name", "swish", _SWIGLU)
+    expect(config, "normalization_layer_name", "rms_norm", {"rms_norm": "rmsnorm"})
     shape = ModelShape(
         d_model=d_model,
         head_dim=config.integer("head_dim"),
@@ -384,30 +320,3 @@ def _make_divisible(value: float, divisor: int) -> int:
     """corenet's rounding: to the nearest multiple, but never more than a tenth down."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
-
-
-@family("gpt2", names=GPT2, model_types=("gpt2",), architectures=("GPT2LMHeadModel",))
-def read_gpt2(config: ConfigReader, n_tensors: int) -> Description:
-    """GPT-2: learned positions, LayerNorm, biases everywhere, fused qkv, weights stored [in, out]."""
-    d_model, n_heads = config.integer("n_embd"), config.integer("n_head")
-    if n_heads == 0 or d_model % n_heads:
-        raise config.wrong("n_head", n_heads, f"a divisor of n_embd {d_model}")
-    layer = LayerShape(n_heads, n_heads, config.integer("n_inner", 4 * d_model))
-    shape = ModelShape(
-        d_model=d_model,
-        head_dim=d_model // n_heads,
-        vocabulary=config.integer("vocab_size"),
-        layers=(layer,) * read_layer_count(config, "n_layer", n_tensors),
-        norm="layernorm",
-        norm_bias=True,
-        norm_eps=config.number("layer_norm_epsilon", 1e-5, least=0, most=1),
-        ffn=_expect(config, "activation_function", "gelu_new", _GELU),
-        tied_embeddings=config.flag("tie_word_embeddings", True),
-        qkv_bias=True,
-        attention_output_bias=True,
-        ffn_bias=True,
-        positions="learned",
-        context=read_context(config, "n_positions", 1024),
-        attention_scale=None if config.flag("scale_attn_weights", True) else 1.0,
-    )
-    return Description(shape)

@@ -8,15 +8,8 @@ that equals the whole model's is left out, and so is a layer with none left. Fol
 from __future__ import annotations
 
 from entasis.interop.config_reader import ConfigReader, Description, read_layer_count
-from entasis.interop.hf_families import (
-    FAMILIES,
-    Reader,
-    family,
-    read_llama,
-    read_olmo2,
-    read_qwen3,
-    read_starcoder2,
-)
+from entasis.interop.hf_families import FAMILIES, Reader, family, read_llama, read_olmo2, read_qwen3
+from entasis.interop.hf_gelu_families import read_starcoder2
 from entasis.shape.shapes import LayerShape
 
 WIDTH_KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")

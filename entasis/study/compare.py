@@ -13,12 +13,12 @@ import numpy as np
 
 from entasis.errors import UserError
 from entasis.report.tables import Column, Table
-from entasis.study import results, verdict
-from entasis.study.verdict import Verdict
+from entasis.study import growth, results, verdict
+from entasis.study.config import Study
 from entasis.train.resolved_recipe import read_stored
 
-_STUDY = ("baseline", "seeds", "margin")
-"""Of the verdicts; the rest stands in the recipes."""
+_ELSEWHERE = {"name", "title", "base", "arms", "trunks", "corpora"}
+"""Of a study what is a name, or stands in the recipes of its runs."""
 Runs = dict[str, list[tuple[Path, dict[str, Any]]]]
 """Folder and result of the finished main runs of each arm (and protocol where it made another run)."""
 
@@ -40,7 +40,7 @@ def compare(a: Path, b: Path) -> tuple[dict[str, Any], Table, list[str]]:
         )
     same_tokenizer = first[0]["data"]["tokenizer"] == first[1]["data"]["tokenizer"]
     rows = [_row(arm, finished, same_tokenizer) for arm in dict.fromkeys([*finished[0], *finished[1]])]
-    differences = list(_differences(verdicts, finished))
+    differences = list(_differences([growth.stored(folder) for folder in (a, b)], finished))
     notes = [f"A is {names[0]}, B is {names[1]}."]
     notes += [f"{d['what']}: {_shown(d['a'])} in A, {_shown(d['b'])} in B{_of(d)}" for d in differences]
     if not differences:
@@ -77,10 +77,11 @@ def _table(rows: list[dict[str, Any]], same_tokenizer: bool) -> Table:
     return Table(columns, rows)
 
 
-def _differences(verdicts: list[Verdict], finished: list[Runs]) -> Iterator[dict[str, Any]]:
+def _differences(studies: list[Study], finished: list[Runs]) -> Iterator[dict[str, Any]]:
     """What differs: `what`, its values `a` and `b`, and `arms`, those in which it does (null: it is the study's)."""
-    for key in _STUDY:
-        theirs = [getattr(v, key) for v in verdicts]
+    asked = [study.model_dump(exclude=_ELSEWHERE) for study in studies]
+    for key in asked[0]:
+        theirs = [of[key] for of in asked]
         if theirs[0] != theirs[1]:
             yield {"what": key, "a": theirs[0], "b": theirs[1], "arms": None}
     arms = [list(runs) for runs in finished]

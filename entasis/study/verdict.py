@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from entasis.errors import Damaged, UserError
-from entasis.files import read_json, write_text
+from entasis.files import SEAL, read_json, write_json
 from entasis.study.statistics import Difference
 from entasis.study.stopping import Until
 from entasis.study.throughput import Speed
@@ -188,8 +188,14 @@ def _entries(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write(folder: Path, verdict: Verdict) -> None:
-    """Writes `verdict.json` into a study's folder."""
-    write_text(folder / FILE, json.dumps(plain(verdict), indent=1, allow_nan=False) + "\n")
+    """Writes `verdict.json`, sealed, into a study's folder."""
+    write_json(folder / FILE, _as_json(verdict))
+
+
+def _as_json(verdict: Verdict) -> dict[str, Any]:
+    """What the file says, in which keys are text."""
+    told: dict[str, Any] = json.loads(json.dumps(plain(verdict), allow_nan=False))
+    return told
 
 
 def read(folder: Path) -> Verdict:
@@ -197,7 +203,7 @@ def read(folder: Path) -> Verdict:
     path = folder / FILE
     if not path.is_file():
         raise UserError(f"{folder}: has no {FILE}; run `entasis study report {folder}` first")
-    content = read_json(path)
+    content = {key: value for key, value in read_json(path).items() if key != SEAL}
     try:
         return _FORMAT.validate_python(content)
     except ValidationError as error:
@@ -209,10 +215,8 @@ def read(folder: Path) -> Verdict:
 def holds(folder: Path, verdict: Verdict) -> bool:
     """Whether the file is there, whole, and says this; one that is damaged is made again."""
     try:
-        # JSON makes keys text, so what is compared is what would be written.
-        return (folder / FILE).is_file() and read_json(folder / FILE) == json.loads(
-            json.dumps(plain(verdict))
-        )
+        there = read_json(folder / FILE) if (folder / FILE).is_file() else {}
+        return {key: value for key, value in there.items() if key != SEAL} == _as_json(verdict)
     except Damaged:
         return False
 

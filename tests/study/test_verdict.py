@@ -9,6 +9,7 @@ import pytest
 
 from entasis.cli import main
 from entasis.errors import Damaged
+from entasis.files import SEAL
 from entasis.study import verdict
 
 RESULTS = sorted(Path(__file__).parents[2].glob("results/*/verdict.json"))
@@ -27,7 +28,9 @@ def test_published_verdicts_are_read_and_written_as_they_are(path: Path, tmp_pat
     found = verdict.read(path.parent)
     assert found.protocols["params"].arms[found.baseline].difference is None
     verdict.write(tmp_path, found)
-    assert same(told, json.loads((tmp_path / "verdict.json").read_text()))
+    written = json.loads((tmp_path / "verdict.json").read_text())
+    assert len(written.pop(SEAL)) == 32
+    assert same({k: v for k, v in told.items() if k != SEAL}, written)
     assert verdict.holds(tmp_path, found) and verdict.plain(verdict.read(tmp_path)) == verdict.plain(found)
 
 
@@ -47,3 +50,11 @@ def test_a_file_that_is_no_verdict_is_one_line(
         verdict.read(tmp_path)
     assert main(["study", "compare", str(tmp_path), str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_changed_number_is_seen(tmp_path: Path) -> None:
+    verdict.write(tmp_path, verdict.read(RESULTS[0].parent))
+    path = tmp_path / "verdict.json"
+    path.write_text(path.read_text().replace('"margin": 0.01', '"margin": 0.02'))
+    with pytest.raises(Damaged, match="was changed after it was written"):
+        verdict.read(tmp_path)
