@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from entasis.data import left_out
 from entasis.data.corpus import INDEX, Corpus
-from entasis.data.readers import Document
+from entasis.data.readers import Document, Losses
 from entasis.data.sources import TextSources
 from entasis.data.tokenizer import Tokenizer
 from entasis.errors import UserError
@@ -92,7 +93,10 @@ class Text:
 
 
 def read(source: TextInput, tokenizer: Tokenizer | None, *, tokens: int, sequence: int) -> Text:
-    """At most about `tokens` tokens of `source`. Raises `UserError` where there is no text or no tokenizer for it."""
+    """At most about `tokens` tokens of `source`; what of it cannot be read is said on stderr.
+
+    Raises `UserError` where there is no text or no tokenizer for it.
+    """
     if isinstance(source, str | Path) and (Path(source) / INDEX).is_file():
         corpus = Corpus(source)
         corpus.verify()
@@ -109,13 +113,15 @@ Excerpts = tuple[list[np.ndarray], list[bool], list[int], list[str]]
 
 
 def _from_texts(source: TextInput, tokenizer: Tokenizer, tokens: int) -> Excerpts:
+    losses = Losses()
     if isinstance(source, str | Path):
-        found: Iterator[Document] = TextSources((str(source),)).documents()
+        found: Iterator[Document] = TextSources((str(source),)).documents(losses)
     else:
         found = (Document(f"document {i}", text) for i, text in enumerate(source) if text)
     most = tokens * _CHARACTERS_PER_TOKEN
     cut_short = (Document(d.name, d.text[:most]) for d in found)
     chosen = heapq.nsmallest(MOST_DOCUMENTS, cut_short, key=lambda d: _rank(d.name))
+    left_out.tell(losses.reasons)
     if not chosen:
         raise UserError(f"{source}: no text there")
 

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Any
 
 from entasis import progress
 from entasis.cli.numbers import seed, whole
@@ -108,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    from entasis.data import left_out
     from entasis.data.prepare import prepare
-    from entasis.data.readers import REPLACED
 
     with progress.bars("bytes") as report:
         result = prepare(
@@ -128,9 +127,7 @@ def _prepare(args: argparse.Namespace) -> int:
         )
     if note := result.get("note"):
         print(f"entasis: {note}", file=sys.stderr)
-    for reason, entry in result.get("left_out", {}).items():
-        said = reason if reason == REPLACED else f"left out ({reason})"
-        print(f"entasis: {_counted(said, entry)}", file=sys.stderr)
+    left_out.tell(result.get("left_out", {}))
     if args.json:
         print(json.dumps(result))
         return 0
@@ -143,16 +140,8 @@ def _prepare(args: argparse.Namespace) -> int:
                 f"{part['fingerprint'][:12]}"
             )
     if alike := result.get("near_duplicates"):
-        print(f"  {_counted('near-duplicates kept on one side', alike)}")
+        print(f"  {left_out.counted('near-duplicates kept on one side', alike)}")
     return 0
-
-
-def _counted(reason: str, entry: dict[str, Any]) -> str:
-    """One line: how many, their bytes, the first names."""
-    size = f"{entry['bytes'] / 1e6:,.1f} MB" if entry["bytes"] >= 100_000 else f"{entry['bytes']:,} bytes"
-    more = ", …" if entry["count"] > len(entry["first"]) else ""
-    names = ", ".join(name if len(name) <= 120 else f"{name[:120]}…" for name in entry["first"])
-    return f"{reason}: {entry['count']:,} ({size}): {names}{more}"
 
 
 def _import(args: argparse.Namespace) -> int:

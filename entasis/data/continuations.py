@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from entasis.data import tokenizer
+from entasis.data import left_out, tokenizer
 from entasis.data.corpus import INDEX, Corpus
 from entasis.data.held_out import Part, choose_documents
+from entasis.data.readers import Losses
 from entasis.data.sources import TextSources
 from entasis.errors import UserError
 from entasis.files import write_text
@@ -43,11 +44,13 @@ class Stretch:
 def texts_of(source: str | Path, part: Part = "all") -> Iterator[str]:
     """The documents of a prepared corpus (or of one part of it), or of text as `entasis data prepare` reads it.
 
-    Raises `UserError`.
+    What is left out of text is said on stderr after its last document. Raises `UserError`.
     """
     if not (Path(source) / INDEX).is_file():
-        for document in TextSources((str(source),)).documents():
+        losses = Losses()
+        for document in TextSources((str(source),)).documents(losses):
             yield document.text
+        left_out.tell(losses.reasons)
         return
     corpus = Corpus(source)
     reader, offsets = tokenizer.load(corpus.tokenizer_path), corpus.document_offsets()

@@ -20,7 +20,7 @@ import numpy as np
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, Corpus
 from entasis.data.examinations import EXAMINATIONS, Finding, Sample
-from entasis.data.shards import content_hash
+from entasis.data.shards import is_unchanged
 from entasis.errors import UserError
 
 _SAMPLE = 1 << 19
@@ -107,10 +107,7 @@ def _examine_corpus(path: Path, chosen: tokenizers.Tokenizer | None, thorough: b
     findings = []
     if thorough:
         for shard in corpus.shards:
-            if (
-                content_hash(np.asarray(shard.tokens), shard.documents, shard.document_bytes)
-                != shard.content_hash
-            ):
+            if not is_unchanged(shard):
                 evidence = f"{shard.path.name} does not have the content hash written in it"
                 findings.append(Finding("corrupted content", evidence, "restore the shard or prepare again"))
     own = None

@@ -4,7 +4,8 @@
     documents        int64 [m + 1]                where each document begins; the last entry is n
     document_bytes   int64 [m]                    UTF-8 bytes of each document's text
     document_hashes  uint64 [m], may be missing   hash of each document's text, the same under every tokenizer
-    metadata         format, vocabulary, tokenizer (its hash), tokens, bytes, content (a hash)
+    metadata         format, vocabulary, tokenizer (its hash), tokens, bytes, content (a hash), and where there are
+                     document_hashes, their own hash: hashes
 
 The dtype stands in the file and is read from it. An id outside the vocabulary is refused when written.
 """
@@ -47,6 +48,8 @@ class Shard:
     tokenizer_hash: str
     content_hash: str
     document_hashes: np.ndarray | None = None
+    hashes_hash: str | None = None
+    """Of `document_hashes`; None in shards of earlier versions, which did not write it."""
 
 
 def write_shard(
@@ -88,6 +91,9 @@ def write_shard(
         "bytes": str(int(document_bytes.sum())),
         "content": content,
     }
+    if document_hashes is not None:
+        # Apart from the content hash, which is the corpus's identity and stays what it was in earlier versions.
+        metadata["hashes"] = content_hash(tensors["document_hashes"])
     need = sum(array.nbytes for array in tensors.values())
     # One preparation has the folder; the name is fixed so that what it left when killed can be found.
     with aside(path, need=need, locked=True) as partial:
@@ -155,11 +161,22 @@ def open_shard(path: Path) -> Shard:
         metadata.get("tokenizer", ""),
         metadata.get("content", ""),
         hashes,
+        metadata.get("hashes"),
     )
 
 
+def is_unchanged(shard: Shard) -> bool:
+    """Whether the tensors have the hashes that were written with them; reads the shard whole."""
+    if shard.hashes_hash is not None:
+        hashes = shard.document_hashes
+        if hashes is None or content_hash(hashes) != shard.hashes_hash:
+            return False
+    content = content_hash(np.asarray(shard.tokens), shard.documents, shard.document_bytes)
+    return content == shard.content_hash
+
+
 def verify(shard: Shard) -> None:
-    """Reads a shard whole and compares it with the hash written in it. Raises `Damaged`.
+    """Reads a shard whole and compares it with the hashes written in it. Raises `Damaged`.
 
     A large shard is read once: its size, times and inode are kept with the hash in the user's cache folder, and while
     they are the same it is taken for the same.
@@ -170,7 +187,7 @@ def verify(shard: Shard) -> None:
     known = _known(shard.path)
     if large and known.is_file() and known.read_text(encoding="utf-8") == signs:
         return
-    if content_hash(np.asarray(shard.tokens), shard.documents, shard.document_bytes) != shard.content_hash:
+    if not is_unchanged(shard):
         raise Damaged(
             f"damaged: {shard.path} was changed after it was prepared; restore it, or prepare the corpus again"
         )

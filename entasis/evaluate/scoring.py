@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from entasis.data import left_out
 from entasis.data.corpus import INDEX, Corpus
 from entasis.data.prepare import prepare
 from entasis.data.tokenizer import Tokenizer
@@ -17,7 +18,10 @@ from entasis.evaluate.loading import Loaded
 
 @contextlib.contextmanager
 def corpus_of(text: str | Path, tokenizer: Tokenizer) -> Iterator[Corpus]:
-    """The text as a corpus of this tokenizer, prepared in a temporary folder unless it is one. Raises `UserError`."""
+    """The text as a corpus of this tokenizer, prepared in a temporary folder unless it is one. Raises `UserError`.
+
+    What is left out of the text is said on stderr.
+    """
     if (Path(text) / INDEX).is_file():
         corpus = Corpus(str(text))
         corpus.verify()
@@ -28,7 +32,8 @@ def corpus_of(text: str | Path, tokenizer: Tokenizer) -> Iterator[Corpus]:
     with tempfile.TemporaryDirectory() as folder:
         named = Path(folder) / "tokenizer.json"
         tokenizer.save(named)
-        prepare([text], Path(folder) / "corpus", tokenizer=named, validation=0)
+        result = prepare([text], Path(folder) / "corpus", tokenizer=named, validation=0)
+        left_out.tell(result["left_out"])
         yield Corpus(Path(folder) / "corpus" / "train")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from entasis.data import corruption
 from entasis.data.prepare import Progress, prepare
@@ -15,8 +16,12 @@ def missing(study: Study, folder: Path) -> list[str]:
     return [name for name in study.corpora if not (folder / "corpora" / name / "prepared.json").is_file()]
 
 
-def make(study: Study, folder: Path, progress: Progress | None = None) -> None:
-    """Prepares what is missing: split by file, near-duplicate files kept on one side."""
+def make(study: Study, folder: Path, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
+    """Prepares what is missing: split by file, near-duplicate files kept on one side.
+
+    Returns what was left out of each corpus, by reason.
+    """
+    left_out = {}
     for name in missing(study, folder):
         corpus = study.corpora[name]
         if corpus.copy_of:
@@ -31,7 +36,7 @@ def make(study: Study, folder: Path, progress: Progress | None = None) -> None:
             }
             write_json(folder / "corpora" / name / "prepared.json", made)
             continue
-        prepare(
+        result = prepare(
             corpus.sources,
             folder / "corpora" / name,
             tokenizer=corpus.tokenizer,
@@ -40,3 +45,5 @@ def make(study: Study, folder: Path, progress: Progress | None = None) -> None:
             limit=corpus.limit,
             progress=progress,
         )
+        left_out[name] = result["left_out"]
+    return left_out

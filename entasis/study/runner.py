@@ -194,12 +194,17 @@ def at_home(study: Study) -> Study:
 
 
 def _prepare(study: Study, folder: Path, console: Console) -> None:
+    from entasis.data import left_out
     from entasis.study import corpora
 
     names = corpora.missing(study, folder)
     if names:
         with live_table.preparing(console, f"preparing corpus {', '.join(names)}") as progress:
-            corpora.make(study, folder, progress)
+            skipped = corpora.make(study, folder, progress)
+        for name, reasons in skipped.items():
+            for line in left_out.lines(reasons):
+                told = f"corpus {name}: {line}"
+                console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _settled(study: Study, folder: Path, console: Console, pool: Pool) -> Study:

@@ -6,6 +6,7 @@ Everything here is asked before the first step, for every stage.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -65,8 +66,15 @@ def check_data(recipe: Recipe) -> Corpus:
             )
         diagnosis = examine(path)
         if not diagnosis.sound:
-            worst = diagnosis.findings[0]
-            raise UserError(f"data: {path} is corrupt: {worst.name}: {worst.evidence}; {worst.fix}")
+            # What the doctor concludes from the ids may be wrong; that the tokenizer is another one or gone is not.
+            if not recipe.data.allow_corruption or (
+                load_tokenizer(opened.tokenizer_path).hash != opened.tokenizer_hash
+            ):
+                worst = diagnosis.findings[0]
+                raise UserError(f"data: {path} is corrupt: {worst.name}: {worst.evidence}; {worst.fix}")
+            if parallel.is_main_process():
+                found = "; ".join(f"{finding.name}: {finding.evidence}" for finding in diagnosis.findings)
+                print(f"note: data.allow_corruption: {path} is trained on despite {found}", file=sys.stderr)
     for opened in corpora.values():
         opened.verify()
     for index, stage in enumerate(recipe.stages or (Stage(),)):
@@ -142,6 +150,11 @@ def check_settings(recipe: Recipe, device: torch.device) -> None:
             "recipe: attention is flex, which trains on CUDA, compiled (compile=true) and in one process only; "
             "use auto"
         )
+    if recipe.parallel.kind != "ddp" and parallel.world() > 1:
+        for stage in recipe.stages:
+            if stage.lora or stage.cache_frozen:
+                key = "lora" if stage.lora else "cache_frozen"
+                raise UserError(f"recipe: {key} needs every process to hold the whole model (ddp)")
     if recipe.attention == "flex" and any(stage.cache_frozen for stage in recipe.stages):
         raise UserError(
             "recipe: attention is flex, which is compiled, and a stage has cache_frozen, which runs eager"

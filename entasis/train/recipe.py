@@ -107,7 +107,7 @@ class Data(_Training):
     document_masking: bool = False
     """Attention stays inside a document."""
     allow_corruption: bool = False
-    """Trains on a corpus whose ids were corrupted on purpose (`entasis.data.corruption`)."""
+    """Trains on a corpus whose ids were corrupted on purpose (`entasis.data.corruption`), or that the doctor accuses."""
 
 
 class BatchSize(Settings):

@@ -45,7 +45,7 @@ from entasis.train.moments import Moments
 from entasis.train.online_importance import measure_importance
 from entasis.train.recipe import Recipe, Samples, held_out_of
 from entasis.train.run_folder import OpenedFolder
-from entasis.train.stage_runner import StageRunner
+from entasis.train.stage_runner import StageRunner, checkpointed_layers
 from entasis.train.timeline import Timeline
 from entasis.train.training_data import TrainingData, describe_data, planned_epochs
 from entasis.train.validation import Validation
@@ -108,12 +108,16 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.device = opened.recipe, folder, device
         self.timeline = Timeline(opened.recipe, opened.shape, [])
+        begun = checkpoint.step_of(opened.checkpoint) if opened.checkpoint else 0
         for span in self.timeline.spans:
             if span.sequences % parallel.world():
                 raise UserError(
                     f"recipe: batch.tokens {span.batch_tokens} is {span.sequences} sequences, which "
                     f"{parallel.world()} processes cannot share equally"
                 )
+            # A stage that has ended may have needed more than a run that goes on elsewhere may take.
+            if span.stop >= begun:
+                checkpointed_layers(span, opened.recipe)
         self.checkpoint = opened.checkpoint
         self.environment, self.notes, self.reporter = opened.environment, opened.notes, reporter
         if device.type == "cpu":

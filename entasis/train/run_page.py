@@ -7,7 +7,7 @@ A run is read from its folder alone; its checkpoints are not opened.
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from entasis.train import metrics, run_folder
 from entasis.train.recipe import to_yaml
 from entasis.train.resolved_recipe import SettledRecipe, read_stored
 
-SAMPLES = "samples.jsonl"
 _POINTS = 400
 """Points of a drawn curve, each the mean of its stretch of steps."""
 
@@ -41,7 +40,14 @@ class RunRecord:
     environment: dict[str, Any]
     rows: list[dict[str, Any]]
     result: dict[str, Any] | None
-    samples: list[dict[str, Any]]
+    doubts: list[str]
+    """What is missing from a finished run or was changed after it."""
+
+    @property
+    def samples(self) -> list[str]:
+        """The texts that the model wrote the last five times, each after its step."""
+        found = [row for row in self.rows if row.get("samples")]
+        return [f"step {row['step']}: {text}" for row in found[-5:] for text in row["samples"]]
 
     @property
     def validation(self) -> list[tuple[int, float]]:
@@ -68,20 +74,30 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
-    """Reads a run's folder, finished or under way. Raises `UserError` where it has made no step yet, `Damaged`."""
-    environment = folder / run_folder.ENVIRONMENT
+    """Reads a run's folder, finished or under way; what is doubtful of a finished one is said on stderr too.
+
+    Raises `UserError` where it has made no step yet, `Damaged`.
+    """
+    environment, result = folder / run_folder.ENVIRONMENT, folder / run_folder.RESULT
     rows = metrics.records(folder)
-    if not rows or not environment.is_file():
+    told = files.read_json(result) if result.is_file() else None
+    if told is None and not (rows and environment.is_file()):
         raise UserError(f"{folder}: the run has made no step yet")
-    result = folder / run_folder.RESULT
+    if not rows:
+        raise Damaged(
+            f"damaged: {folder / metrics.METRICS} of a finished run is missing or empty; restore it"
+        )
+    doubts = run_folder.doubts(folder, told) if told else []
+    for line in doubts:
+        print(f"note: {line}", file=sys.stderr)
     return RunRecord(
         name,
         read_stored(folder / "recipe.yaml"),
         weights.read_shape(folder),
         files.read_json(environment),
         rows,
-        files.read_json(result) if result.is_file() else None,
-        _samples(folder / SAMPLES),
+        told,
+        doubts,
     )
 
 
@@ -170,7 +186,7 @@ def _sentence(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _notes(page: Page, runs: Sequence[RunRecord]) -> list[Html]:
-    notes = []
+    notes = [line for run in runs for line in run.doubts]
     if len(runs) > 1:
         notes.append(
             "Runs set side by side are no study: nothing here says whether a difference is more than chance."
@@ -226,14 +242,4 @@ def _lines(rows: Sequence[dict[str, Any]], names: Sequence[str], key: str, title
 
 
 def _shown(page: Page, run: RunRecord) -> Html:
-    texts = "\n\n".join(f"step {s['step']}: {s['prompt']}▸{s['text']}" for s in run.samples[-5:])
-    return page.folded(run.name, page.command(texts))
-
-
-def _samples(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise Damaged(f"damaged: {path} is no longer JSON") from error
+    return page.folded(run.name, page.command("\n\n".join(run.samples)))

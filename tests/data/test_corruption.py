@@ -1,15 +1,18 @@
 """The published bug, reproduced on purpose, is seen by the doctor and kept out of training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from entasis.cli import main
+from entasis.data import tokenizer
 from entasis.data.corpus import Corpus
 from entasis.data.corruption import corrupt
-from entasis.data.doctor import examine
+from entasis.data.doctor import Diagnosis, examine
+from entasis.data.examinations import Finding
 from entasis.data.prepare import prepare
 from entasis.errors import UserError
 from entasis.train import preflight, recipe
@@ -62,6 +65,32 @@ def test_training_refuses_it_unless_told(sound: Path, tmp_path: Path) -> None:
         preflight.check_data(wanted)
     del index["danger"]
     (tmp_path / "bad" / "corpus.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is corrupt"):
+        preflight.check_data(wanted)
+
+
+def test_what_the_doctor_finds_is_a_note_where_it_is_told_so(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finding = Finding("swapped bytes", "the low byte is the more predictable one", "import it anew")
+    monkeypatch.setattr(preflight, "examine", lambda path: Diagnosis(str(path), 1, (finding,)))
+    shutil.copytree(sound / "train", tmp_path / "accused")
+    wanted = recipe.from_dict(
+        {
+            "shape": {"profile": "isotropic", "layers": 2, "d_model": 32, "head_dim": 8},
+            "data": {"train": str(tmp_path / "accused"), "sequence": 32},
+            "tokens": 1024,
+        }
+    )
+    with pytest.raises(UserError, match="is corrupt: swapped bytes"):
+        preflight.check_data(wanted)
+    wanted.data.allow_corruption = True
+    assert preflight.check_data(wanted).corruption is None
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: ") and str(tmp_path / "accused") in note
+    assert f"{finding.name}: {finding.evidence}" in note
+    # Another tokenizer than the corpus's own is certain, and refused all the same.
+    tokenizer.from_bytes().save(tmp_path / "accused" / "tokenizer.json")
     with pytest.raises(UserError, match="is corrupt"):
         preflight.check_data(wanted)
 

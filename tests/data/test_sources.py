@@ -1,6 +1,7 @@
 """What is left out of a corpus is counted and named, and a source that has changed is noticed."""
 
 import gzip
+import io
 import itertools
 import json
 import shutil
@@ -12,14 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from entasis.anatomy.text import read
 from entasis.cli import main
 from entasis.data import tokenizer
+from entasis.data.continuations import texts_of
 from entasis.data.corpus import Corpus
 from entasis.data.prepare import prepare
 from entasis.data.readers import Losses
 from entasis.data.sources import TextSources
 from entasis.errors import UserError
+from entasis.study import runner, study_files
 
 
 def texts(corpus: Path) -> list[str]:
@@ -227,3 +232,47 @@ def test_a_data_set_is_streamed_from_a_local_copy(tmp_path, capsys, monkeypatch)
     assert code == 0 and texts(tmp_path / "p" / "train") == ["of the test"]
     code, _, said = command(capsys, f"hf:{local}", "--column", "body", "--output", tmp_path / "q")
     assert code == 2 and "no column 'body', it has text" in said
+
+
+@pytest.fixture
+def latin(tmp_path: Path) -> Path:
+    """A folder with three texts of modules, and one that is not UTF-8."""
+    folder = tmp_path / "latin"
+    folder.mkdir()
+    for name in ("bisect", "heapq", "queue"):
+        shutil.copy(Path(shutil.__file__).with_name(f"{name}.py"), folder)
+    (folder / "cafe.txt").write_bytes(b"caf\xe9")
+    return folder
+
+
+LATIN = "left out (not UTF-8): 1 (4 bytes): cafe.txt"
+
+
+def test_a_study_says_on_its_console_what_its_corpora_leave_out(latin, tmp_path):
+    corpus = {"sources": [str(latin)], "tokenizer": "bytes", "validation": 0.3}
+    study = study_files.from_dict(
+        {
+            "base": {
+                "shape": {"profile": "isotropic", "layers": 2, "d_model": 32, "head_dim": 8},
+                "data": {"train": "corpora/c/train", "validation": "corpora/c/validation", "sequence": 32},
+                "tokens": 1024,
+            },
+            "arms": {"a": {}, "b": {"optimizer.lr": 1e-3}},
+            "corpora": {"c": corpus},
+        },
+        name="s",
+    )
+    out = io.StringIO()
+    runner._prepare(study, tmp_path / "s", Console(file=out, width=40))
+    (line,) = [line for line in out.getvalue().splitlines() if "left out" in line]
+    assert line.startswith(f"corpus c: {LATIN} (not UTF-8 after ")
+
+
+def test_a_task_and_a_text_to_dissect_say_on_stderr_what_they_leave_out(latin, capsys):
+    assert len(list(texts_of(latin))) == 3
+    assert LATIN in capsys.readouterr().err
+    read(latin, tokenizer.from_bytes(), tokens=1000, sequence=32)
+    said = capsys.readouterr()
+    assert LATIN in said.err and not said.out
+    read(["one text", "another"], tokenizer.from_bytes(), tokens=1000, sequence=32)
+    assert not capsys.readouterr().err

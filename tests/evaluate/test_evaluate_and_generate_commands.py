@@ -72,6 +72,15 @@ def test_several_documents_are_whole_and_the_interval_is_over_them(model, tmp_pa
     assert found["documents"] == 4 and found["interval_over"] == "documents"
 
 
+def test_a_file_that_cannot_be_read_is_named_on_stderr(model, tmp_path, capsys):
+    (tmp_path / "good.py").write_text((STDLIB / "struct.py").read_text())
+    (tmp_path / "cafe.txt").write_bytes(b"caf\xe9")
+    assert cli.main(["evaluate", str(model), "--text", str(tmp_path), "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["text"]["documents"] == 1
+    assert "entasis: left out (not UTF-8): 1 (4 bytes): cafe.txt" in told.err
+
+
 def test_a_folder_with_a_gguf_file_is_a_model(model, tmp_path, capsys):
     export(model, tmp_path / "out", to="gguf")
     text = STDLIB / "struct.py"

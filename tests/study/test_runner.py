@@ -1,5 +1,7 @@
 """A whole study for real: tiny models on real text, one run that fails, one worker that is killed."""
 
+import errno
+import fcntl
 import html
 import io
 import json
@@ -163,6 +165,17 @@ def test_another_study_is_kept_out(finished: tuple[Path, Verdict, str], text: Pa
         local.only_one(tmp_path),
     ):
         pass
+
+
+def test_a_file_system_without_locks_is_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with local.only_one(tmp_path):
+        assert "this file system has no locks" in capsys.readouterr().err
 
 
 def execute(folder: Path, runs: Sequence[PlannedRun], watch: Watcher) -> list[State]:

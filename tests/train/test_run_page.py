@@ -1,3 +1,4 @@
+import html
 import json
 import shutil
 
@@ -52,6 +53,27 @@ def test_a_lone_run_has_its_page_in_its_folder_and_still_answers(runs, tmp_path)
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "Finished: loss" in (tmp_path / "run/report.html").read_text()
     assert main(["train", str(tmp_path / "run/recipe.yaml"), "--output", str(tmp_path / "run")]) == 0
+
+
+def test_the_texts_of_a_run_are_on_its_page(recipe, tmp_path):
+    train(recipe(tokens=1024, samples={"every": 1, "prompts": ["x < "], "tokens": 4}), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run/report.html").read_text()
+    for step, row in enumerate(rows, 1):
+        assert html.escape(f"step {step}: {row['samples'][0]}") in page
+
+
+def test_metrics_of_a_finished_run_that_are_cut_short_are_told(runs, tmp_path, capsys):
+    shutil.copytree(runs / "whole", tmp_path / "run")
+    path = tmp_path / "run/metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
+    assert main(["report", str(tmp_path / "run")]) == 0
+    told = f"damaged: {path} was changed after the run"
+    assert told in capsys.readouterr().err and told in (tmp_path / "run/report.html").read_text()
+    path.unlink()
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert f"damaged: {path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

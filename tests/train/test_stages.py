@@ -11,8 +11,10 @@ from entasis.errors import UserError
 from entasis.evaluate.loading import load
 from entasis.shape import cost
 from entasis.shape.selectors import select
+from entasis.train import parallel
 from entasis.train.metrics import records
 from entasis.train.moments import RESTING
+from entasis.train.preflight import check_settings
 from entasis.train.resolve import resolve
 from entasis.train.run import train
 
@@ -215,6 +217,24 @@ def test_a_mistake_in_stage_two_is_refused_before_stage_one(recipe, tmp_path, st
         train(recipe(tokens=None, stages=[{"tokens": 2048}, {"tokens": 2048, **stage}]), tmp_path / "run")
     assert says in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_too_little_activation_memory_for_stage_two_is_refused_before_stage_one(recipe, tmp_path):
+    wide = {"resize": {"layers": [WIDER[0], {**WIDER[1], "d_ff": 4000}]}}
+    stages = [{"tokens": 2048}, {"tokens": 2048, "transition": wide}]
+    with pytest.raises(UserError, match=r"activation_memory is 2\.4 MiB, but 512 tokens at once need"):
+        train(recipe(tokens=None, stages=stages, activation_memory="2.5MB"), tmp_path / "run")
+    assert not records(tmp_path / "run")
+
+
+@pytest.mark.parametrize("stage", [{"lora": {"rank": 2}, "trainable": "head"}, {"cache_frozen": True}])
+def test_what_needs_the_whole_model_is_refused_sharded(recipe, monkeypatch, stage):
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    wanted = recipe(
+        tokens=None, stages=[{"tokens": 2048}, {"tokens": 2048, **stage}], parallel={"kind": "fsdp"}
+    )
+    with pytest.raises(UserError, match="needs every process to hold the whole model"):
+        check_settings(wanted, torch.device("cpu"))
 
 
 def test_a_start_that_does_not_fit_is_refused_before_training(recipe, tmp_path, corpora):

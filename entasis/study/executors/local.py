@@ -10,6 +10,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,13 +166,18 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Keeps a second call out of a study's folder while one is at work. Raises `UserError`."""
+    """Keeps a second call out of a study's folder while one is at work; says where it cannot. Raises `UserError`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"{folder}: another `entasis study` is at work in this folder; wait for it"
             ) from error
+        except OSError:
+            print(
+                "note: this file system has no locks: take care that no other `entasis study` uses the folder",
+                file=sys.stderr,
+            )
         yield

@@ -1,12 +1,14 @@
-"""Data that changes under a run: hashed at the start and when it goes on, documents' lengths and bytes included."""
+"""Data that changes under a run: hashed at the start and when it goes on, documents' lengths, bytes and hashes included."""
 
 import shutil
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from entasis.data import shards
+from entasis.data.doctor import examine
 
 from .damage import DAMAGES
 
@@ -42,8 +44,22 @@ def move_a_boundary(tensors):
     tensors["documents"][1] += 1
 
 
+def change_document_hashes(tensors):
+    """Other documents are drawn then to choose settings by, and to test on."""
+    tensors["document_hashes"] = ~tensors["document_hashes"]
+
+
+def drop_document_hashes(tensors):
+    del tensors["document_hashes"]
+
+
+CHANGES = [
+    swap_ids, swap_document_bytes, move_a_boundary, change_document_hashes, drop_document_hashes,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("side", ["train", "validation"])
-@pytest.mark.parametrize("change", [swap_ids, swap_document_bytes, move_a_boundary])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_run_is_neither_begun_nor_gone_on_with(call, moved, tmp_path, side, change):
     recipe, corpus = moved
     assert call("train", recipe, "--output", tmp_path / "run").code == 0
@@ -52,6 +68,28 @@ def test_a_run_is_neither_begun_nor_gone_on_with(call, moved, tmp_path, side, ch
     for folder in ("run", "new"):
         call("train", recipe, "--output", tmp_path / folder).refused("damaged: ", str(corpus / side))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_doctor_names_the_changed_shard(moved, change):
+    shard = next((moved[1] / "validation").glob("*.safetensors"))
+    assert examine(shard.parent, thorough=True).sound
+    rewrite(shard, change)
+    (found,) = examine(shard.parent, thorough=True).findings
+    assert found.name == "corrupted content" and shard.name in found.evidence
+
+
+def test_a_shard_of_earlier_versions_has_no_hash_of_its_documents_hashes(moved):
+    folder = moved[1] / "validation"
+    shard = next(folder.glob("*.safetensors"))
+    with safe_open(shard, framework="np") as file:
+        metadata = file.metadata()
+    assert metadata.pop("hashes")
+    save_file(load_file(shard), shard, metadata=metadata)
+    opened = shards.open_shard(shard)
+    shards.verify(opened)
+    assert opened.document_hashes is not None and np.unique(opened.document_hashes).size > 1
+    assert examine(folder, thorough=True).sound
 
 
 def test_a_model_is_not_scored_on_changed_text(call, ground, moved):

@@ -27,9 +27,17 @@ BUNCHES = [
 LONG = ["tokens=12k", "checkpoint.every=null"]
 
 
-def start(ground, folder):
+def start(ground, folder, *program):
     return subprocess.Popen(
-        [sys.executable, "-m", "entasis", "train", ground / "recipe.yaml", "--output", folder, *LONG],
+        [
+            sys.executable,
+            *(program or ("-m", "entasis")),
+            "train",
+            ground / "recipe.yaml",
+            "--output",
+            folder,
+            *LONG,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -59,6 +67,36 @@ def test_signals_in_a_bunch_are_one_request(call, ground, tmp_path, number, time
     assert call("train", ground / "recipe.yaml", "--output", tmp_path / "run", *LONG).code == 0
     assert call("train", ground / "recipe.yaml", "--output", tmp_path / "whole", *LONG).code == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+SLOW = """
+import sys, time
+from entasis import cli
+from entasis.train import checkpoint
+
+def save(folder, *_, **__):
+    (folder / "saving").touch()
+    time.sleep(300)
+
+checkpoint.save = save
+sys.exit(cli.main())
+"""
+
+
+def test_a_second_signal_that_comes_later_ends_the_run_at_once(ground, tmp_path):
+    folder = tmp_path / "run"
+    child = start(ground, folder, "-c", SLOW)
+    try:
+        wait_for(folder / "metrics.jsonl", child)
+        child.send_signal(signal.SIGTERM)
+        wait_for(folder / "saving", child)
+        time.sleep(1.2)
+        child.send_signal(signal.SIGTERM)
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 1 and "Traceback" not in err, err
+    assert [x for x in err.splitlines() if x.startswith("entasis: ")] == ["entasis: stopped by SIGTERM"]
 
 
 def test_a_signal_waits_for_an_import_to_end(tmp_path):

@@ -1,0 +1,34 @@
+"""Says what was not read, or not as it stood: one line for each reason, with how many, their bytes and the first names."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from entasis.data.readers import REPLACED
+
+_LONGEST_NAME = 120
+"""Characters; a reason may stand behind a name."""
+
+
+def lines(left_out: Mapping[str, dict[str, Any]]) -> list[str]:
+    """One line for each reason of `Losses.reasons`."""
+    return [
+        counted(reason if reason == REPLACED else f"left out ({reason})", entry)
+        for reason, entry in left_out.items()
+    ]
+
+
+def tell(left_out: Mapping[str, dict[str, Any]]) -> None:
+    """Prints these lines on stderr, so that the answer on stdout stays clean."""
+    for line in lines(left_out):
+        print(f"entasis: {line}", file=sys.stderr)
+
+
+def counted(reason: str, entry: Mapping[str, Any]) -> str:
+    """One line: how many, their bytes, the first names."""
+    size = f"{entry['bytes'] / 1e6:,.1f} MB" if entry["bytes"] >= 100_000 else f"{entry['bytes']:,} bytes"
+    more = ", …" if entry["count"] > len(entry["first"]) else ""
+    names = ", ".join(n if len(n) <= _LONGEST_NAME else f"{n[:_LONGEST_NAME]}…" for n in entry["first"])
+    return f"{reason}: {entry['count']:,} ({size}): {names}{more}"
