@@ -161,7 +161,7 @@ def supply(stock: Path, argv: list[str]) -> None:
         reads.append("corpora/stdlib")
     for name in reads:
         found = next((p for p in (stock / name, *(stock / name).parents) if p != stock and p.is_relative_to(stock)
-                      and p.exists()), None) if not name.startswith(("-", "/")) else None  # fmt: skip
+                      and p.exists()), None) if not name.startswith(("-", "/")) and "{" not in name else None  # fmt: skip
         if found is not None and not Path(name).exists():
             here = Path(found.relative_to(stock))
             here.parent.mkdir(parents=True, exist_ok=True)
