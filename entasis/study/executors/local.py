@@ -6,6 +6,7 @@ entasis study run FILE --launcher local --option runs_per_gpu=8
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -175,7 +176,9 @@ def only_one(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder}: another `entasis study` is at work in this folder; wait for it"
             ) from error
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
             print(
                 "note: this file system has no locks: take care that no other `entasis study` uses the folder",
                 file=sys.stderr,
