@@ -80,6 +80,8 @@ def _asked(layers: int, count: int) -> Iterator[tuple[str, str, dict[str, Any]]]
             )
     for places in ("uniform", "top"):
         after = {"after": f"{places}:{count}"}
+        # What matching alone yields: the control that the gain over `average` is held against.
+        yield f"aligned_average-control-{places}", "aligned_average", {**after, "control": True}
         yield f"interpolate-slerp-{places}", "interpolate", {**after, "method": "slerp"}
         # The paper's own ablations: raw weights for the shared basis, no norm loss; and that loss by rows.
         yield f"lesa-raw-{places}", "lesa", {**after, "basis": "none"}

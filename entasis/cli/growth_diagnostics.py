@@ -46,11 +46,14 @@ def _show_predictions(operator: str, found: Mapping[str, Any], console: Console)
 
 
 def _show_alignment(operator: str, pairs: list[dict[str, Any]], console: Console) -> None:
-    def mean(key: str) -> str:
-        values = [one[key] for one in pairs if one[key] is not None]
-        return f"{sum(values) / len(values):.3f}" if values else "none"
-
-    console.print(
-        f"{operator}: mean cosine of FFN units of neighbours {mean('cosine_before')} as they stand, {mean('cosine')} matched; "
-        f"matched to a randomly rotated one {mean('control')}"
-    )
+    for part, name in (("heads", "attention heads"), ("units", "FFN units")):
+        found = [one[part] for one in pairs if part in one]
+        if found:
+            before, matched, control = (
+                f"{sum(one[key] for one in found) / len(found):.3f}"
+                for key in ("before", "cosine", "control")
+            )
+            console.print(
+                f"{operator}: mean cosine of {name} of neighbours {before} as they stand, {matched} matched; matched to a "
+                f"randomly rotated one {control}"
+            )

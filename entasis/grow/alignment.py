@@ -1,18 +1,18 @@
 """Which head and unit of one layer is which of another: the optimal assignment between two layers.
 
     found = alignment.align(read, shape, source=5, target=4)
-    found.symmetry, found.cosine, found.control
+    found.symmetry, found.units.cosine, found.units.control
 
 A unit is compared by its rows and columns in the residual basis (gate, up, down), with the norm's weight folded into what
 it scales; a query head by its query rows and output columns, a KV group by its key and value rows and by the best
 assignment of its heads. Similarity is the sum of cosines, maximised by `scipy.optimize.linear_sum_assignment`; where
 signs are free a unit takes the better of its two. What matching finds in two unrelated layers is told by the control: the
-source's residual basis is rotated at random before its units are matched.
+source's residual basis is rotated at random before its heads and units are matched.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,48 +30,69 @@ from entasis.shape.shapes import ModelShape
 
 
 @dataclass(frozen=True)
+class Cosines:
+    """Mean cosine between what stands at the same place in two layers, over its matrices."""
+
+    before: float
+    """As the layers stand."""
+    cosine: float
+    """After matching."""
+    control: float
+    """After matching with the source's residual basis rotated at random: what matching alone yields."""
+
+
+@dataclass(frozen=True)
 class Alignment:
     """How layer `source` is rewritten to be as near to `target` as it can be."""
 
     source: int
     target: int
     symmetry: Symmetry
-    cosine_before: float
-    """Mean cosine between units at the same place, over their matrices, as the layers stand; NaN without an FFN."""
-    cosine: float
-    """The same after matching."""
-    control: float
-    """The same after matching with the source's residual basis rotated at random: what matching alone yields."""
+    heads: Cosines | None
+    """Over query and attention output; None without attention."""
+    units: Cosines | None
+    """None without an FFN."""
 
     def told(self) -> dict[str, Any]:
         """What a report says of it."""
-        found = {"cosine_before": self.cosine_before, "cosine": self.cosine, "control": self.control}
-        known = {name: None if math.isnan(x) else x for name, x in found.items()}
+        parts = {"heads": self.heads, "units": self.units}
+        known = {name: dataclasses.asdict(part) for name, part in parts.items() if part}
         return {"layers": [self.target, self.source], **known}
 
 
-def align(read: Read, shape: ModelShape, *, source: int, target: int, seed: int = 0) -> Alignment:
+def align(
+    read: Read, shape: ModelShape, *, source: int, target: int, seed: int = 0, control: bool = False
+) -> Alignment:
     """Matches layer `source` to `target`. Raises `UserError` where the two differ in shape.
 
-    `seed` is that of the control's rotation.
+    `seed` is that of the control's rotation. With `control` the symmetry is the control's.
     """
     there, here = shape.layers[source], shape.layers[target]
     if there != here:
         raise UserError(
             f"align: layers {target} and {source} differ in shape, so their units do not correspond"
         )
+    basis_DD = _rotation(shape.d_model, seed)
     groups = heads = units = signs = None
-    before = after = control = math.nan
+    of_heads = of_units = None
     if here.n_heads:
-        groups, heads = _match_heads(read, shape, source, target)
+        (groups, heads, cosine), turned = (
+            _match_heads(read, shape, source, target, basis) for basis in (None, basis_DD)
+        )
+        of_heads = Cosines(_head_cosine(read, shape, source, target), cosine, turned[2])
+        if control:
+            groups, heads, _ = turned
     if here.d_ff:
         signed = symmetry.signs_are_free(shape, target)
         own, other = unit_features(read, shape, target), unit_features(read, shape, source)
         before = float(torch.stack([(a * b).sum(1) for a, b in zip(own, other, strict=True)]).mean())
-        units, signs, cosines = match_units(own, other, signed=signed)
-        after = float(cosines.mean())
-        control = float(match_units(own, rotate(other, seed), signed=signed)[2].mean())
-    return Alignment(source, target, Symmetry(groups, heads, units, signs), before, after, control)
+        (units, signs, cosine), turned = (
+            match_units(own, x, signed=signed) for x in (other, [y @ basis_DD for y in other])
+        )
+        of_units = Cosines(before, cosine, turned[2])
+        if control:
+            units, signs, _ = turned
+    return Alignment(source, target, Symmetry(groups, heads, units, signs), of_heads, of_units)
 
 
 def chain(
@@ -126,8 +147,8 @@ def unit_features(read: Read, shape: ModelShape, layer: int) -> list[torch.Tenso
 
 def match_units(
     own: list[torch.Tensor], other: list[torch.Tensor], *, signed: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each unit of `own` the matched one of `other`, its sign, and their mean cosine [N] over the matrices."""
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """For each unit [N] of `own` the matched one of `other`, its sign, and the mean cosine over units and matrices."""
     first = len(own) - 2 if signed else len(own)  # up and down share a sign, the gate has none
     fixed_NN = torch.zeros(len(own[0]), len(other[0]))
     free_NN = torch.zeros_like(fixed_NN)
@@ -137,25 +158,28 @@ def match_units(
     units = linear_sum_assignment(score_NN.numpy(), maximize=True)[1]
     rows = torch.arange(len(units))
     signs = np.where(free_NN[rows, units].numpy() < 0, -1.0, 1.0)
-    return units, signs, score_NN[rows, units].numpy() / len(own)
+    return units, signs, float(score_NN[rows, units].mean()) / len(own)
 
 
-def rotate(features: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """The features in a residual basis drawn at random, the same for all of them."""
+def _rotation(width: int, seed: int) -> torch.Tensor:
+    """A residual basis [D, D] drawn at random."""
     generator = torch.Generator().manual_seed(seed)
-    width = features[0].shape[1]
     basis_DD, upper_DD = torch.linalg.qr(torch.randn(width, width, generator=generator))
-    basis_DD *= upper_DD.diagonal().sign()
-    return [x @ basis_DD for x in features]
+    return basis_DD * upper_DD.diagonal().sign()
 
 
-def _match_heads(read: Read, shape: ModelShape, source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+def _match_heads(
+    read: Read, shape: ModelShape, source: int, target: int, basis_DD: torch.Tensor | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """KV groups [G] and heads [G, R] of the source, whose residual basis is turned by `basis_DD` first, and the heads' mean
+    cosine."""
     G = shape.layers[target].n_kv_heads
     R = shape.layers[target].n_heads // G
 
     def cosines(role: str, count: int) -> np.ndarray:
-        a, b = (_unit(_folded(read, shape, i, role).reshape(count, -1)) for i in (target, source))
-        return (a @ b.T).numpy()
+        a, b = (_folded(read, shape, i, role) for i in (target, source))
+        b = b if basis_DD is None else b @ basis_DD
+        return (_unit(a.reshape(count, -1)) @ _unit(b.reshape(count, -1)).T).numpy()
 
     head_HH = cosines("query", G * R) + cosines("attention_output", G * R)
     head_GGRR = head_HH.reshape(G, R, G, R).transpose(0, 2, 1, 3)
@@ -166,7 +190,19 @@ def _match_heads(read: Read, shape: ModelShape, source: int, target: int) -> tup
             rows, best_GGR[g, h] = linear_sum_assignment(head_GGRR[g, h], maximize=True)
             group_GG[g, h] += head_GGRR[g, h][rows, best_GGR[g, h]].sum()
     groups = linear_sum_assignment(group_GG, maximize=True)[1]
-    return groups, best_GGR[np.arange(G), groups]
+    heads = best_GGR[np.arange(G), groups]
+    cosine_GR1 = np.take_along_axis(head_GGRR[np.arange(G), groups], heads[:, :, None], axis=2)
+    return groups, heads, float(cosine_GR1.mean()) / 2
+
+
+def _head_cosine(read: Read, shape: ModelShape, source: int, target: int) -> float:
+    """Between query heads at the same place, as the layers stand."""
+    H = shape.layers[target].n_heads
+    found = []
+    for role in ("query", "attention_output"):
+        a, b = (_unit(_folded(read, shape, i, role).reshape(H, -1)) for i in (target, source))
+        found.append((a * b).sum(1).mean())
+    return float(sum(found) / 2)
 
 
 def _unit_roles(shape: ModelShape, layer: int) -> list[str]:

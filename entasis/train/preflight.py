@@ -131,6 +131,15 @@ def _check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
         )
 
 
+def check_sharding(recipe: Recipe) -> None:
+    """Refuses stages that cannot be trained in shards, which more processes than before may have brought. Raises `UserError`."""
+    if recipe.parallel.kind != "ddp" and parallel.world() > 1:
+        for stage in recipe.stages:
+            if stage.lora or stage.cache_frozen:
+                key = "lora" if stage.lora else "cache_frozen"
+                raise UserError(f"recipe: {key} needs every process to hold the whole model (ddp)")
+
+
 def check_settings(recipe: Recipe, device: torch.device) -> None:
     """Refuses settings that this machine cannot run with. Raises `UserError`."""
     if recipe.logging.wandb and importlib.util.find_spec("wandb") is None:
@@ -150,11 +159,7 @@ def check_settings(recipe: Recipe, device: torch.device) -> None:
             "recipe: attention is flex, which trains on CUDA, compiled (compile=true) and in one process only; "
             "use auto"
         )
-    if recipe.parallel.kind != "ddp" and parallel.world() > 1:
-        for stage in recipe.stages:
-            if stage.lora or stage.cache_frozen:
-                key = "lora" if stage.lora else "cache_frozen"
-                raise UserError(f"recipe: {key} needs every process to hold the whole model (ddp)")
+    check_sharding(recipe)
     if recipe.attention == "flex" and any(stage.cache_frozen for stage in recipe.stages):
         raise UserError(
             "recipe: attention is flex, which is compiled, and a stage has cache_frozen, which runs eager"

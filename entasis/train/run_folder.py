@@ -93,6 +93,7 @@ def _look(recipe: Recipe, folder: Path, device: torch.device, held: ExitStack) -
     if wanted is None:
         preflight.check_settings(resolved, device)
     if wanted is None or not (folder / RESULT).is_file():
+        preflight.check_sharding(wanted or resolved)
         notes += lock(folder, held)
         # Another process may have begun it, or finished it, meanwhile.
         wanted = recognise(resolved, folder)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from entasis.data.corpus import TOKENIZER, Corpus
-from entasis.errors import Failure, UserError
+from entasis.errors import Failure
 from entasis.evaluate.bits_per_byte import Score, evaluate
 from entasis.evaluate.generation import Sampling, generate
 from entasis.model.initialisation import init_weights
@@ -89,9 +89,6 @@ class StageRunner:
         for i in self.checkpointed:
             self.model.blocks[i].activation_checkpointing = True  # type: ignore[assignment]
         if recipe.parallel.kind != "ddp" and parallel.world() > 1:
-            if span.own.cache_frozen or span.own.lora is not None:
-                key = "lora" if span.own.lora else "cache_frozen"
-                raise UserError(f"recipe: {key} needs every process to hold the whole model (ddp)")
             sharding.shard(self.model, recipe.parallel, device, recipe.precision)
         else:
             self.model.to(device)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_export import OLMO, QWEN, made, trained  # noqa: F401  (trained is a fixture)
 
+from entasis.cli import main
 from entasis.interop.exporting import export
 from entasis.model import weights
 from entasis.shape import LayerShape
@@ -33,6 +34,14 @@ CASES = {
     "llama-halves": (HALVES, {"tied_embeddings": True}, "hf"),
     "qwen3-padded": (UNEQUAL, QWEN, "padded"),
 }
+# Unequal layers by copies; predicted and averaged ones between equal layers; norms of new layers that are zero.
+GROWN = [
+    ("llama_pro", {}, UNEQUAL),
+    ("half_step", QWEN, HALVES),
+    ("llama_pro", OLMO, UNEQUAL),
+    ("lesa", {}, (LayerShape(4, 2, 320),) * 6),
+    ("average", QWEN, (LayerShape(4, 2, 320),) * 6),
+]
 
 
 def asked_vllm(folder, prompts, tmp_path):
@@ -47,14 +56,9 @@ def asked_vllm(folder, prompts, tmp_path):
     return told["answers"], told["cache"]["blocks"] * told["cache"]["tokens_per_block"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not PYTHON, reason="needs vLLM's own environment: make test-vllm")
-@pytest.mark.parametrize("case", CASES)
-def test_forty_greedy_tokens_and_prompt_log_probabilities_are_ours(tmp_path, trained, case):  # noqa: F811
-    layers, changes, to = CASES[case]
-    model = made(tmp_path / "model", trained, layers, {"d_model": 256, "head_dim": 64, **changes})
-    assert export(tmp_path / "model", tmp_path / "out", to=to)["remote_code"] == (to == "hf")
-    prompts = [trained.encode(text) for text in ("import json\n", "def dumps(obj, *, indent=None):\n    ")]
+def check_answers(model, tokenizer, tmp_path):
+    """vLLM's forty greedy tokens and log-probabilities for `out` are ours. Returns how many tokens its cache holds."""
+    prompts = [tokenizer.encode(text) for text in ("import json\n", "def dumps(obj, *, indent=None):\n    ")]
     answers, cached = asked_vllm(tmp_path / "out", prompts, tmp_path)
     for prompt, theirs in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt])
@@ -64,6 +68,17 @@ def test_forty_greedy_tokens_and_prompt_log_probabilities_are_ours(tmp_path, tra
                 ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
         assert theirs["tokens"] == ids[0, len(prompt) :].tolist()
         torch.testing.assert_close(torch.tensor(theirs["log_probabilities"]), told, atol=1e-4, rtol=0)
+    return cached
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON, reason="needs vLLM's own environment: make test-vllm")
+@pytest.mark.parametrize("case", CASES)
+def test_forty_greedy_tokens_and_prompt_log_probabilities_are_ours(tmp_path, trained, case):  # noqa: F811
+    layers, changes, to = CASES[case]
+    model = made(tmp_path / "model", trained, layers, {"d_model": 256, "head_dim": 64, **changes})
+    assert export(tmp_path / "model", tmp_path / "out", to=to)["remote_code"] == (to == "hf")
+    cached = check_answers(model, trained, tmp_path)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     whole = {"num_key_value_heads": config["num_key_value_heads"]}
     kv_heads = [
@@ -73,6 +88,19 @@ def test_forty_greedy_tokens_and_prompt_log_probabilities_are_ours(tmp_path, tra
     per_token = 2 * 4 * model.shape.head_dim * sum(kv_heads)
     print(f"{case}: {cached:,} tokens in 1 GiB, {per_token} bytes each")
     assert 0 <= 2**30 // per_token - cached < 256
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON, reason="needs vLLM's own environment: make test-vllm")
+@pytest.mark.parametrize("operator, block, layers", GROWN)
+def test_a_grown_model_answers_as_ours(tmp_path, trained, operator, block, layers):  # noqa: F811
+    made(tmp_path / "model", trained, layers, {"d_model": 256, "head_dim": 64, **block})
+    command = ["grow", tmp_path / "model", tmp_path / "grown", "--operator", operator, "--after", "1..2"]
+    assert main([str(word) for word in command]) == 0
+    export(tmp_path / "grown", tmp_path / "out", to="hf")
+    grown = weights.load(tmp_path / "grown").eval()
+    assert grown.shape.n_layers == len(layers) + 2
+    check_answers(grown, trained, tmp_path)
 
 
 @pytest.mark.slow

@@ -237,6 +237,21 @@ def test_what_needs_the_whole_model_is_refused_sharded(recipe, monkeypatch, stag
         check_settings(wanted, torch.device("cpu"))
 
 
+def test_a_run_begun_by_one_process_is_not_resumed_in_shards_by_two(recipe, tmp_path, monkeypatch):
+    stages = [{"tokens": 2048, "trainable": "blocks[1]", "cache_frozen": True}]
+    wanted = recipe(tokens=None, stages=stages, parallel={"kind": "fsdp"}, checkpoint={"every": 2})
+
+    def stop(event):
+        if event["event"] == "checkpoint":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted, tmp_path / "run", reporter=stop)
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    with pytest.raises(UserError, match="cache_frozen needs every process to hold the whole model"):
+        train(wanted, tmp_path / "run")
+
+
 def test_a_start_that_does_not_fit_is_refused_before_training(recipe, tmp_path, corpora):
     train(recipe(), tmp_path / "first")
     start = {"from": str(tmp_path / "first")}

@@ -24,6 +24,8 @@ class AlignedAverage(Operator):
 
     output: ClassVar[float] = 1.0
     after: Positions
+    control: bool = False
+    """Match to the layer's residual basis rotated at random instead: what comes of matching alone, and no alignment."""
 
     def layers(self, shape: ModelShape) -> list[GrownLayer]:
         where = f"grow: {name_of(self)}"
@@ -42,7 +44,9 @@ class AlignedAverage(Operator):
         new = [i for i, layer in enumerate(plan.layers) if layer.is_new]
         for done, index in enumerate(new):
             below, above = plan.layers[index].sources
-            found = alignment.align(read, old, source=above, target=below, seed=init.seed)
+            found = alignment.align(
+                read, old, source=above, target=below, seed=init.seed, control=self.control
+            )
             near = symmetry.rewriting(read, old, {above: found.symmetry})
             matched.append(found.told())
             entries = {
