@@ -44,8 +44,9 @@ class Page:
         self._datasets: dict[str, Any] = {}
 
     def verdict(self, sentence: str) -> None:
-        """The answer, in a sentence, set large."""
-        self._body.append(f'<p class="verdict" id="verdict">{html.escape(sentence)}</p>')
+        """The answer, in a sentence, set large; each line a paragraph."""
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in sentence.split("\n"))
+        self._body.append(f'<div class="verdict" id="verdict">{lines}</div>')
 
     def section(self, heading: str, *blocks: str) -> None:
         """A heading with blocks under it; a plain string becomes a paragraph."""

@@ -81,7 +81,7 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
             )
             for arm, c in controls.items()
         },
-        sentence=" ".join(parts),
+        sentence="\n".join(parts),
         complete=all(run.folder in done for run in asked.runs),
         runs=len(asked.runs),
         finished=len(done),

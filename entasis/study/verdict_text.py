@@ -88,19 +88,30 @@ def verdict(
     failed: int = 0,
     twins: Sequence[str] = (),
 ) -> str:
-    """The study's answer under one protocol, in a sentence or two.
+    """The study's answer under one protocol, in a sentence or two: the second, on a line of its own, of planned contrasts.
 
     `differences` are those to the baseline and to each arm that contrasts name; `twins` are arms that are the baseline itself.
     """
-    parts = [part for against, found in differences.items() for part in _parts(found, against, margin)]
+    parts = _parts(differences.get(baseline, {}), baseline, margin)
     if twins:
         parts.append(f"{listed(twins)} {_is(twins)} {baseline} itself, of the same shape and recipe")
-    if not parts:
+    pairs = [
+        (arm, rival, d)
+        for rival, found in differences.items()
+        if rival != baseline
+        for arm, d in found.items()
+    ]
+    contrasts = _contrasts(pairs, margin)
+    if not parts and not contrasts:
         return f"{EQUAL[protocol]}: nothing to compare yet."
-    text = f"{EQUAL[protocol]}: {'; '.join(parts)}."
+    told = [f"{EQUAL[protocol]}: {'; '.join(parts)}."] if parts else []
+    if contrasts:
+        told.append(f"Contrasts {EQUAL[protocol][0].lower()}{EQUAL[protocol][1:]}: {'; '.join(contrasts)}.")
     if failed:
-        text += f" {failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} left out."
-    return text
+        told[-1] += (
+            f" {failed} {'run' if failed == 1 else 'runs'} failed and {'is' if failed == 1 else 'are'} left out."
+        )
+    return "\n".join(told)
 
 
 def _parts(differences: Mapping[str, Difference], baseline: str, margin: float) -> list[str]:
@@ -108,13 +119,7 @@ def _parts(differences: Mapping[str, Difference], baseline: str, margin: float) 
     groups: dict[Judgement, list[str]] = {}
     for name, d in differences.items():
         groups.setdefault(judge(d), []).append(name)
-    parts = []
-    for judgement, comparative in (("better", "better"), ("worse", "worse")):
-        for name in sorted(groups.get(judgement, []), key=lambda n: differences[n].mean):  # type: ignore[call-overload]
-            d = differences[name]
-            parts.append(
-                f"{name} is {comparative} than {baseline} by {amount(d.mean)} {UNIT} (95 % interval {span(d)})"
-            )
+    parts = _claims([(name, baseline, d) for name, d in differences.items()], f" than {baseline}")
     if same := groups.get("same"):
         parts.append(f"{some(same)} {_is(same)} no different from {baseline} within ±{amount(margin)} {UNIT}")
     if undecided := groups.get("undecided"):
@@ -126,19 +131,68 @@ def _parts(differences: Mapping[str, Difference], baseline: str, margin: float) 
         )
         start = "no difference detected between" if only else "between"
         end = "" if only else " no difference was detected"
-        parts.append(f"{start} {whom}{end}; {_could(differences, undecided)}")
-    for name in groups.get("undecided", []):
-        if hidden_by_speed(differences[name]):
-            parts.append(
-                f"{name} differs by {signed(differences[name].mean)}, but {_speed_error(differences[name])}"
-            )
-        elif lucky(differences[name]):
-            parts.append(
-                f"the seeds of {name} agree on {signed(differences[name].mean)}, but more closely than the noise of "
-                "all arms lets one rely on: add seeds"
-            )
+        parts.append(f"{start} {whom}{end}; {_could([differences[name] for name in undecided])}")
+        parts += _doubts({name: differences[name] for name in undecided})
     if unjudged := groups.get("unjudged"):
         parts.append(f"{listed(unjudged)} cannot be judged: an interval needs two seeds or more")
+    return parts
+
+
+def _contrasts(pairs: Sequence[tuple[str, str, Difference]], margin: float) -> list[str]:
+    """What is to be said of (arm, other arm, difference), each judgement in one part."""
+    groups: dict[Judgement, list[tuple[str, str, Difference]]] = {}
+    for name, against, d in pairs:
+        groups.setdefault(judge(d), []).append((name, against, d))
+
+    def named(judgement: Judgement) -> str:
+        return ", ".join(f"{name} and {against}" for name, against, _ in groups.get(judgement, []))
+
+    parts = _claims(pairs, "")
+    if same := named("same"):
+        parts.append(f"no different within ±{amount(margin)} {UNIT}: {same}")
+    if undecided := named("undecided"):
+        open_ = groups["undecided"]
+        parts.append(f"no difference detected between {undecided}; {_could([d for _, _, d in open_])}")
+        parts += _doubts({f"{name} (against {against})": d for name, against, d in open_})
+    if unjudged := named("unjudged"):
+        parts.append(f"not to be judged, as an interval needs two seeds or more: {unjudged}")
+    return parts
+
+
+def _claims(pairs: Sequence[tuple[str, str, Difference]], than: str) -> list[str]:
+    """Who is better or worse than whom. Many are a list, whose intervals stand in the table; `than` is what all are compared
+    with."""
+    parts = []
+    for judgement in ("better", "worse"):
+        found = sorted((pair for pair in pairs if judge(pair[2]) == judgement), key=lambda pair: pair[2].mean)
+        if len(found) > 3:
+            told = ", ".join(
+                f"{name}{'' if than else f' than {against}'} by {amount(d.mean)}"
+                for name, against, d in found
+            )
+            parts.append(f"{judgement}{than}, in {UNIT}: {told}")
+        else:
+            parts += [
+                f"{name} is {judgement} than {against} by {amount(d.mean)} {UNIT} (95 % interval {span(d)})"
+                for name, against, d in found
+            ]
+    return parts
+
+
+def _doubts(undecided: Mapping[str, Difference]) -> list[str]:
+    """Of differences that are not established, why they are not."""
+    parts = [
+        f"{name} differs by {signed(d.mean)}, but {_speed_error(d)}"
+        for name, d in undecided.items()
+        if hidden_by_speed(d)
+    ]
+    agree = {name: d for name, d in undecided.items() if lucky(d) and not hidden_by_speed(d)}
+    if agree:
+        first, *others = (f"{name} {{}} {signed(d.mean)}" for name, d in agree.items())
+        told = ", those of ".join([first.format("agree on"), *(other.format("on") for other in others)])
+        parts.append(
+            f"the seeds of {told}, but more closely than the noise of all arms lets one rely on: add seeds"
+        )
     return parts
 
 
@@ -171,9 +225,9 @@ def _known(d: Difference) -> str:
     return f"no difference detected; known to ±{amount(d.detectable)} {UNIT}"
 
 
-def _could(differences: Mapping[str, Difference], undecided: Sequence[str]) -> str:
-    most = max(differences[name].detectable for name in undecided)
-    if all(differences[name].method == "fixed" for name in undecided):
+def _could(undecided: Sequence[Difference]) -> str:
+    most = max(d.detectable for d in undecided)
+    if all(d.method == "fixed" for d in undecided):
         return f"this study could have seen {amount(most)} {UNIT}"
     if math.isinf(most):
         return "the seeds are too few, or contradict one another"

@@ -271,7 +271,9 @@ def test_a_text_that_is_read_again_is_said(entasis: Command, finished: Path, tmp
     files.write_json(path, result | {"epochs": {corpus: 2.25}})
     code, out, errors = entasis("study", "report", tmp_path / "s", "--json")
     assert code == 0, errors
-    assert json.loads(out)["sentence"].endswith(" A text was read more than once by slope, up to 2.25 times.")
+    assert json.loads(out)["sentence"].endswith(
+        "\nA text was read more than once by slope, up to 2.25 times."
+    )
 
 
 def test_a_learning_rate_edited_after_the_runs_is_noticed(

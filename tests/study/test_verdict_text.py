@@ -102,7 +102,7 @@ def test_verdict_names_every_arm_once() -> None:
     assert "close is no different from plain within ±0.0100" in text
     assert "between open and plain no difference was detected" in text
     assert text.endswith("1 run failed and is left out.")
-    assert "bad is worse than good by 0.1" in text
+    assert "\nContrasts at equal parameters and tokens: bad is worse than good by 0.1" in text
     assert all(text.count(name + " ") == 1 + (name == "bad") for name in d if name != "good")
 
 
@@ -111,6 +111,30 @@ def test_many_arms_of_one_kind_are_counted() -> None:
     text = verdict_text.verdict({"b": d}, baseline="b", protocol="params", margin=0.001)
     assert "between a0, a1, a2 or 5 others and b; this study could have seen" in text
     assert verdict_text.some(list("abcdef")) == "a, b, c, d, e and f"
+
+
+def test_many_claims_are_one_list_and_contrasts_are_grouped() -> None:
+    rng = np.random.default_rng(1)
+    d = compared({f"a{k}": 0.1 * (k + 1) + rng.normal(0, 0.001, 5) for k in range(5)}, margin=0.01)
+    text = verdict_text.verdict({"b": d}, baseline="b", protocol="params", margin=0.01)
+    assert text.count("worse than b") == 1 and text.count("bits per byte") == 1
+    assert text.endswith(", ".join(f"{name} by {verdict_text.amount(x.mean)}" for name, x in d.items()) + ".")
+    noisy = {f"a{k}": np.array([0.015, -0.02, 0.01]) * (1 - 2 * (k % 2)) for k in range(3)}
+    lucky = compared({**noisy, "lucky": [-0.0206, -0.0204, -0.0199]}, margin=0.01)
+    told = verdict_text.verdict(
+        {"b": {}, "c": {"lucky": lucky["lucky"]}, "e": {"lucky": lucky["lucky"], "a0": lucky["a0"]}},
+        baseline="b",
+        protocol="params",
+        margin=0.01,
+    )
+    assert (
+        "no difference detected between lucky and c, lucky and e, a0 and e; this study could have seen"
+        in told
+    )
+    assert (
+        "the seeds of lucky (against c) agree on −0.0203, those of lucky (against e) on −0.0203, but more"
+        in told
+    )
 
 
 @pytest.mark.parametrize(
