@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: setup quickstart smollm2 test test-gpu test-wheel fuzz test-compat test-vllm attacks lint types clean
+.PHONY: setup quickstart smollm2 test test-gpu test-wheel fuzz test-distributed test-compat test-vllm attacks lint types clean
 
 setup: $(DEV)
 
@@ -44,6 +44,10 @@ test: setup
 # Runs on a GPU: stages, growth, adapters, plans, killed and resumed.
 test-gpu: setup
 	TEST_DEVICE=cuda OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 tests/train --deselect tests/train/test_golden.py
+
+# Several processes: shards, launchers, a machine of two ranks. `make test` has two ranks that train as one.
+test-distributed: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m distributed tests/train tests/study
 
 # Every command of README and docs, from a wheel in an empty folder.
 test-wheel: setup

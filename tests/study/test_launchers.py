@@ -20,7 +20,7 @@ from entasis.study.executors import launchers
 from entasis.study.executors.launchers import State, failure_note
 from entasis.study.plan import lay_out, solve
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launchers")]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.xdist_group("launchers")]
 
 OPTIONS = {"slurm": {"cluster": "local"}, "ray": {"cpus": "1"}}
 WORKER = {"slurm": "submitit", "ray": "ray::runs/plain"}

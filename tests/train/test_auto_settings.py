@@ -123,6 +123,7 @@ def test_a_long_run_times_compiled_steps_too(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_time_together_and_agree(recipe, tmp_path):
     written = tmp_path / "recipe.yaml"
     written.write_text(recipes.to_yaml(recipe(**{**LONG, "batch": {"tokens": 128}, "tokens": 128 * 20_000})))

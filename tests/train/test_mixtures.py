@@ -117,6 +117,7 @@ def test_a_later_run_goes_on_where_each_corpus_was_left(mixed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_killed_and_gone_on_with_alone_train_as_one(mixed, tmp_path):
     recipe = mixed(checkpoint={"every": 1}, optimizer={"eps": 1e-5})
     train(recipe, tmp_path / "one")

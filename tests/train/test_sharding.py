@@ -40,6 +40,7 @@ def told(corpora, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.xdist_group("worlds")
 @pytest.mark.parametrize(
     "name",
@@ -61,6 +62,7 @@ def test_losses_and_weights_are_those_of_one_process(told, name):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.xdist_group("worlds")
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 @pytest.mark.parametrize("name", ["muon", "stages"])
