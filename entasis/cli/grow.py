@@ -15,6 +15,7 @@ it came from (provenance.json).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -28,7 +29,7 @@ from entasis.cli.numbers import amount, seed, whole
 from entasis.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from entasis.grow.folder import Growth
     from entasis.grow.growth import Operator
@@ -79,17 +80,19 @@ def run(args: argparse.Namespace) -> int:
     planned = plan_growth(args.model, operators)
     if args.dry_run:
         return _tell(planned, args, None)
-    losses = {"before": _loss(args, args.model, "before")} if args.text else None
-    with progress.bars("numbers") as advance:
-        growing, fitting = (functools.partial(advance, what) for what in ("growing", "fitting"))
-        done = grow_folder(
-            args.model, args.folder, operators, init=_init(args), progress=growing, fitting=fitting
-        )
-    for name, found in done.diagnostics.items():
-        for line in found.get("warnings", ()):
-            print(f"warning: {name}: {line}", file=sys.stderr)
-    if losses:
-        losses["after"] = _loss(args, args.folder, "after")
+    with contextlib.ExitStack() as held:
+        loss = _measuring(args, held) if args.text else None
+        losses = {"before": loss(args.model, "before")} if loss else None
+        with progress.bars("numbers") as advance:
+            growing, fitting = (functools.partial(advance, what) for what in ("growing", "fitting"))
+            done = grow_folder(
+                args.model, args.folder, operators, init=_init(args), progress=growing, fitting=fitting
+            )
+        for name, found in done.diagnostics.items():
+            for line in found.get("warnings", ()):
+                print(f"warning: {name}: {line}", file=sys.stderr)
+        if loss and losses:
+            losses["after"] = loss(args.folder, "after")
     return _tell(done, args, losses)
 
 
@@ -181,21 +184,26 @@ def _checked(target: ModelShape, shape: ModelShape, keys: Sequence[str]) -> tupl
     return target.layers
 
 
-def _loss(args: argparse.Namespace, folder: str, when: str) -> dict[str, Any]:
-    """Bits per byte and nats per token of the text."""
+def _measuring(args: argparse.Namespace, held: contextlib.ExitStack) -> Callable[[str, str], dict[str, Any]]:
+    """What tells bits per byte and nats per token of a model's folder on the text, which is read once."""
+    from entasis.data.tokenizer import load as load_tokenizer
     from entasis.evaluate.loading import load
     from entasis.evaluate.scoring import corpus_of, score
 
-    loaded = load(folder, device="auto")
-    assert loaded.tokenizer is not None, "looked at before"
-    with corpus_of(args.text, loaded.tokenizer) as corpus, progress.bars("tokens") as advance:
-        told = functools.partial(advance, f"loss {when}")
-        found = score(loaded, corpus, sequence=args.sequence, tokens=args.tokens, progress=told)
-    return {
-        "bits_per_byte": found.bits_per_byte,
-        "nats_per_token": found.nll_sum / found.tokens,
-        "tokens": found.tokens,
-    }
+    corpus = held.enter_context(corpus_of(args.text, load_tokenizer(Path(args.model) / "tokenizer.json")))
+
+    def loss(folder: str, when: str) -> dict[str, Any]:
+        with progress.bars("tokens") as advance:
+            told = functools.partial(advance, f"loss {when}")
+            loaded = load(folder, device="auto")
+            found = score(loaded, corpus, sequence=args.sequence, tokens=args.tokens, progress=told)
+        return {
+            "bits_per_byte": found.bits_per_byte,
+            "nats_per_token": found.nll_sum / found.tokens,
+            "tokens": found.tokens,
+        }
+
+    return loss
 
 
 def _tell(growth: Growth, args: argparse.Namespace, losses: dict[str, Any] | None) -> int:

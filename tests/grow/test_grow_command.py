@@ -137,10 +137,14 @@ def test_numbers_stay_of_their_kind(model, tmp_path, dtype):
 
 
 def test_the_loss_is_measured_before_and_after(model, tmp_path, capsys):
-    source, text = model(), tmp_path / "text.txt"
-    text.write_text("some more words and some words\n" * 40)
+    source, text = model(), tmp_path / "text"
+    text.mkdir()
+    (text / "good.txt").write_text("some more words and some words\n" * 40)
+    (text / "cafe.txt").write_bytes(b"caf\xe9")
     grow(source, tmp_path / "a", "--operator", "half_step", "--after", "1", "--text", text, "--json")
-    losses = json.loads(capsys.readouterr().out)["loss"]
+    told = capsys.readouterr()
+    losses = json.loads(told.out)["loss"]
+    assert told.err.count("cafe.txt") == 1
     assert losses["before"]["tokens"] == losses["after"]["tokens"]
     assert losses["before"]["nats_per_token"] != losses["after"]["nats_per_token"]
     assert main(["evaluate", str(tmp_path / "a"), "--text", str(text), "--json"]) == 0

@@ -1,5 +1,6 @@
 """Exported folders give the same tokens in vLLM. `make test-vllm` runs this, in two environments."""
 
+import copy
 import json
 import os
 import socket
@@ -57,17 +58,23 @@ def asked_vllm(folder, prompts, tmp_path):
 
 
 def check_answers(model, tokenizer, tmp_path):
-    """vLLM's forty greedy tokens and log-probabilities for `out` are ours. Returns how many tokens its cache holds."""
+    """vLLM's forty greedy tokens for `out` are ours, and its log-probabilities as near to fp64's as ours are. Returns how many tokens
+    its cache holds."""
     prompts = [tokenizer.encode(text) for text in ("import json\n", "def dumps(obj, *, indent=None):\n    ")]
     answers, cached = asked_vllm(tmp_path / "out", prompts, tmp_path)
+    exact, rounding = copy.deepcopy(model).double(), 0.0
     for prompt, theirs in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            told = model(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            ours, right = (
+                m(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0] for m in (model, exact)
+            )
             for _ in range(40):
                 ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
         assert theirs["tokens"] == ids[0, len(prompt) :].tolist()
-        torch.testing.assert_close(torch.tensor(theirs["log_probabilities"]), told, atol=1e-4, rtol=0)
+        # How far fp32 is from the right answer depends on the model and on the processor's order of sums.
+        rounding = max(rounding, float((ours - right).abs().max()))
+        assert (torch.tensor(theirs["log_probabilities"]).double() - right).abs().max() < 4 * rounding + 2e-5
     return cached
 
 
