@@ -276,10 +276,14 @@ class RandomCodes(Codes):
         if self.bits <= 24:
             numbers = draw.permutation(2**self.bits)[: shape.vocabulary]
             return (numbers[:, None] >> np.arange(self.bits)) & 1
+        codes = draw.integers(0, 2, (shape.vocabulary, self.bits), dtype=np.int64)
         while True:
-            codes = draw.integers(0, 2, (shape.vocabulary, self.bits), dtype=np.int64)
-            if len(np.unique(np.packbits(codes.astype(bool), axis=1), axis=0)) == len(codes):
+            packed = np.packbits(codes.astype(bool), axis=1)
+            _, first = np.unique(packed, axis=0, return_index=True)
+            again = np.setdiff1d(np.arange(len(codes)), first)
+            if not len(again):
                 return codes
+            codes[again] = draw.integers(0, 2, (len(again), self.bits), dtype=np.int64)
 
 
 def _independent(numbers: list[int]) -> bool:

@@ -27,13 +27,14 @@ def path_in(folder: Path) -> Path:
 class FrozenOutputs:
     """Residual streams [T, D] by the number of their window. Raises `DiskFull` where they do not fit on the disk."""
 
-    def __init__(self, folder: Path, *, windows: int, sequence: int, width: int) -> None:
+    def __init__(self, folder: Path, *, windows: int, read: int, sequence: int, width: int) -> None:
+        """Of so many `windows` of the text at most `read` will be asked for."""
         self.path = path_in(folder)
         self.path.unlink(missing_ok=True)
-        need = 4 * windows * sequence * width
+        need = 4 * min(windows, read) * sequence * width
         if shutil.disk_usage(folder).free < need:
             full = OSError(errno.ENOSPC, "cache_frozen")
-            raise files.no_space(self.path, full, need=need, then="go on, or leave cache_frozen out")
+            raise files.no_space(self.path, full, need=need, then="give the same command")
         self._kept_NTD = np.memmap(self.path, np.float32, mode="w+", shape=(windows, sequence, width))
         self._is_kept = np.zeros(windows, bool)
 

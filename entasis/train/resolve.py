@@ -83,7 +83,8 @@ def resolve(
             ResolvedCheckpoint, every=_every(recipe.checkpoint.every, total, "checkpoint.every")
         ),
     )
-    lay_out(result, solution.shape, before.lineage if before else None)
+    # With what a plan does after its measurement, so that its mistakes are found before that.
+    lay_out(result.replaced(stages=tuple(whole)), solution.shape, before.lineage if before else None)
     return result, solution.shape, list(solution.notes)
 
 

@@ -236,6 +236,7 @@ class Run:
             runner.frozen_outputs = FrozenOutputs(
                 self.folder,
                 windows=len(data.mixture),
+                read=span.steps * span.sequences,
                 sequence=span.data.sequence,
                 width=span.shape.d_model,
             )

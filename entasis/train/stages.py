@@ -90,9 +90,10 @@ class StageSpan:
 
     @property
     def newest_parameters(self) -> frozenset[str]:
-        """Names of the parameters of the layers that the last transition added."""
+        """Names of the parameters of the layers that the last transition added, adapters with them."""
         newest = self.lineage.newest
-        return frozenset(p.name for p in layout.parameters(self.shape) if p.layer in newest)
+        beside = layout.adapters(self.shape, self.ranks)
+        return frozenset(p.name for p in (*layout.parameters(self.shape), *beside) if p.layer in newest)
 
     def place_of(self, name: str) -> tuple[int | None, str]:
         """A parameter by its layer's id, if it is a layer's, and its name within: the same in every stage."""
@@ -154,11 +155,15 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
         result.append(
             StageSpan(
                 index, stage, data, batch, optimizer, start, start + steps, tokens, shape, lineage, tuple(names), changed,
-                _optimizer_state(stage, changed, optimizer, result, where), adapted,
+                _optimizer_state(recipe, stage, changed, optimizer, result, where), adapted,
                 _warmup_new(stage, steps, lineage, where), _annealed(stage, shape, lineage, names, where),
             )
         )  # fmt: skip
-        _check_frozen(result[-1], where)
+        _check_trainable(result[-1], where)
+        if recipe.average is not None and adapted:
+            raise UserError(
+                f"{where}: has lora, and the recipe an average, which would be of adapters' factors instead of weights; leave one out"
+            )
         start, tokens = start + steps, tokens + steps * batch
     return result
 
@@ -181,6 +186,7 @@ def _optimizer_of(recipe: ResolvedRecipe, stage: ResolvedStage, where: str) -> O
 
 
 def _optimizer_state(
+    recipe: ResolvedRecipe,
     stage: ResolvedStage,
     changed: tuple[Transition, ResizePlan, ModelShape] | None,
     optimizer: Optimizer,
@@ -198,6 +204,10 @@ def _optimizer_state(
             if before
             else f"{where}.optimizer_state is keep, but no stage is before it; write start.optimizer_state"
         )
+    # A plan's first stretch has nothing to keep but what `start` says.
+    if not before and recipe.start and recipe.training_plan is None:
+        if (stage.optimizer_state, recipe.start.optimizer_state) == ("reset", "keep"):
+            raise UserError(f"{where}.optimizer_state is reset, and start.optimizer_state keep; leave one out")
     if stage.optimizer_state is not None:
         return stage.optimizer_state
     grows = changed is not None and changed[0].keeps_moments and before
@@ -254,16 +264,19 @@ def _adapted(
     ]
     if not found:
         raise UserError(f"{where}.lora.on: there is no matrix of a layer among what it means")
-    if both := [name for name in found if name in set(learning)]:
+    theirs = {name.removesuffix("weight") + end for name in found for end in ("weight", "bias")}
+    if both := [name for name in learning if name in theirs]:
         raise UserError(
-            f"{where}: {both[0]} learns and has an adapter; adapters stand beside frozen matrices, as with "
+            f"{where}: {both[0]} learns and has an adapter; adapters stand beside frozen matrices and biases, as with "
             "trainable: [final_norm, head]"
         )
     return tuple(found)
 
 
-def _check_frozen(span: StageSpan, where: str) -> None:
-    """Refuses a stage that trains more than it may, or caches the outputs of no layer. Raises `UserError`."""
+def _check_trainable(span: StageSpan, where: str) -> None:
+    """Refuses a stage that trains more than it may, warms up nothing, or caches the outputs of no layer. Raises `UserError`."""
+    if span.warmup_new and not span.newest_parameters & set(span.trainable):
+        raise UserError(f"{where}.warmup_new: nothing of the new layers learns in this stage; leave it out")
     active, most = span.counts.active, span.own.active_parameters
     if most is not None and active > most:
         raise UserError(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from entasis.model.transformer import Transformer
+from entasis.shape.interfaces import Glyph, Random
 from entasis.shape.shapes import ModelShape
 from entasis.train import parallel, stages
 from entasis.train.allocation import keep_freed_memory
@@ -64,7 +65,11 @@ class Step:
         if device.type == "cpu":
             keep_freed_memory()  # as in the run whose steps are measured
         self.recipe, self.shape, self.device = recipe, shape, device
-        self.span = stages.lay_out(recipe, shape)[stage]
+        span = stages.lay_out(recipe, shape)[stage]
+        if isinstance(span.shape.interface, Glyph):
+            # Its table is drawn from the corpus's tokenizer, which need not be there yet; another is as fast.
+            span = replace(span, shape=replace(span.shape, interface=Random()))
+        self.span = span
         self.micro = micro_sequences(recipe.batch.micro, self.span.sequences)
         sequence = self.span.data.sequence
         drawn = torch.randint(

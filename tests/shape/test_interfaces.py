@@ -131,6 +131,11 @@ def test_a_learned_interface_is_not_written():
     assert ModelShape.from_dict(json.loads(json.dumps(frozen.to_dict()))) == frozen
 
 
+def test_random_codes_are_all_different_where_many_collide():
+    drawn = shape({"kind": "random_codes", "bits": 26}, vocabulary=65_536)
+    assert len({tuple(code) for code in drawn.interface.codes(drawn).tolist()}) == 65_536
+
+
 @pytest.mark.parametrize("kind", ["random", "binary", "random_codes", "affine_binary", "glyph"])
 def test_no_selector_reaches_a_frozen_table(kind):
     drawn = shape({"kind": kind}, d_model=64)

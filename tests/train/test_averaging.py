@@ -93,6 +93,9 @@ def test_an_average_says_which(recipe, tmp_path):
     for average in ({}, {"ema": 0.9, "last": 3}):
         with pytest.raises(UserError, match="average takes one of ema"):
             train(recipe(average=average), tmp_path / "run")
+    phase = {"tokens": 512, "trainable": "head", "lora": {"rank": 2}}
+    with pytest.raises(UserError, match="an average, which would be of adapters' factors"):
+        train(recipe(tokens=None, average={"ema": 0.9}, stages=[phase]), tmp_path / "run")
 
 
 def test_the_model_writes_as_it_learns(recipe, tmp_path, capsys):

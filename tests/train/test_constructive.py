@@ -1,13 +1,16 @@
 """Growing on a frozen interface: fresh layers on a frozen stack, within a budget of what may learn."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from entasis.data.prepare import prepare
-from entasis.errors import UserError
+from entasis.errors import DiskFull, UserError
 from entasis.shape import cost
 from entasis.shape.shapes import ModelShape
+from entasis.train import frozen_outputs
 from entasis.train.auto_settings import simplest
 from entasis.train.frozen_outputs import FrozenOutputs
 from entasis.train.metrics import records
@@ -142,6 +145,14 @@ def test_frozen_outputs_read_from_disk_change_no_bit(
         train(grown({"cache_frozen": True}, **changes), tmp_path / "stopped", reporter=stop)
     for name in ("cached", "stopped"):
         assert not list((tmp_path / name).glob("*.scratch"))
+
+
+def test_a_cache_takes_room_for_what_a_stage_reads_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen_outputs.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
+    size = {"sequence": 8, "width": 16}
+    FrozenOutputs(tmp_path, windows=10**6, read=19, **size).close()
+    with pytest.raises(DiskFull, match=r"free some and give the same command"):
+        FrozenOutputs(tmp_path, windows=10**6, read=20, **size)
 
 
 def test_a_cache_of_nothing_and_a_compiled_one_are_refused(grown, tmp_path):

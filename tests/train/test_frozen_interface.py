@@ -15,8 +15,10 @@ from entasis.evaluate.loading import load
 from entasis.shape import ModelShape, layout
 from entasis.shape.interfaces import Glyph
 from entasis.train import run as loop
+from entasis.train.auto_settings import settings_of, simplest
 from entasis.train.resolve import resolve
 from entasis.train.stages import lay_out
+from entasis.train.step_timing import Step
 
 GLYPH = {"kind": "glyph", "font": "pillow", "pixels": 12}
 CODED = {"kind": "binary", "stored": True}
@@ -49,6 +51,14 @@ def test_a_run_leaves_the_table_and_every_format_can_hold_it(recipe, tmp_path, i
     ids = list(range(0, 250, 5))
     torch.testing.assert_close(exported.logits(ids), loaded.logits(ids), rtol=1e-5, atol=1e-5)
     assert loaded.generate([1, 2, 3], tokens=3, temperature=0)
+
+
+def test_a_step_is_timed_before_the_corpus_that_glyphs_are_drawn_for_is_there(recipe):
+    wanted = with_interface(recipe, GLYPH, data={"train": "not/yet/there", "sequence": 32})
+    resolved, shape, _ = resolve(wanted, 257)
+    device = torch.device("cpu")
+    step = Step(simplest(resolved, device), shape, device)
+    assert step(settings_of(step.recipe)).micro > 0
 
 
 def test_a_glyph_run_says_what_it_drew_and_goes_on_without_the_font(recipe, tmp_path, monkeypatch):

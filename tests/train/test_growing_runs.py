@@ -125,7 +125,8 @@ def test_moments_of_what_survives_are_kept_by_default_and_reset_by_option(growin
     assert set(steps("other", optimizer={"name": "muon"}).values()) == {3}  # vectors, by AdamW
 
 
-def test_only_new_layers_warm_up(growing, tmp_path):
+@pytest.mark.parametrize("adapters", [False, True])
+def test_only_new_layers_warm_up(growing, tmp_path, adapters):
     """In the first of four steps their rate is a quarter: AdamW's first update, of the size of the rate, shows it."""
 
     def moved(name, **changes):
@@ -133,6 +134,7 @@ def test_only_new_layers_warm_up(growing, tmp_path):
             **grown("append_random", count=1),
             "tokens": 512,
             "optimizer": {"weight_decay": 0.0, "lr": 1e-4},
+            **({"lora": {"rank": 2}, "trainable": "head"} if adapters else {}),
         }
         train(growing({"tokens": 512}, {**stage, "optimizer_state": "reset", **changes}), tmp_path / name)
         return load_file(tmp_path / name / "model.safetensors")
@@ -241,6 +243,14 @@ def test_a_layer_silenced_behind_a_reordered_norm_learns_at_a_sane_pace(growing,
             "3 layers have 2 places between",
         ),
         ({"warmup_new": 2}, "stages[1].warmup_new: no layer is new"),
+        (
+            {
+                "transition": {"grow": {"operator": "llama_pro", "after": "0"}},
+                "warmup_new": 2,
+                "trainable": "head",
+            },
+            "stages[1].warmup_new: nothing of the new layers learns",
+        ),
     ],
 )
 def test_a_mistake_in_the_growth_is_refused_before_the_first_step(growing, tmp_path, stage, says):

@@ -117,6 +117,10 @@ def test_a_phase_then_growth_resumes_to_the_bit_from_every_checkpoint(phases, tm
 @pytest.mark.parametrize(
     ("lora", "says"),
     [
+        (
+            {"trainable": ["head", "biases"]},
+            r"bias learns and has an adapter; adapters stand beside frozen matrices",
+        ),
         ({"trainable": "all"}, "learns and has an adapter; adapters stand beside frozen matrices"),
         ({"lora": {"rank": 3, "on": "norms"}}, r"lora\.on: there is no matrix of a layer"),
         ({"lora": {"rank": 3, "on": "atention"}}, "did you mean attention"),

@@ -191,10 +191,12 @@ def test_the_command_takes_a_plan_and_names_mistakes(recipe, tmp_path, capsys):
         ("{liza: {}}", "did you mean lisa?"),
         ("{importance_groups: {importance: {measure: skill}}}", "skill"),
         ("{lisa: {always: [blockz]}}", "blockz"),
+        ("{importance_groups: {importance: {measure: gradient, tokens: 128}, groups: 2, always: [hed]}}", "hed"),
+        ("{autofreeze: {looks: 2, tokens: 128, always: [hed]}}", "hed"),
     ):
         assert main(["train", path, f"training_plan={plan}", "--output", str(tmp_path / "bad")]) == 2
         error = capsys.readouterr().err
-        assert says in error and error.count("\n") == 1
+        assert says in error and error.count("\n") == 1 and not (tmp_path / "bad").exists()
 
 
 def shape_of(folder):

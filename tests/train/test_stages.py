@@ -56,6 +56,16 @@ def test_moments_and_position_make_two_runs_one(recipe, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_moments_are_not_both_kept_and_forgotten(recipe, tmp_path):
+    train(recipe(tokens=512), tmp_path / "first")
+    start = {"from": str(tmp_path / "first"), "optimizer_state": "keep"}
+    stages = [{"tokens": 512, "optimizer_state": "reset"}]
+    with pytest.raises(
+        UserError, match=r"stages\[0\].optimizer_state is reset, and start.optimizer_state keep"
+    ):
+        train(recipe(tokens=None, start=start, stages=stages), tmp_path / "second")
+
+
 def test_moments_of_what_rests_are_kept_and_resume_with_the_run(recipe, tmp_path):
     first, second = (
         {"tokens": 512 * 3, "trainable": "blocks[0]"},

@@ -198,6 +198,8 @@ def lay_out(
         return [term for term in terms if term != "embedding" or term in learns]
 
     always = present(plan.always)
+    if always:  # also where everything learns until a measurement
+        selectors.select(shape, always, where="recipe: training_plan: always")
     result: list[dict[str, Any]] = []
     done = share = 0.0
     for phase in plan.phases(shape.n_layers, steps, seed, measured):
