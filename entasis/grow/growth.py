@@ -207,7 +207,7 @@ def _map(
     shape: ModelShape, grown: GrownLayer, p: layout.Parameter, found: list[ParameterMap]
 ) -> ParameterMap:
     """Where one parameter of a layer comes from."""
-    factor = grown.output if _is_output(shape, p) else 1.0
+    factor = grown.output if resize.is_output(shape, p) else 1.0
     if factor == 0.0:
         return ParameterMap((), p.size, fill=0.0)
     if grown.made == "all" or (grown.made == "matrices" and p.is_matrix):
@@ -216,16 +216,6 @@ def _map(
     for (_, share), entry in zip(grown.sources, found, strict=True):
         sources += [(name, one * share * factor) for name, one in entry.sources]
     return dataclasses.replace(found[0], sources=tuple(sources))
-
-
-def _is_output(shape: ModelShape, p: layout.Parameter) -> bool:
-    """Whether a parameter is the last that a branch goes through before it is added to the residual stream.
-
-    With reordered norms that is the norm's: an RMSNorm that reads zeros would multiply gradients by 1/sqrt(eps).
-    """
-    if shape.norm_placement == "reordered":
-        return p.part == "norms"
-    return p.part in ("attention", "feedforward") and p.axes[0] == "residual"
 
 
 def _differ(shape: ModelShape, grown: GrownLayer) -> str:

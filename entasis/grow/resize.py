@@ -11,8 +11,12 @@ carried out one parameter at a time. The axes come from `entasis.shape.layout`.
 |------------------------------|-------------------------------------------------------------------------------------|
 | widened, `new_units: zeros`  | the same; new heads and units are zero                                              |
 | widened, `new_units: copies` | the same (Net2Net, 1511.05641): what reads a unit is divided among its copies        |
+| a half that was not there    | the same: zeros; with `copies` initial values, to be drawn, behind an output of 0   |
+| KV groups divided            | the same: each part of the query heads gets a copy of its group's keys and values   |
 | cut                          | what the kept heads and units compute: the first of the order given                 |
 | dropped, repeated            | another function                                                                    |
+
+A group is divided where a layer gets at least twice the KV groups, of fewer query heads each.
 """
 
 from __future__ import annotations
@@ -70,7 +74,7 @@ class ParameterMap:
     axes: tuple[AxisMap | None, ...] = ()
     """None: as it was."""
     fill: float | None = 0.0
-    """The value of a parameter that comes from nowhere; None: the operator makes it, from whatever it reads."""
+    """The value of a parameter that comes from nowhere; None: the transition makes it, from whatever it reads."""
 
     @property
     def source(self) -> str | None:
@@ -90,7 +94,7 @@ class ParameterMap:
         import torch
 
         if old is None:
-            assert self.fill is not None, "the operator makes it"
+            assert self.fill is not None, "the transition makes it"
             return like.new_full(self.size, self.fill)
         for dim, axis in enumerate(self.axes):
             if axis is None:
@@ -181,7 +185,7 @@ def with_outer(shape: ModelShape, layers: Mapping[str, ParameterMap]) -> dict[st
 
 
 def apply(plan: ResizePlan, tensors: Mapping[str, torch.Tensor] | Read) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the new model, one at a time, in the model's order, but for those that an operator makes.
+    """(name, tensor) of the new model, one at a time, in the model's order, but for those that the transition makes.
 
     `tensors` are the old model's, or a function that reads one of them. What does not change is passed on, and copied
     only where it goes to two places.
@@ -245,7 +249,7 @@ def map_layer(
     for p in layout.layer_parameters(new_shape, index):
         name = p.name.removeprefix(f"blocks.{index}.")
         if name not in there:
-            result[p.name] = ParameterMap((), p.size, fill=1.0 if "norm" in p.role and not p.is_bias else 0.0)
+            result[p.name] = ParameterMap((), p.size, fill=_fill(new_shape, p, new_units))
             continue
         maps = tuple(
             axes.get(f"{p.role}:{axis}") or axes.get(f"{'reads' if dim else 'writes'}:{axis}")
@@ -257,6 +261,28 @@ def map_layer(
             ((f"blocks.{source}.{name}", share),), p.size, maps if any(maps) else ()
         )
     return result
+
+
+def _fill(shape: ModelShape, p: layout.Parameter, new_units: NewUnits) -> float | None:
+    """What a parameter of a half begins with that its layer had not.
+
+    Zeros before and behind would leave every gradient zero: only the output is, and the other matrices are drawn.
+    """
+    if new_units == "copies" and is_output(shape, p):
+        return 0.0
+    if new_units == "copies" and p.is_matrix:
+        return None
+    return 1.0 if "norm" in p.role and not p.is_bias else 0.0
+
+
+def is_output(shape: ModelShape, p: layout.Parameter) -> bool:
+    """Whether a parameter is the last that a branch goes through before it is added to the residual stream.
+
+    With reordered norms that is the norm's: an RMSNorm that reads zeros would multiply gradients by 1/sqrt(eps).
+    """
+    if shape.norm_placement == "reordered":
+        return p.part == "norms"
+    return p.part in ("attention", "feedforward") and p.axes[0] == "residual"
 
 
 def _unit_axes(
@@ -277,12 +303,17 @@ def _head_axes(
     if same and order.groups is None and order.heads is None:
         return {}
     old_ratio, new_ratio = old.n_heads // old.n_kv_heads, new.n_heads // new.n_kv_heads
-    groups = _extended(_ordered(order.groups, old.n_kv_heads, f"{where}: groups"), new.n_kv_heads, new_units)
-    within = _extended(np.arange(old_ratio), new_ratio, new_units)
+    # Groups of fewer heads, and as many as make up for it: each is divided into parts, with copies of its keys and values.
+    parts = max(1, new.n_kv_heads // old.n_kv_heads) if new_ratio < old_ratio else 1
+    whole = np.tile(_ordered(order.groups, old.n_kv_heads, f"{where}: groups"), parts)
+    groups = _extended(whole, new.n_kv_heads, new_units)
+    within_PR = _extended(np.arange(old_ratio), parts * new_ratio, new_units).reshape(parts, new_ratio)
+    within_GR = within_PR[np.arange(len(groups)) // old.n_kv_heads % parts]
     orders = order.heads if order.heads is not None else [None] * old.n_kv_heads
     taken_GR = np.stack([_ordered(x, old_ratio, f"{where}: heads of a group") for x in orders])
-    heads_GR = groups[:, None] * old_ratio + taken_GR[groups.clip(min=0)][:, within.clip(min=0)]
-    heads_GR[(groups < 0)[:, None] | (within < 0)[None]] = -1
+    taken_GR = np.take_along_axis(taken_GR[groups.clip(min=0)], within_GR.clip(min=0), axis=1)
+    heads_GR = groups[:, None] * old_ratio + taken_GR
+    heads_GR[(groups < 0)[:, None] | (within_GR < 0)] = -1
     query, kv = (_features(units, shape.head_dim) for units in (heads_GR.flatten(), groups))
     result = {
         "writes:query": _written(query),
@@ -337,4 +368,4 @@ def _read(source: np.ndarray) -> AxisMap:
     """What reads a unit is divided among its copies."""
     old = source.clip(min=0)
     counts = np.bincount(old, weights=source >= 0)
-    return AxisMap(source, 1 / np.maximum(counts[old], 1), is_shared=True)
+    return AxisMap(source, 1 / np.maximum(counts[old], 1), is_shared=bool((counts > 1).any()))

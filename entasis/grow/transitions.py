@@ -11,7 +11,7 @@ done again from its start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -36,6 +36,19 @@ class Init:
     parametrisation: str = "standard"
     base_width: int | None = None
     nested: bool = False
+
+    def draw(self, shape: ModelShape, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, initial value) of these parameters of a model, in fp32."""
+        from entasis.model.initialisation import draw
+
+        return draw(
+            shape,
+            names,
+            self.seed,
+            parametrisation=self.parametrisation,
+            base_width=self.base_width,
+            nested=self.nested,
+        )
 
 
 class Transition(Settings):
@@ -93,10 +106,20 @@ class Resize(Transition):
     sources: list[int] | None = None
     """For each of them the layer it is made from; null: one to one."""
     new_units: Literal["zeros", "copies"] = "copies"
-    """New heads and FFN units: zeros (which no gradient reaches), or copies that share out what reads them."""
+    """New heads and FFN units: zeros (which no gradient reaches), or copies that share out what reads them; a half that a layer
+    had not is then drawn, and silent at first."""
+    noise: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """By how much the shares of copies differ, which would learn the same for ever; as in `reshape`."""
 
     def plan(self, shape: ModelShape) -> resize.ResizePlan:
         return resize.plan(shape, read_layers(self.layers), sources=self.sources, new_units=self.new_units)
+
+    def weights(
+        self, plan: resize.ResizePlan, read: resize.Read, init: Init
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        from entasis.grow.operators import widths
+
+        return widths.carry_out(plan, read, init, self.noise)
 
 
 @TRANSITIONS.register("scale")

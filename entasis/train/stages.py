@@ -204,10 +204,10 @@ def _optimizer_state(
             if before
             else f"{where}.optimizer_state is keep, but no stage is before it; write start.optimizer_state"
         )
+    kept = not before and recipe.start is not None and recipe.start.optimizer_state == "keep"
     # A plan's first stretch has nothing to keep but what `start` says.
-    if not before and recipe.start and recipe.training_plan is None:
-        if (stage.optimizer_state, recipe.start.optimizer_state) == ("reset", "keep"):
-            raise UserError(f"{where}.optimizer_state is reset, and start.optimizer_state keep; leave one out")
+    if kept and stage.optimizer_state == "reset" and recipe.training_plan is None:
+        raise UserError(f"{where}.optimizer_state is reset, and start.optimizer_state keep; leave one out")
     if stage.optimizer_state is not None:
         return stage.optimizer_state
     grows = changed is not None and changed[0].keeps_moments and before

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from entasis.errors import UserError
 from entasis.grow import growth, operators, resize  # noqa: F401  (operators registers them)
 from entasis.grow.resize import Order
+from entasis.grow.transitions import Init
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
 from tests.shape.test_cost import layers as any_layer
@@ -30,7 +31,9 @@ def random_model(shape: ModelShape) -> Transformer:
 def resized(model: Transformer, plan: resize.ResizePlan) -> Transformer:
     result = Transformer(plan.shape).double()
     found = dict(resize.apply(plan, {n: p.detach() for n, p in model.named_parameters()}))
-    assert list(found) == [n for n, _ in result.named_parameters()]
+    drawn = [n for n, entry in plan.parameters.items() if not entry.sources and entry.fill is None]
+    assert list(found) == [n for n, _ in result.named_parameters() if n not in drawn]
+    found |= {n: x.double() for n, x in Init().draw(plan.shape, drawn)}
     result.load_state_dict(found, assign=True)
     return result
 
@@ -105,6 +108,35 @@ def test_another_order_of_units_and_groups_is_the_same_function(shape, random):
     }
     other = resized(model, resize.plan(shape, shape.layers, orders=orders))
     torch.testing.assert_close(other(TOKENS), model(TOKENS), rtol=0, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.data())
+def test_more_groups_of_fewer_heads_leave_the_logits_alone(shape, data):
+    """As many query heads or more: those of a group are divided among the copies of its keys and values."""
+    model = random_model(shape)
+    new = []
+    for layer in shape.layers:
+        kv = layer.n_kv_heads * data.draw(st.integers(1, 4))
+        least = -(-layer.n_heads // kv) if kv else 0
+        heads = kv * data.draw(st.integers(least, least + 1))
+        new.append(replace(layer, n_heads=heads, n_kv_heads=kv))
+    for new_units in ("zeros", "copies"):
+        try:
+            plan = resize.plan(shape, new, new_units=new_units)
+        except UserError as error:
+            assert shape.qk_norm == "full" and "full-width QK-norm" in str(error) and new_units == "copies"
+            continue
+        torch.testing.assert_close(resized(model, plan)(TOKENS), model(TOKENS), rtol=0, atol=1e-9)
+
+
+def test_divided_groups_that_are_cut_keep_the_first_heads_of_each():
+    shape = ModelShape(d_model=8, head_dim=4, vocabulary=10, layers=(LayerShape(6, 2, 6),))
+    model, silent = random_model(shape), random_model(shape)
+    with torch.no_grad():  # heads 0 and 4 are cut
+        silent.blocks[0].attention.output.weight[:, [*range(4), *range(16, 20)]] = 0
+    plan = resize.plan(shape, [LayerShape(4, 4, 6)], orders={0: Order([1, 0], [[2, 1, 0], [0, 2, 1]])})
+    torch.testing.assert_close(resized(model, plan)(TOKENS), silent(TOKENS), rtol=0, atol=1e-12)
 
 
 def test_cutting_keeps_the_first_of_the_order():

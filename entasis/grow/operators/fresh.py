@@ -31,16 +31,6 @@ class AppendRandom(Operator):
         return [*(kept(i) for i in range(shape.n_layers)), *[fresh] * self.count]
 
     def make(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
-        from entasis.model.initialisation import draw
-
         like = read("norm.weight")
-        drawn = draw(
-            plan.shape,
-            [name for name in plan.parameters if plan.is_new(name)],
-            init.seed,
-            parametrisation=init.parametrisation,
-            base_width=init.base_width,
-            nested=init.nested,
-        )
-        for name, value in drawn:
+        for name, value in init.draw(plan.shape, filter(plan.is_new, plan.parameters)):
             yield name, value.to(like)

@@ -39,7 +39,7 @@ class Reshape(Operator):
     n_kv_heads: int | None = None
     d_ff: int | None = None
     new_units: Literal["copies", "zeros"] = "copies"
-    """Zeros are for serving: no gradient reaches them."""
+    """Zeros are for serving: no gradient reaches them. With copies, a half that a layer had not is drawn, and silent at first."""
     noise: Annotated[float, Field(ge=0, le=10)] = 0.5
     """Copies would learn the same for ever. What reads a unit is shared out among its copies with random numbers that cancel,
     of this size beside the weights' own; 0 shares evenly. In bf16 and fp16 no share is more than about twice what is shared
@@ -62,6 +62,7 @@ class Reshape(Operator):
                 f"{where}: target has {len(wanted)} layers and the model {shape.n_layers}; "
                 "another operator changes their number"
             )
+        dataclasses.replace(shape, layers=wanted)  # is valid, or refused by name
         for i, (old, new) in enumerate(zip(shape.layers, wanted, strict=True)):
             self.check(f"{where}: layer {i}", old, new)
         return [
@@ -93,14 +94,7 @@ class Reshape(Operator):
         )
 
     def weights(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
-        copied = plan.parameters if self.new_units == "copies" else {}
-        shared = {name: x for name, x in copied.items() if x.axes and x.axes[-1] and x.axes[-1].is_shared}
-        rest = {name: x for name, x in plan.parameters.items() if name not in shared}
-        yield from resize.apply(dataclasses.replace(plan, parameters=rest), read)
-        for name, entry in shared.items():
-            old = read(entry.sources[0][0])
-            whole = entry.make(old, old, factors=False)
-            yield name, _share_out(whole, entry.axes[-1], self.noise, init.seed, name)
+        return carry_out(plan, read, init, self.noise)
 
 
 @OPERATORS.register("widen")
@@ -120,14 +114,35 @@ class Narrow(Reshape):
     """Fewer KV groups, query heads of a group and FFN units: the ones that `importance` ranks first."""
 
     def check(self, where: str, old: LayerShape, new: LayerShape) -> None:
-        if _narrower(new, old):
+        if new.n_kv_heads > old.n_kv_heads or _ratio(new) > _ratio(old) or new.d_ff > old.d_ff:
             raise UserError(f"{where}: target is wider than the layer; use widen, or reshape for both")
 
 
 def _narrower(old: LayerShape, new: LayerShape) -> bool:
-    """Whether anything of the old layer is cut."""
-    ratio = [x.n_heads // x.n_kv_heads if x.n_heads else 0 for x in (old, new)]
-    return new.n_kv_heads < old.n_kv_heads or ratio[1] < ratio[0] or new.d_ff < old.d_ff
+    """Whether anything of the old layer is cut. Where its KV groups are divided, the parts hold its heads together."""
+    parts = new.n_kv_heads // old.n_kv_heads if old.n_heads else 0
+    return parts * _ratio(new) < _ratio(old) or new.d_ff < old.d_ff
+
+
+def _ratio(layer: LayerShape) -> int:
+    """Query heads of a KV group."""
+    return layer.n_heads // layer.n_kv_heads if layer.n_heads else 0
+
+
+def carry_out(plan: ResizePlan, read: Read, init: Init, noise: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter of a plan whose copies share out with this noise what reads them, and whose new halves
+    are drawn."""
+    shared = {n: x for n, x in plan.parameters.items() if x.axes and x.axes[-1] and x.axes[-1].is_shared}
+    rest = {name: x for name, x in plan.parameters.items() if name not in shared}
+    yield from resize.apply(dataclasses.replace(plan, parameters=rest), read)
+    for name, entry in shared.items():
+        old = read(entry.sources[0][0])
+        whole = entry.make(old, old, factors=False)
+        yield name, _share_out(whole, entry.axes[-1], noise, init.seed, name)
+    like = read("norm.weight")
+    missing = [name for name, x in plan.parameters.items() if not x.sources and x.fill is None]
+    for name, value in init.draw(plan.shape, missing):
+        yield name, value.to(like)
 
 
 def _share_out(
@@ -153,7 +168,7 @@ def _share_out(
         drawn_RC *= shares_RC.square().mean(dim=0).sqrt() * noise
         total_RU = wide_RC.new_zeros(len(wide_RC), len(counts_U)).index_add_(1, units_C, drawn_RC)
         # Alone, a unit's random numbers are their own mean: nothing is added.
-        shares_RC = shares_RC + drawn_RC - (total_RU / counts_U)[:, units_C]
+        shares_RC = shares_RC + (drawn_RC - (total_RU / counts_U)[:, units_C])
     if whole_RC.dtype == wide_RC.dtype:
         return shares_RC
     return _adding_up(shares_RC, wide_RC, units_C, whole_RC.dtype, even=not noise)
