@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -73,11 +74,14 @@ def run(args: argparse.Namespace) -> int:
         return _list(args.json)
     if args.model is None or (args.folder is None and not args.dry_run):
         raise UserError("name the model and the folder to make (entasis grow --help says more)")
-    from entasis.grow.folder import grow_folder, plan_growth
+    from entasis.grow.folder import check_new, grow_folder, plan_growth
 
     _check_text(args)
     operators = _operators(args)
     planned = plan_growth(args.model, operators)
+    if args.folder is not None:
+        check_new(args.folder)
+    init = _init(args)
     if args.dry_run:
         return _tell(planned, args, None)
     with contextlib.ExitStack() as held:
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         with progress.bars("numbers") as advance:
             growing, fitting = (functools.partial(advance, what) for what in ("growing", "fitting"))
             done = grow_folder(
-                args.model, args.folder, operators, init=_init(args), progress=growing, fitting=fitting
+                args.model, args.folder, operators, init=init, progress=growing, fitting=fitting
             )
         for name, found in done.diagnostics.items():
             for line in found.get("warnings", ()):
@@ -103,20 +107,27 @@ def _check_text(args: argparse.Namespace) -> None:
     for name in ("tokens", "sequence"):
         if getattr(args, name) is not None and not args.text:
             raise UserError(f"--{name} is of the text to measure the loss on; name one with --text")
-    if args.text and not (Path(args.model) / "tokenizer.json").is_file():
+    if args.text and not _tokenizer_of(args.model).is_file():
         raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
 
 
+def _tokenizer_of(model: str) -> Path:
+    from entasis.grow.folder import home_of
+
+    return home_of(Path(model)) / "tokenizer.json"
+
+
 def _init(args: argparse.Namespace) -> Init:
-    """As the model's own run draws initial values, where it is one; by the seed given."""
+    """As the model's own run draws initial values, or that of the model it was grown from; by the seed given."""
+    from entasis.grow import provenance
     from entasis.grow.folder import home_of
     from entasis.grow.transitions import Init
-    from entasis.train import recipe as recipes
+    from entasis.train.resolved_recipe import read_stored
 
     file = home_of(Path(args.model)) / "recipe.yaml"
     if not file.is_file():
-        return Init(args.seed)
-    recipe = recipes.read(file)
+        return provenance.read_init(args.model, args.seed)
+    recipe = read_stored(file)
     return Init(
         args.seed, recipe.optimizer.parametrisation, recipe.optimizer.base_width, recipe.init == "nested"
     )
@@ -154,33 +165,64 @@ def _operators(args: argparse.Namespace) -> list[Operator]:
 
 def _target(args: argparse.Namespace, shape: ModelShape) -> tuple[LayerShape, ...]:
     """The layers that are wanted; what is not said of their model is as in this one. Raises `UserError`."""
-    from entasis.cli.shape import read_pairs, read_shape, split_pairs
     from entasis.shape import cost, specification
 
-    if args.to_shape and "=" not in args.to_shape:
-        found = read_shape(args.to_shape).shape
-        return _checked(found, shape, ("d_model", "head_dim"))
-    known: dict[str, Any] = {key: value for key, value in shape.to_dict().items() if key != "layers"}
-    ratios = {layer.n_heads // layer.n_kv_heads for layer in shape.layers if layer.n_heads}
-    if len(ratios) == 1:
-        known["q_per_kv"] = ratios.pop()
     if args.to_shape:
-        wanted = read_pairs(split_pairs(args.to_shape))
+        wanted = _written(args.to_shape)
     else:
         wanted = {"profile": args.profile, "budget": cost.parameters(shape)}
-    found = specification.resolve({"layers": shape.n_layers, **known, **wanted}).shape
-    return _checked(found, shape, [key for key in found.to_dict() if key != "layers"])
+    if "preset" in wanted:  # it has a value of its own for every field
+        free = [key for key in _NOT_IN_LAYERS if key not in wanted]
+        return _checked(specification.resolve(wanted).shape, shape, free)
+    known: dict[str, Any] = {**shape.to_dict(), "layers": shape.n_layers}
+    ratios = {layer.n_heads // layer.n_kv_heads for layer in shape.layers if layer.n_heads}
+    says_ratio = wanted.keys() & {"q_per_kv", "n_kv_heads"} or isinstance(wanted.get("layers"), list)
+    if len(ratios) == 1 and not says_ratio:
+        known["q_per_kv"] = ratios.pop()
+    return _checked(specification.resolve({**known, **wanted}).shape, shape)
 
 
-def _checked(target: ModelShape, shape: ModelShape, keys: Sequence[str]) -> tuple[LayerShape, ...]:
-    """The layers of `target`. Raises `UserError` where more than they would have to change."""
-    wanted, known = target.to_dict(), shape.to_dict()
-    for key in keys:
-        if wanted.get(key) != known.get(key):
-            raise UserError(
-                f"--to-shape: {key} is {wanted.get(key)}, the model's {known.get(key)}; only heads, KV heads and FFN widths "
-                "of layers can be changed"
-            )
+_NOT_IN_LAYERS = ("vocabulary", "context")
+"""What may differ in the shape of another model, as none of its layers' widths depends on it."""
+
+
+def _written(spec: str) -> dict[str, Any]:
+    """What a preset, a file, a folder or key=value,… says of a shape. Raises `UserError`."""
+    from entasis.cli.shape import read_pairs, split_pairs
+    from entasis.configuration import read_yaml
+    from entasis.model.weights import SHAPE, read_shape
+
+    path = Path(spec)
+    if (path / SHAPE).is_file():
+        # Files leave out an interface that is learned.
+        source: Any = {"interface": {"kind": "learned"}, **read_shape(path).to_dict()}
+    elif path.suffix in (".json", ".yaml", ".yml"):
+        source = read_yaml(path, spec)
+        if isinstance(source, dict) and isinstance(source.get("shape"), dict):
+            source = source["shape"]
+        if not isinstance(source, dict):
+            raise UserError(f"{spec}: is no mapping; write profile: NAME, or layers: with a list of them")
+    else:
+        return read_pairs(split_pairs(spec)) if "=" in spec else {"preset": spec}
+    if isinstance(source.get("layers"), list):
+        return {key: value for key, value in source.items() if key not in _NOT_IN_LAYERS}
+    return source
+
+
+def _checked(target: ModelShape, shape: ModelShape, free: Sequence[str] = ()) -> tuple[LayerShape, ...]:
+    """The layers of `target`. Raises `UserError` where more than they, and what is `free`, would have to change."""
+    from entasis.shape import specification
+
+    wanted, known = ({"interface": {"kind": "learned"}, **x.to_dict()} for x in (target, shape))
+    differs = [
+        f"{key} is {wanted[key]}, the model's {known[key]}"
+        for key in specification.FIELDS
+        if key not in ("layers", *free) and wanted[key] != known[key]
+    ]
+    if differs:
+        raise UserError(
+            f"--to-shape: {'; '.join(differs)}; only heads, KV heads and FFN widths of layers can be changed"
+        )
     return target.layers
 
 
@@ -190,12 +232,14 @@ def _measuring(args: argparse.Namespace, held: contextlib.ExitStack) -> Callable
     from entasis.evaluate.loading import load
     from entasis.evaluate.scoring import corpus_of, score
 
-    corpus = held.enter_context(corpus_of(args.text, load_tokenizer(Path(args.model) / "tokenizer.json")))
+    tokenizer = load_tokenizer(_tokenizer_of(args.model))
+    corpus = held.enter_context(corpus_of(args.text, tokenizer))
 
     def loss(folder: str, when: str) -> dict[str, Any]:
         with progress.bars("tokens") as advance:
             told = functools.partial(advance, f"loss {when}")
-            loaded = load(folder, device="auto")
+            # A checkpoint has no tokenizer beside it.
+            loaded = dataclasses.replace(load(folder, device="auto"), tokenizer=tokenizer)
             found = score(loaded, corpus, sequence=args.sequence, tokens=args.tokens, progress=told)
         return {
             "bits_per_byte": found.bits_per_byte,

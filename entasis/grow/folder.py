@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,7 @@ def grow_folder(
     """
     source, folder, init = Path(source), Path(folder), init or Init()
     planned = plan_growth(source, operators)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already and not empty; name a new folder")
+    check_new(folder)
     StoredWeights(source).verify()
     with files.new_folder(folder, need=planned.bytes) as aside:
         _refuse_too_small(folder, aside, planned)
@@ -132,10 +131,17 @@ def grow_folder(
             if before != source:
                 shutil.rmtree(before)
             before = target
-        record = _record(source, planned, init.seed, diagnostics)
+        record = _record(source, planned, init, diagnostics)
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         (aside / provenance.PROVENANCE).write_text(text, encoding="utf-8")
     return Growth(**{**vars(planned), "diagnostics": diagnostics})
+
+
+def check_new(folder: str | Path) -> None:
+    """Raises `UserError` where a model cannot be written because something is there already."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already and not empty; name a new folder")
 
 
 def _apply(
@@ -156,8 +162,14 @@ def _apply(
 
 
 def home_of(source: Path) -> Path:
-    """Where the tokenizer and the recipe of a model lie: a checkpoint's with its run."""
-    return source.parent.parent if source.resolve().parent.name == "checkpoints" else source
+    """Where the tokenizer and the recipe of a model lie: those of a checkpoint, and of a run's raw weights, with the run."""
+    folder = source.resolve()
+    if folder.parent.name == "checkpoints":
+        return folder.parent.parent
+    # Any model may be called raw, and lie beside a recipe; only a run has an environment.json.
+    if folder.name == "raw" and (folder.parent / "environment.json").is_file():
+        return folder.parent
+    return source
 
 
 def _describe(stored: StoredWeights, plan: ResizePlan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -211,15 +223,17 @@ def _joined(first: Lineage, then: Lineage) -> Lineage:
     return replace(then, origins=tuple(origins))
 
 
-def _record(source: Path, planned: Growth, seed: int, diagnostics: dict[str, Any]) -> dict[str, Any]:
+def _record(source: Path, planned: Growth, init: Init, diagnostics: dict[str, Any]) -> dict[str, Any]:
     """What `provenance.json` holds."""
     earlier, rows = source / provenance.PROVENANCE, provenance.read_rows(source)
+    drawn = asdict(init)
     return {
         "grown_by": f"entasis {__version__}",
         "operators": [
             {"operator": growth.name_of(x), **x.model_dump(exclude_defaults=True)} for x in planned.operators
         ],
-        "seed": seed,
+        "seed": drawn.pop("seed"),
+        "init": drawn,
         "from": {
             "folder": str(source),
             "weights": weights.fingerprint(source),

@@ -56,8 +56,9 @@ def _listed(after: Positions, n_layers: int, where: str) -> list[int]:
         if not first < stop <= n_layers:
             raise UserError(f"{where}: after {text} is no range of places in {n_layers} layers")
         return list(range(first, stop))
-    if re.fullmatch(r"\d{1,9}(\s*,\s*\d{1,9})*", text):
-        return [int(x) for x in text.split(",")]
+    listed = text[1:-1].strip() if re.fullmatch(r"\[.*\]", text) else text
+    if re.fullmatch(r"\d{1,9}(\s*,\s*\d{1,9})*", listed):
+        return [int(x) for x in listed.split(",")]
     if match := re.fullmatch(r"(uniform|top|middle|blocks):(\d{1,9})", text):
         return _named(match[1], int(match[2]), n_layers, where)
     raise UserError(

@@ -4,7 +4,7 @@ Of every layer it says its `id` (kept for life; a new layer gets the next that i
 before the last transition; none for a drawn one), the `operator` that made it then (null: only moved), whether it is `new`
 (added by the last transition that added any), whether it is `frozen`, and its `history`: every operator that made or
 changed it, with the ids of what that took it from. It stands in `result.json` of a run, in the state of a checkpoint, and in `provenance.json` of a
-grown model. Needs no torch.
+grown model; there, under `init`, also how initial values are drawn. Needs no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from entasis import files
 from entasis.errors import Damaged
 from entasis.grow.resize import Origin, ResizePlan
+from entasis.grow.transitions import Init
 
 PROVENANCE = "provenance.json"
 
@@ -130,3 +131,16 @@ def read_rows(folder: str | Path) -> Any:
             if content.get("layers") is not None:
                 return content["layers"]
     return None
+
+
+def read_init(folder: str | Path, seed: int) -> Init:
+    """How initial values were drawn when the model in a folder was grown, now by `seed`. Raises `Damaged`.
+
+    A folder that does not say it (earlier versions, imported models) gives the standard ones.
+    """
+    path = Path(folder) / PROVENANCE
+    told = files.read_json(path).get("init", {}) if path.is_file() else {}
+    try:
+        return Init(seed, **told)
+    except TypeError as error:
+        raise Damaged(f"damaged: {path} does not tell how initial values are drawn ({error})") from error

@@ -16,6 +16,7 @@ from entasis.data.doctor import examine
 from entasis.data.mixture import whole_shares
 from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import UserError
+from entasis.grow.folder import home_of
 from entasis.model import weights
 from entasis.shape.shapes import ModelShape
 from entasis.train import device as devices
@@ -106,13 +107,13 @@ def _check_mixture(mixed: dict[str, WeightedCorpus], corpora: dict[str, Corpus],
 
 def _tokenizer_of(start: Path) -> Path:
     """The tokenizer of a model to start from; a checkpoint's is its run's. Raises `UserError`."""
-    folder = start.parent.parent if start.parent.name == "checkpoints" else start
-    if not (start / weights.WEIGHTS).is_file() or not (folder / weights.TOKENIZER).is_file():
+    tokenizer = home_of(start) / weights.TOKENIZER
+    if not (start / weights.WEIGHTS).is_file() or not tokenizer.is_file():
         raise UserError(
             f"recipe: start.from is {start}, which holds no model; name a finished run, a checkpoint that was kept "
             "(checkpoint.keep_every), or an imported model"
         )
-    return folder / weights.TOKENIZER
+    return tokenizer
 
 
 def corpora_of(recipe: Recipe) -> dict[str, None]:

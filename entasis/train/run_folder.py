@@ -24,7 +24,7 @@ from entasis.errors import Damaged, UserError
 from entasis.model import weights
 from entasis.shape.interfaces import Glyph
 from entasis.shape.shapes import ModelShape
-from entasis.train import auto_settings, checkpoint, parallel, preflight
+from entasis.train import auto_settings, checkpoint, parallel, preflight, stages
 from entasis.train import device as devices
 from entasis.train.environment import describe_environment
 from entasis.train.recipe import (
@@ -138,7 +138,7 @@ def _settle(
                 f"damaged: {folder / ENVIRONMENT} is missing; restore it, or choose another --output"
             )
         environment = _begin(folder, wanted, shape, corpus, device, auto)
-    notes += _restore(folder, shape, corpus)
+    notes += _restore(folder, wanted, shape, corpus)
     return OpenedFolder(wanted, shape, notes, environment, None, last)
 
 
@@ -270,18 +270,20 @@ def _begin(
     return files.write_json(folder / ENVIRONMENT, environment, locked=True)
 
 
-def _restore(folder: Path, shape: ModelShape, corpus: Corpus) -> list[str]:
+def _restore(folder: Path, recipe: SettledRecipe, shape: ModelShape, corpus: Corpus) -> list[str]:
     """Writes `shape.json` and the tokenizer again where they are missing or damaged; returns a line for each that was damaged."""
     said = []
+    # Killed at its end, a run has the shape of its last stage beside its weights.
+    shapes = [shape, stages.lay_out(recipe, shape)[-1].shape]
     contents = {
-        weights.SHAPE: (json.dumps(shape.to_dict(), indent=1) + "\n").encode(),
-        weights.TOKENIZER: corpus.tokenizer_path.read_bytes(),
+        weights.SHAPE: [(json.dumps(x.to_dict(), indent=1) + "\n").encode() for x in shapes],
+        weights.TOKENIZER: [corpus.tokenizer_path.read_bytes()],
     }
-    for name, content in contents.items():
+    for name, sound in contents.items():
         path = folder / name
-        if path.is_file() and path.read_bytes() == content:
+        if path.is_file() and path.read_bytes() in sound:
             continue
         if path.is_file():
             said.append(f"damaged: {path}; it is made again")
-        files.write_bytes(path, content, locked=True)
+        files.write_bytes(path, sound[0], locked=True)
     return said

@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from entasis.cli import main
+from entasis.cli.shape import read_pairs, split_pairs
 from entasis.data import tokenizer
+from entasis.evaluate import scoring
 from entasis.interop.importing import import_model
 from entasis.model import weights
 from entasis.model.transformer import Transformer
+from entasis.shape.presets import PRESETS
 from entasis.shape.shapes import LayerShape, ModelShape
 from tests.grow.test_resize import random_model
 from tests.interop import tiny_checkpoints as tiny
@@ -238,6 +241,96 @@ def test_options_that_would_come_to_nothing_are_refused_before_anything_is_made(
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
     assert not (tmp_path / "grown").exists()
+
+
+LISTED = [{"n_heads": 4, "n_kv_heads": 4, "d_ff": 48}] * 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "kv_heads"),
+    [
+        ("profile=crown,budget=60k", None),
+        ("profile=isotropic,budget=60k,q_per_kv=1", None),
+        ("profile=isotropic,budget=60k,n_kv_heads=2", 2),
+        (f"layers={json.dumps(LISTED)}", 4),
+    ],
+)
+def test_what_a_target_does_not_say_is_as_in_the_model(model, tmp_path, spec, kv_heads):
+    """Vocabulary, tied embeddings, query heads per KV head; as pairs, in a file and in a recipe alike."""
+    source, said = model(replace(EQUAL, tied_embeddings=True)), tmp_path / "target.yaml"
+    grow(source, tmp_path / "pairs", "--to-shape", spec)
+    found = weights.read_shape(tmp_path / "pairs")
+    assert (
+        found.layers != EQUAL.layers and replace(found, layers=EQUAL.layers, tied_embeddings=False) == EQUAL
+    )
+    ratio = 1 if "q_per_kv=1" in spec else 2
+    for layer in found.layers:
+        assert layer.n_kv_heads == (kv_heads or layer.n_heads // ratio)
+    written = json.dumps({"d_model": 32, "head_dim": 8, **read_pairs(split_pairs(spec))})
+    for name, text in (("file", written), ("recipe", f"shape: {written}")):
+        said.write_text(text)
+        grow(source, tmp_path / name, "--to-shape", said)
+        assert weights.read_shape(tmp_path / name) == found
+
+
+@pytest.mark.parametrize("as_preset", [False, True])
+def test_a_whole_shape_may_differ_in_layers_vocabulary_and_context_alone(
+    model, tmp_path, capsys, monkeypatch, as_preset
+):
+    source, layers = model(), (LayerShape(4, 2, 32),) * 4
+
+    def target(**changes):
+        wanted = replace(EQUAL, **{"layers": layers, "vocabulary": 280, "context": 32, **changes})
+        monkeypatch.setitem(PRESETS, "tests/target", wanted)
+        (tmp_path / "target").mkdir(exist_ok=True)
+        (tmp_path / "target" / "shape.json").write_text(json.dumps(wanted.to_dict()))
+
+    specs = ["tests/target", "preset=tests/target"] if as_preset else [tmp_path / "target"]
+    for number, spec in enumerate(specs):
+        target()
+        grow(source, tmp_path / f"grown-{number}", "--to-shape", spec)
+        assert weights.read_shape(tmp_path / f"grown-{number}") == replace(EQUAL, layers=layers)
+        target(ffn="gelu", qk_norm="head", tied_embeddings=True)
+        grow(source, tmp_path / "refused", "--to-shape", spec, code=2)
+        said = capsys.readouterr().err
+        assert "--to-shape: qk_norm is head, the model's none; ffn is gelu, the model's swiglu; tied" in said
+        target(interface={"kind": "random"})
+        grow(source, tmp_path / "refused", "--to-shape", spec, code=2)
+        assert "--to-shape: interface is {'kind': 'random'" in capsys.readouterr().err
+    if as_preset:
+        grow(source, tmp_path / "refused", "--to-shape", "preset=tests/target,vocabulary=280", code=2)
+        assert "--to-shape: vocabulary is 280, the model's 300" in capsys.readouterr().err
+
+
+def test_places_are_read_as_the_page_writes_them(model, tmp_path, capsys):
+    source, answers = model(), []
+    for after in ("0,2", "[0, 2]", "[0,2]"):
+        grow(source, "--operator", "average", "--after", after, "--dry-run", "--json")
+        answers.append(json.loads(capsys.readouterr().out)["layers"])
+    assert answers[0] == answers[1] == answers[2]
+    for after in ("[0, 2", "[]", "[top:1]"):
+        grow(source, "--operator", "average", "--after", after, "--dry-run", code=2)
+        assert f"after is {after!r}; write" in capsys.readouterr().err
+
+
+def test_what_cannot_be_made_is_refused_before_the_text_is_read_and_in_a_dry_run(
+    model, tmp_path, capsys, monkeypatch
+):
+    def unread(*_):
+        raise AssertionError("the text is read")
+
+    monkeypatch.setattr(scoring, "corpus_of", unread)
+    source, taken = model(), tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").touch()
+    words = ("--operator", "append_last", "count=1")
+    for more in (["--text", __file__], ["--dry-run"]):
+        grow(source, taken, *words, *more, code=2)
+        assert "is there already and not empty" in capsys.readouterr().err
+    (source / "recipe.yaml").write_text("shape: {}\n")
+    for more in (["--text", __file__], ["--dry-run"]):
+        grow(source, tmp_path / "grown", *words, *more, code=2)
+        assert capsys.readouterr().err.startswith("entasis: recipe: ")
 
 
 def test_a_profile_is_drawn_anew_at_the_new_depth(model, tmp_path, capsys):
