@@ -5,8 +5,8 @@ examples:
   entasis anatomy imported/smollm2 --text books/ --tokens 100k --measures ablation,structure --output anatomy/smollm2
   entasis anatomy imported/smollm2 --text books/ --layers 8,11,14 --measures recovery --sequence 128
   entasis anatomy runs/tiny --text book.txt --suggest profile --budget 180M
-  entasis anatomy runs/tiny --text corpora/stdlib/validation --suggest plan --budget 5M
-  entasis anatomy runs/tiny --text corpora/stdlib/validation --suggest importance --output anatomy/tiny
+  entasis anatomy runs/tiny --text corpora/stdlib/train --suggest plan --budget 5M
+  entasis anatomy runs/tiny --text corpora/stdlib/train --suggest importance --output anatomy/tiny
 
 Prints a table of the layers; with --output also anatomy.json and report.html, and what is done is kept there, so the
 same command goes on where it was stopped. The model is a finished run, an imported model, a Hugging Face folder or a

@@ -243,6 +243,7 @@ class _Judging:
         done = self._finished(name)
         scores = [o.bits_per_byte for o in done]
         before = before_run(self.plan.arms, arm)
+        spent = [_spent(o) for o in done]
         difference, judgement, says = self._judge(name)
 
         def median(key: str) -> float | None:
@@ -251,12 +252,14 @@ class _Judging:
         return ArmVerdict(
             parameters=arm.parameters,
             active_parameters=arm.active_parameters,
-            flops_per_token=run.flops // run.tokens,
+            flops_per_token=sum(spent) // sum(o.result["tokens"] for o in done)
+            if done
+            else run.flops // run.tokens,
             layers=arm.final_shape.n_layers,
             distinct_layers=arm.final_shape.distinct_layers,
             tokens=done[0].result["tokens"] if done else None,
             trunk=TrunkCost(name=run.needs.arm, tokens=before[0], flops=before[1]) if run.needs else None,
-            training_flops=run.flops if done else None,
+            training_flops=round(sum(spent) / len(done)) if done else None,
             tokens_per_second=median("tokens_per_second"),
             seconds=median("seconds"),
             peak_memory_bytes=median("peak_memory_bytes"),
@@ -293,6 +296,12 @@ class _Judging:
         if d:
             return str(verdict_text.judge(d)), verdict_text.says(d, self.study.margin)
         return "missing", "no finished pair"
+
+
+def _spent(o: Outcome) -> int:
+    """Training FLOPs that a run took, what its plan measured included: a plan that measures need not keep to a guess."""
+    measured = o.result.get("importance", {}).get("flops", 0)
+    return round(o.result["tokens"] * o.result["flops_per_token"] + measured)
 
 
 def _by_seed(pairs: Pairs) -> dict[int, float]:

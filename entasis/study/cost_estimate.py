@@ -235,11 +235,13 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
         return dict.fromkeys(arms, ceiling), len(where), "a third of the measured matmul ceiling"
     chosen = machine.decide(jobs, answers)
     timed: dict[str, float] = {}
-    for name, arm in applied.items():
-        settings = Settings(**chosen["arms"][name])
-        for measured in map(from_plain, chosen["timings"][name]):
+    for names in jobs:
+        # What was timed is the first stage of the first arm, whatever is trained later, or by the others.
+        stage = applied[names[0]].stages[0]
+        settings = Settings(**chosen["arms"][names[0]])
+        for measured in map(from_plain, chosen["timings"][names[0]]):
             if measured.settings == settings:
-                timed[name] = measured.median / (batch_tokens(arm.recipe) * arm.flops_per_token)
+                timed |= dict.fromkeys(names, measured.median / (stage.batch_tokens * stage.flops_per_token))
     if not timed:
         return (
             dict.fromkeys(arms, ceiling),

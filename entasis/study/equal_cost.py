@@ -8,6 +8,7 @@ from entasis.errors import UserError
 from entasis.shape import cost
 from entasis.study.arms import Arm, Findings, batch_tokens
 from entasis.study.config import Protocol, Study
+from entasis.train.resolved_recipe import steps
 from entasis.train.training_plans.plan import TrainingPlan
 
 
@@ -91,11 +92,17 @@ def _plan_factor(
 
 def before_run(arms: Mapping[str, Arm], arm: Arm) -> tuple[int, int]:
     """(tokens, FLOPs) of the trunks that a run of this arm starts from, all of them."""
-    if arm.trunk is None:
-        return 0, 0
-    trunk = arms[arm.trunk]
-    tokens, flops = before_run(arms, trunk)
-    return tokens + sum(trunk.stage_tokens), flops + trunk.flops(trunk.stage_tokens)
+    trunks = _trunks(arms, arm)
+    return sum(sum(t.stage_tokens) for t in trunks), sum(t.flops(t.stage_tokens) for t in trunks)
+
+
+def _trunks(arms: Mapping[str, Arm], arm: Arm) -> list[Arm]:
+    """The trunk that an arm starts from, the one that this starts from, and so on."""
+    found = []
+    while arm.trunk is not None:
+        arm = arms[arm.trunk]
+        found.append(arm)
+    return found
 
 
 def check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
@@ -119,6 +126,7 @@ def check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
                 f"{where} sets tokens, but under {protocol} its length follows from {base.name}'s; leave it out"
             )
         if protocol == "flops":
+            _check_cost_is_known(study, arms, arm)
             stage_tokens_of(study, arms, arm, protocol, Findings())
         elif arm.plan is not None and arm.plan.measurement is not None:
             raise UserError(
@@ -137,3 +145,29 @@ def check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
                 f"{where} and {base.name} do not start from the same trunk, whose time under {protocol} is not known; "
                 "use params or flops"
             )
+
+
+def _check_cost_is_known(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
+    """Refuses plans whose cost is not known beforehand: those that spend tokens and measure or draw what learns.
+
+    A trunk that the arm shares with the baseline may have one, as its cost does not differ. Raises `UserError`.
+    """
+    own, others = ({trunk.name for trunk in _trunks(arms, a)} for a in (arm, arms[study.baseline]))
+    for one in (arm, *(arms[name] for name in sorted(own ^ others))):
+        plan = one.plan
+        if plan is None or plan.spend == "flops":
+            continue
+        if plan.measurement is not None or _draws(study, one, plan):
+            raise UserError(
+                f"study {study.name}: {'arm' if one is arm else 'trunk'} {one.name}: its training plan measures or draws "
+                "which layers learn, so what its tokens cost is not known beforehand, as flops needs; write spend: flops "
+                "in the plan"
+            )
+
+
+def _draws(study: Study, arm: Arm, plan: TrainingPlan) -> bool:
+    """Whether other layers learn under another seed."""
+    length = steps(arm.recipe["tokens"], batch_tokens(arm.recipe))
+    seeds = [arm.recipe.get("seed", 0), *study.seeds]
+    first, *rest = (plan.phases(arm.shape.n_layers, length, seed) for seed in seeds)
+    return any(phases != first for phases in rest)

@@ -20,6 +20,7 @@ from entasis.study.equal_cost import check_length, stage_tokens_of
 from entasis.train import recipe as recipes
 from entasis.train.resolve import resolve, shape_of, with_mup_scales
 from entasis.train.timeline import Timeline
+from entasis.train.training_plans import plan as training_plans
 
 Kind = Literal["main", "sweep", "trunk"]
 
@@ -221,6 +222,9 @@ def _arm(
         notes.append(f"starts from the run of the trunk {trunk.name} with the same seed")
     elif written.start:
         notes.append(f"starts from {written.start.folder}, whose cost is not counted")
+    plan = training_plans.read(resolved.training_plan) if resolved.training_plan else None
+    if isinstance(getattr(plan, "importance", None), list):
+        notes.append("its importance is given, whose cost is not counted")
     return Arm(
         name=name,
         recipe=plain,

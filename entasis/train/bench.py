@@ -21,13 +21,15 @@ from typing import Any
 
 from entasis.errors import UserError
 from entasis.shape import cost
-from entasis.train import auto_settings, metrics, preflight
+from entasis.train import auto_settings, metrics, preflight, stages
 from entasis.train import device as devices
 from entasis.train import recipe as recipes
 from entasis.train.part_timing import Part, Reporter, time_parts
 from entasis.train.recipe import Recipe
 from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.run import train
+from entasis.train.stage_runner import micro_sequences
+from entasis.train.stages import StageSpan
 
 WARM_UP = 5
 """The steps after a start that the loop marks as warming."""
@@ -106,18 +108,18 @@ def bench(
     # Chosen as for the whole run: whether compiling pays depends on its length.
     preflight.check_settings(resolved, device)
     settled, auto = auto_settings.choose(resolved, shape, device)
-    records, environment = _steps(settled, WARM_UP + steps, say)
+    span = stages.lay_out(settled, shape)[0]
+    records, environment = _steps(settled, span, WARM_UP + steps, say)
     steady = [record["seconds"] for record in records[WARM_UP:]]
-    parts, first_eager = time_parts(settled, shape, corpus, device, repeats, say)
-    tokens = settled.batch.tokens
-    flops = cost.flops_per_token(shape, settled.data.sequence)
-    memory = cost.training_memory(shape)
+    parts, first_eager = time_parts(settled, span, corpus, device, repeats, say)
+    tokens, flops = span.batch_tokens, span.flops_per_token
+    memory = cost.training_memory(span.shape, span.trainable, ranks=span.ranks)
     speed = tokens / statistics.median(steady)
     ceiling = environment["matmul_flops_per_second"]
     return BenchResult(
-        parameters=cost.parameters(shape),
+        parameters=cost.parameters(span.shape),
         flops_per_token=flops,
-        distinct_layers=shape.distinct_layers,
+        distinct_layers=span.shape.distinct_layers,
         device=environment["device"],
         threads=environment["threads"],
         versions=environment["versions"],
@@ -125,9 +127,9 @@ def bench(
         compile=settled.compile,
         attention=settled.attention,
         auto=auto,
-        sequence=settled.data.sequence,
+        sequence=span.data.sequence,
         batch_tokens=tokens,
-        micro=settled.batch.micro,
+        micro=micro_sequences(settled.batch.micro, span.sequences),
         steps=steps,
         step_seconds=StepSeconds(median=statistics.median(steady), fastest=min(steady), slowest=max(steady)),
         tokens_per_second=speed,
@@ -149,15 +151,19 @@ class _Enough(Exception):
     """Ends the measured run before anything of it is saved."""
 
 
-def _steps(recipe: SettledRecipe, steps: int, say: Reporter) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _steps(
+    recipe: SettledRecipe, span: StageSpan, steps: int, say: Reporter
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The first steps of a run of `recipe`: what the loop recorded of them, and the environment."""
-    stage = recipe.stages[0]
-    stage = stage.replaced(
-        tokens=(steps + 1) * recipe.batch.tokens, schedule=stage.schedule.replaced(warmup=0, decay=0)
+    stage = span.own.replaced(
+        tokens=(steps + 1) * span.batch_tokens,
+        schedule=span.schedule.replaced(warmup=0, decay=0),
+        optimizer_state=None,  # a plan's is reset, whatever its start says
     )
     measured = recipe.replaced(
         tokens=stage.tokens,
         stages=(stage,),
+        training_plan=None,  # its first stage is there
         evaluation=recipe.evaluation.replaced(every=None),
         checkpoint=recipe.checkpoint.replaced(every=None),
         logging=recipes.Logging(tensorboard=False),

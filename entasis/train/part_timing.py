@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -15,12 +17,11 @@ from entasis.data.corpus import Corpus
 from entasis.data.dataset import TokenDataset
 from entasis.model.attention import attention_mask
 from entasis.model.transformer import Transformer
-from entasis.shape import cost
-from entasis.shape.shapes import ModelShape
-from entasis.train import stages
+from entasis.shape import cost, layout
 from entasis.train.compilation import compile_parts
 from entasis.train.resolved_recipe import SettledRecipe
-from entasis.train.stage_runner import StageRunner
+from entasis.train.stage_runner import StageRunner, micro_sequences
+from entasis.train.stages import StageSpan
 
 Reporter = Callable[[str, int, int], None]
 """Told what is being measured, how much of it is done, and of how much."""
@@ -44,17 +45,17 @@ class Part:
 
 def time_parts(
     recipe: SettledRecipe,
-    shape: ModelShape,
+    span: StageSpan,
     corpus: Corpus,
     device: torch.device,
     repeats: int,
     say: Reporter,
 ) -> tuple[list[Part], float]:
-    """Each part's share of a step, and the seconds of the first eager step."""
-    runner = StageRunner(stages.lay_out(recipe, shape)[0], recipe.replaced(compile=False), device)
+    """Each part's share of a step of the recipe's first stage, and the seconds of the first eager step."""
+    runner = StageRunner(span, recipe.replaced(compile=False), device)
     model = runner.model
-    dataset = TokenDataset(corpus, recipe.data.sequence)
-    micro = recipe.batch.micro
+    dataset = TokenDataset(corpus, span.data.sequence)
+    micro = micro_sequences(recipe.batch.micro, span.sequences)
     chosen = torch.arange(micro).numpy() % len(dataset)
     rows = torch.from_numpy(dataset.batch(chosen)).to(device)
     ids_BT = None
@@ -78,7 +79,7 @@ def time_parts(
             rounds.append(times)
         say("parts", i + 1, repeats + 1)
     median = {key: statistics.median(times[key] for times in rounds) for key in rounds[0]}
-    return _table(median, shape, recipe), first
+    return _table(median, span, micro), first
 
 
 class Walk:
@@ -143,12 +144,30 @@ class Walk:
             torch.cuda.synchronize(self.device)
 
 
-def _table(times: dict[tuple[str, str], float], shape: ModelShape, recipe: SettledRecipe) -> list[Part]:
-    micro_batches = recipe.sequences / recipe.batch.micro
-    sequence = recipe.data.sequence
-    whole = cost.flops_per_token(shape, sequence)
-    flops = {f"layer {i}": cost.layer_flops_per_token(shape, i, sequence) for i in range(shape.n_layers)}
-    flops["head and loss"] = whole - sum(flops.values())
+def _flops(span: StageSpan) -> dict[str, int]:
+    """The cost model's FLOPs per token of each part that has any, as this stage trains it."""
+    outer = layout.outer_parameters(span.shape)
+    norms = [p.name for p in outer if p.part == "final_norm"]
+
+    def lowest(n: int) -> int:
+        """Of the model's lowest `n` layers below a head that gradients pass in any case."""
+        shape = dataclasses.replace(span.shape, layers=span.shape.layers[:n])
+        return cost.stage_flops_per_token(
+            shape, [*span.trainable, *norms], span.data.sequence, ranks=span.ranks
+        )
+
+    costs = [lowest(n) for n in range(1, span.shape.n_layers + 1)]
+    above = {f"layer {i}": b - a for i, (a, b) in enumerate(itertools.pairwise(costs), start=1)}
+    head = next(p for p in outer if p.role == "head" and not p.is_bias)
+    below = set(span.trainable) - {p.name for p in outer if p.part == "head"}
+    products = 1 + bool(below) + ((head.shares or head.name) in span.trainable)
+    loss = 2 * head.count * products
+    return {"layer 0": span.flops_per_token - sum(above.values()) - loss, **above, "head and loss": loss}
+
+
+def _table(times: dict[tuple[str, str], float], span: StageSpan, micro: int) -> list[Part]:
+    micro_batches = span.sequences / micro
+    flops = _flops(span)
     names = list(dict.fromkeys(name for name, _ in times))
     seconds = {
         name: (times[name, "forward"] + times.get((name, "backward"), 0.0))
@@ -162,7 +181,7 @@ def _table(times: dict[tuple[str, str], float], shape: ModelShape, recipe: Settl
             times[name, "forward"],
             times.get((name, "backward"), 0.0),
             seconds[name] / total,
-            flops.get(name, 0.0) / whole,
+            flops.get(name, 0) / span.flops_per_token,
         )
         for name in names
     ]

@@ -13,6 +13,7 @@ from entasis.configuration import parse
 from entasis.errors import UserError
 from entasis.files import read_json
 from entasis.shape import specification
+from entasis.shape.interfaces import Glyph
 from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
 from entasis.train.recipe import Optimizer, Recipe, Stage, Start
@@ -146,6 +147,13 @@ def _solve(recipe: Recipe, vocabulary: int, weights: ModelShape | None) -> Solut
     solution = specification.resolve(wanted)
     if recipe.optimizer.parametrisation == "mup":
         solution = with_mup_scales(solution, wanted, recipe.optimizer)
+    if there:
+        ours, theirs = solution.shape.interface, there.shape.interface
+        if isinstance(ours, Glyph) and isinstance(theirs, Glyph) and ours.bitmaps is None:
+            # Filled in when the run that made the weights began.
+            interface = ours.replaced(bitmaps=theirs.bitmaps)
+            shape = dataclasses.replace(solution.shape, interface=interface)
+            solution = dataclasses.replace(solution, shape=shape)
     if there and recipe.start and solution.shape != there.shape:
         raise UserError(
             f"recipe: shape is another than that of {recipe.start.folder}; leave it out, and change it by a transition"

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from entasis.configuration import Count, parse, read_yaml
 from entasis.errors import UserError
+from entasis.shape.shapes import ModelShape
 from entasis.train.recipe import (
     Average,
     BatchSize,
@@ -29,6 +30,7 @@ from entasis.train.recipe import (
     Stage,
 )
 from entasis.train.schedule import Schedule
+from entasis.train.training_plans import plan as training_plans
 
 
 class ResolvedStage(Stage):
@@ -66,7 +68,20 @@ class ResolvedRecipe(Recipe):
 
     @property
     def total_steps(self) -> int:
-        return sum(steps(stage.tokens, (stage.batch or self.batch).tokens) for stage in self.stages)
+        """Of the whole run; with a training plan that measures, as if all layers turned out alike."""
+        if self.training_plan is None:
+            return sum(steps(stage.tokens, (stage.batch or self.batch).tokens) for stage in self.stages)
+        plan, shape = training_plans.read(self.training_plan), ModelShape.from_dict(self.shape)
+        stages = training_plans.lay_out(
+            plan,
+            shape,
+            steps=steps(self.tokens, self.batch.tokens),
+            batch_tokens=self.batch.tokens,
+            sequence=self.data.sequence,
+            seed=self.seed,
+            measured=plan.alike(shape.n_layers),
+        )
+        return sum(stage["tokens"] for stage in stages) // self.batch.tokens
 
     @property
     def sequences(self) -> int:

@@ -34,6 +34,7 @@ from entasis.train.recipe import (
     to_yaml,
 )
 from entasis.train.resolved_recipe import ResolvedRecipe, SettledBatch, SettledRecipe, difference, read_stored
+from entasis.train.timeline import Timeline
 
 RESULT, ENVIRONMENT, LOCK = "result.json", "environment.json", ".lock"
 
@@ -123,7 +124,7 @@ def _settle(
         except Damaged as error:
             notes += lock(folder, held)
             last, _ = checkpoint.newest(folder)
-            if last is None or checkpoint.step_of(last) != wanted.total_steps:
+            if last is None or not _is_last(last, wanted, shape):
                 raise
             notes.append(f"{error}; it is made again from the checkpoint of the last step")
     last, said = checkpoint.newest(folder)
@@ -268,6 +269,12 @@ def _begin(
             "weights": weights.fingerprint(recipe.start.folder),
         }
     return files.write_json(folder / ENVIRONMENT, environment, locked=True)
+
+
+def _is_last(path: Path, recipe: SettledRecipe, shape: ModelShape) -> bool:
+    """Whether a checkpoint is that of a run's last step, as far as what its plan measured tells."""
+    timeline = Timeline(recipe, shape, checkpoint.state_of(path).get("measured") or [])
+    return timeline.missing is None and checkpoint.step_of(path) == timeline.steps
 
 
 def _restore(folder: Path, recipe: SettledRecipe, shape: ModelShape, corpus: Corpus) -> list[str]:

@@ -103,13 +103,13 @@ def read_run(folder: Path, name: str) -> RunRecord:
 
 def describe(run: RunRecord) -> dict[str, Any]:
     """The run in one row: state, cost, last loss and score, speed."""
-    steps, row = run.recipe.total_steps, run.rows[-1]
+    row = run.rows[-1]
     recent = run.rows[-10:]
     scores = run.validation
     doubtful = run.environment.get("busy", False)
     return {
         "run": run.name,
-        "state": "finished" if run.result else f"step {row['step']:,} of {steps:,}",
+        "state": "finished" if run.result else _progress(row["step"], run.recipe.total_steps),
         "parameters": cost.parameters(run.shape),
         "tokens": row["tokens"],
         "loss": sum(r["loss"] for r in recent) / len(recent),
@@ -119,6 +119,11 @@ def describe(run: RunRecord) -> dict[str, Any]:
         "memory_bytes": max(r["memory_bytes"] for r in run.rows),
         "seconds": sum(r["seconds"] for r in run.rows),
     }
+
+
+def _progress(step: int, steps: int) -> str:
+    """How far a run is; one whose plan spends FLOPs by what it measures may take more steps than could be known."""
+    return f"step {step:,} of {steps:,}" if step <= steps else f"step {step:,}, past the {steps:,} expected"
 
 
 def write(runs: Sequence[RunRecord], path: Path) -> None:

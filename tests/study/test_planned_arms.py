@@ -1,18 +1,23 @@
 """Arms with a training plan: equal cost, as their plans spend it."""
 
+import contextlib
 import io
 import json
 import shutil
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from entasis.errors import UserError
-from entasis.study import plan, runner, study_files, throughput
+from entasis.study import analysis, cost_estimate, machine, plan, runner, study_files, throughput
 from entasis.study.arms import Findings
+from entasis.study.executors import launchers
 from entasis.train import step_timing
+from entasis.train.candidates import Measured, Settings
 
 TIMED = "{uniform: {}, freezeout: {training_plan: {freezeout: {spend: flops}}}, lisa: {training_plan: {lisa: {layers: 4, always: [head], every: 25%}}}}"
 """Arms whose plans are known before they are trained."""
@@ -61,14 +66,105 @@ def test_a_plan_of_another_shape_gets_the_same_budget():
             "arm a: its training plan goes by what it measures",
         ),
         (
+            {"arms.lisa": "{training_plan: {autofreeze: {}}}"},
+            "arm lisa: its training plan measures or draws .* write spend: flops",
+        ),
+        ({"arms.groups": "{training_plan: {importance_groups: {importance: {measure: skip}}}}"}, "arm groups: its"),
+        ({"arms.lisa": "{training_plan: {lisa: {always: [final_norm, head]}}}"}, "arm lisa: its training plan"),
+        ({"arms.growth-transformer": "{training_plan: {growth_transformer: {shuffle: 1}}}"}, "arm growth-transformer"),
+        ({"arms.uniform": "{training_plan: {autofreeze: {}}}"}, "arm uniform: its training plan"),
+        (
+            {
+                "arms": "{uniform: {}, a: {start: {from: {trunk: t}}, shape: null}}",
+                "trunks": "{t: {tokens: 100k, training_plan: {autofreeze: {tokens: 128}}}}",
+            },
+            "trunk t: its training plan",
+        ),
+        (
             {"arms.lisa": "{training_plan: {lisa: {layers: 40}}}"},
             "arm lisa: recipe: training_plan: layers is 40",
         ),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_matched_is_refused(changes, says):
     with pytest.raises(UserError, match=says):
         laid_out(**changes)
+
+
+def test_a_plan_that_is_known_beforehand_and_a_trunk_that_all_share_may_spend_tokens():
+    grid = laid_out(**{"arms.freezeout": "{training_plan: {freezeout: {}}}"}).grid["flops"]
+    assert grid["freezeout"][0].flops == pytest.approx(grid["uniform"][0].flops, rel=0.01)
+    laid_out(
+        arms="{uniform: {}, slow: {optimizer.lr: 1e-3}}",
+        trunks="{t: {tokens: 100k, training_plan: {autofreeze: {tokens: 128}}}}",
+        **{"base.start": "{from: {trunk: t}}"},
+    )
+
+
+def test_numbers_that_a_plan_is_given_are_noted():
+    numbers = f"{{training_plan: {{lisa: {{spend: flops, importance: {list(range(12))}}}}}}}"
+    arms = plan.solve(read(**{"arms.lisa": numbers}), 1024)
+    assert "its importance is given, whose cost is not counted" in arms["lisa"].notes
+    assert not [arms[name].notes for name in ("groups", "freezeout", "uniform") if arms[name].notes]
+
+
+def test_the_flops_of_a_verdict_are_those_that_the_runs_took(tmp_path: Path):
+    """Planted: runs that froze layers, and so took less than if they had not."""
+    study = read(
+        arms="{uniform: {}, freezes: {training_plan: {autofreeze: {}}}}",
+        protocols="[unmatched]", sweep="null", seeds=2,
+    )  # fmt: skip
+    laid = plan.lay_out(study, plan.solve(study, 1024), Findings())
+    for run in laid.runs:
+        freezes = run.arm == "freezes"
+        result = {
+            "tokens": 1000, "flops_per_token": 70 + run.seed if freezes else 100, "loss": 1.0, "seconds": 1.0,
+            "tokens_per_second": 1.0, "peak_memory_bytes": 1,
+            "validation": {"bits_per_byte": 1.0, "tokens": 8, "bytes": 8},
+        } | ({"importance": {"flops": 5000.0}} if freezes else {})  # fmt: skip
+        (tmp_path / run.folder).mkdir(parents=True)
+        (tmp_path / run.folder / "result.json").write_text(json.dumps(result))
+        arrays = {"document_nll": np.full(2, 4 * np.log(2)), "document_bytes": np.full(2, 4)}
+        save_file(arrays, tmp_path / run.folder / "validation.safetensors")
+    arms = analysis.judge(study, laid, tmp_path).protocols["unmatched"].arms
+    assert arms["uniform"].training_flops == 100_000
+    assert (arms["freezes"].training_flops, arms["freezes"].flops_per_token) == (75_500, 75)
+
+
+def test_a_prediction_is_by_the_stage_that_was_timed(monkeypatch, tmp_path: Path):
+    """Planted: a step of each job takes a picosecond for each FLOP of the first stage of its first arm."""
+    study = read(
+        arms="""{uniform: {}, freezeout: {training_plan: {freezeout: {}}},
+            grown: {shape.layers: 6, stages: [{tokens: 25%, batch: {tokens: 2048}}, {transition: {grow: {operator: stack, times: 2}}}]},
+            top: {stages: [{tokens: 50%, trainable: [final_norm, head]}, {}]}}""",
+        sweep="null",
+        **{"base.precision": "fp32", "base.attention": "sdpa", "base.compile": "false"},
+    )
+    arms = plan.solve(study, 1024)
+    jobs = machine.jobs_of(arms)
+    assert ("uniform", "freezeout") in jobs and len(jobs) == 3
+    settings = Settings("fp32", "sdpa", False)
+
+    def told(names):
+        first = arms[names[0]].stages[0]
+        seconds = 1e-12 * first.batch_tokens * first.flops_per_token
+        return Measured(settings=settings, fastest=seconds, median=seconds, compilation=0.0, rounds=3).plain()
+
+    answer = {
+        "device": "cpu",
+        "flops_per_second": 1.0,
+        "jobs": [
+            {"timings": [told(names)], "simplest": settings, "precision_open": False, "steps": 1, "runs": 1}
+            for names in jobs
+        ],
+    }
+    monkeypatch.setattr(
+        launchers, "call", lambda pool, what, *_, **__: [["a place"]] if what == "counting" else [answer]
+    )
+    monkeypatch.setattr(cost_estimate.local, "pool_of", lambda places: contextlib.nullcontext())
+    laid = plan.lay_out(study, arms, Findings())
+    speeds, *_ = cost_estimate._speeds(study, tmp_path, laid, quick=False)
+    assert speeds == pytest.approx(dict.fromkeys(arms, 1e-12), rel=1e-9, abs=0)
 
 
 def test_equal_time_is_by_the_speed_of_a_plan_s_mixed_stages(monkeypatch):

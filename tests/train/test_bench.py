@@ -9,7 +9,7 @@ from entasis.errors import UserError
 from entasis.model.block import Block
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
-from entasis.shape import cost
+from entasis.shape import cost, layout
 from entasis.shape.specification import resolve
 from entasis.train import recipe as recipes
 from entasis.train.bench import bench
@@ -98,6 +98,40 @@ def test_only_some_parameters_learn(recipe):
     assert {p.name: p.backward > 0 for p in parts} == {
         "embedding": False, "layer 0": False, "layer 1": True, "head and loss": True, "optimizer": False
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("whose", ["stages", "training_plan"])
+def test_the_figures_are_of_what_the_first_stage_trains(recipe, whose):
+    source = recipe(tokens=512 * 40).model_dump()
+    learns = ["final_norm", "head"]
+    if whose == "stages":
+        source["stages"] = [
+            {"trainable": learns, "tokens": 256 * 20, "batch": {"tokens": 256}, "sequence": 32},
+            {},
+        ]
+    else:
+        numbers = {"importance": [0.1, 0.9], "groups": 2, "always": learns}
+        source["training_plan"] = {"importance_groups": numbers}
+    figures = bench(recipes.from_dict(source), steps=1, repeats=1)
+    shape = resolve(recipe().shape).shape
+    names = [p.name for p in layout.parameters(shape) if p.part in learns]
+    if whose == "training_plan":
+        names += [p.name for p in layout.parameters(shape) if p.layer == 1]
+    assert figures.batch_tokens == (256 if whose == "stages" else 512)
+    flops = cost.stage_flops_per_token(shape, names, figures.sequence)
+    assert figures.flops_per_token == flops < cost.flops_per_token(shape, figures.sequence)
+    done = figures.tokens_per_second * flops / figures.matmul_flops_per_second
+    assert figures.mfu == pytest.approx(done)
+    assert figures.seconds_at_the_ceiling == figures.batch_tokens * flops / figures.matmul_flops_per_second
+    counts = cost.count_uses(shape, names)
+    assert figures.state_bytes == 4 * counts.stored + 12 * counts.active
+    share = {part.name: part.flops * flops for part in figures.parts}
+    forward = [cost.layer_flops_per_token(shape, i, figures.sequence, training=False) for i in range(2)]
+    head = 2 * shape.d_model * shape.vocabulary
+    assert share["layer 0"] == pytest.approx(forward[0]) and share["head and loss"] == pytest.approx(3 * head)
+    assert sum(share.values()) == pytest.approx(flops)
+    if whose == "stages":
+        assert share["layer 1"] == pytest.approx(forward[1])
 
 
 def test_mistakes_are_told(recipe, monkeypatch):

@@ -12,6 +12,7 @@ from entasis.data.tokenizer import from_bytes
 from entasis.data.tokenizer import train as train_tokenizer
 from entasis.errors import UserError
 from entasis.evaluate.loading import load
+from entasis.model.weights import read_shape
 from entasis.shape import ModelShape, layout
 from entasis.shape.interfaces import Glyph
 from entasis.train import run as loop
@@ -121,3 +122,16 @@ def test_a_training_plan_leaves_a_frozen_table_alone(recipe):
     resolved, shape, _ = resolve(written, 257)
     names = {name for span in lay_out(resolved, shape) for name in span.trainable}
     assert names == set(layout.learnable(shape))
+
+
+def test_a_run_may_start_from_glyphs_whose_drawings_its_recipe_does_not_know_yet(recipe, tmp_path):
+    """As a study writes it before the trunk is trained."""
+    wanted = with_interface(recipe, GLYPH, tokens=512)
+    loop.train(wanted, tmp_path / "trunk")
+    again = with_interface(recipe, GLYPH, tokens=512, start={"from": str(tmp_path / "trunk")})
+    loop.train(again, tmp_path / "run")
+    drawn = [read_shape(tmp_path / name).interface.bitmaps for name in ("trunk", "run")]
+    assert drawn[0] == drawn[1] is not None
+    other = {**GLYPH, "bitmaps": "0" * 64}
+    with pytest.raises(UserError, match="shape is another than that of"):
+        resolve(again.replaced(shape={**again.shape, "interface": other}), 257)

@@ -15,6 +15,7 @@ from entasis.train.metrics import records
 from entasis.train.resolve import resolve
 from entasis.train.run import train
 from entasis.train.stage_runner import StageRunner
+from entasis.train.timeline import Timeline
 
 SCHEDULE = {"name": "warmup-stable-decay", "warmup": 3, "decay": "40%"}
 ONLINE = {"importance": {"measure": "skip", "tokens": 512, "after": 0.3}, "groups": 2, "final": 0.3}
@@ -45,6 +46,9 @@ def test_at_equal_flops_a_measuring_run_ends_at_the_budget_and_says_what_it_meas
     assert result["tokens"] > 512 * 20
     (layers,) = result["importance"]["layers"]
     assert len(layers) == 2 and result["importance"]["measure"] == "skip"
+    # Its checkpoint is that of the last step, which only what was measured tells.
+    (tmp_path / "result.json").write_text("{")
+    assert train(wanted, tmp_path)["validation"] == result["validation"]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,18 @@ def test_shares_are_of_the_whole_run_also_before_a_plan_has_measured(recipe, pla
     every = {"evaluation": {"every": "25%"}, "checkpoint": {"every": "10%"}}
     resolved, *_ = resolve(recipe(tokens=512 * 100, training_plan=plan, **every), 512)
     assert (resolved.evaluation.every, resolved.checkpoint.every) == (25, 10)
+
+
+@pytest.mark.parametrize(
+    "plan", [{"importance_groups": ONLINE}, {"autofreeze": {"looks": 9, "tokens": 64}}, {"freezeout": {}}]
+)
+@pytest.mark.parametrize("spend", ["tokens", "flops"])
+def test_the_steps_of_a_recipe_are_of_the_whole_run_before_its_plan_has_measured(recipe, plan, spend):
+    (options,) = plan.values()
+    wanted = {name: {**options, "spend": spend} for name in plan}
+    resolved, shape, _ = resolve(recipe(tokens=512 * 100, training_plan=wanted), 257)
+    assert resolved.total_steps == Timeline(resolved, shape, []).guessed().spans[-1].stop > 98
+    assert resolved.total_steps == 100 or spend == "flops"
 
 
 def test_at_equal_flops_a_schedule_in_steps_falls_without_jumps(recipe, tmp_path):
@@ -191,7 +207,10 @@ def test_the_command_takes_a_plan_and_names_mistakes(recipe, tmp_path, capsys):
         ("{liza: {}}", "did you mean lisa?"),
         ("{importance_groups: {importance: {measure: skill}}}", "skill"),
         ("{lisa: {always: [blockz]}}", "blockz"),
-        ("{importance_groups: {importance: {measure: gradient, tokens: 128}, groups: 2, always: [hed]}}", "hed"),
+        (
+            "{importance_groups: {importance: {measure: gradient, tokens: 128}, groups: 2, always: [hed]}}",
+            "hed",
+        ),
         ("{autofreeze: {looks: 2, tokens: 128, always: [hed]}}", "hed"),
     ):
         assert main(["train", path, f"training_plan={plan}", "--output", str(tmp_path / "bad")]) == 2

@@ -34,6 +34,19 @@ def test_rows_say_what_the_runs_recorded(runs, capsys):
     assert part["bits_per_byte"] == rows[3]["validation_bits_per_byte"]
 
 
+def test_a_run_that_measures_tells_how_far_it_is_of_the_whole(recipe, tmp_path, capsys):
+    plan = {"autofreeze": {"looks": 3, "tokens": 64}}
+    train(recipe(training_plan=plan), tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()
+    assert main(["report", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["state"] == "step 8 of 8"
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines(keepends=True)
+    more = {**json.loads(lines[-1]), "step": 9}  # what a plan that spends FLOPs may come to
+    (tmp_path / "run/metrics.jsonl").write_text("".join([*lines, json.dumps(more) + "\n"]))
+    assert main(["report", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["state"] == "step 9, past the 8 expected"
+
+
 def test_the_page_holds_every_run_and_is_brought_up_to_date(runs, tmp_path, capsys):
     for _ in range(2):
         assert (
