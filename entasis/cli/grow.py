@@ -193,6 +193,8 @@ def _written(spec: str) -> dict[str, Any]:
     from entasis.model.weights import SHAPE, read_shape
 
     path = Path(spec)
+    if "=" in spec:
+        return read_pairs(split_pairs(spec))
     if (path / SHAPE).is_file():
         # Files leave out an interface that is learned.
         source: Any = {"interface": {"kind": "learned"}, **read_shape(path).to_dict()}
@@ -203,7 +205,7 @@ def _written(spec: str) -> dict[str, Any]:
         if not isinstance(source, dict):
             raise UserError(f"{spec}: is no mapping; write profile: NAME, or layers: with a list of them")
     else:
-        return read_pairs(split_pairs(spec)) if "=" in spec else {"preset": spec}
+        return {"preset": spec}
     if isinstance(source.get("layers"), list):
         return {key: value for key, value in source.items() if key not in _NOT_IN_LAYERS}
     return source

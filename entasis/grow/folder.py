@@ -164,11 +164,10 @@ def _apply(
 def home_of(source: Path) -> Path:
     """Where the tokenizer and the recipe of a model lie: those of a checkpoint, and of a run's raw weights, with the run."""
     folder = source.resolve()
-    if folder.parent.name == "checkpoints":
-        return folder.parent.parent
-    # Any model may be called raw, and lie beside a recipe; only a run has an environment.json.
-    if folder.name == "raw" and (folder.parent / "environment.json").is_file():
-        return folder.parent
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    # Any model may be called so, and lie beside a recipe; only a run has an environment.json.
+    if (folder.name == "raw" or run != folder.parent) and (run / "environment.json").is_file():
+        return run
     return source
 
 

@@ -178,7 +178,8 @@ def compose(
     orders: Mapping[int, Order] | None = None,
     new_units: NewUnits = "copies",
 ) -> ResizePlan:
-    """The plan of a model of these layers; layers of another shape than their source are widened or cut.
+    """The plan of a model of these layers; layers of another shape than their source are widened or cut, which the operator's
+    `weights` then carry out by `operators.widths.carry_out`.
 
     `orders` and `new_units` are `resize.plan`'s. Raises `UserError` naming operator and layer.
     """

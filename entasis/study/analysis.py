@@ -243,7 +243,7 @@ class _Judging:
         done = self._finished(name)
         scores = [o.bits_per_byte for o in done]
         before = before_run(self.plan.arms, arm)
-        spent = [_spent(o) for o in done]
+        spent = [o.flops for o in done]
         difference, judgement, says = self._judge(name)
 
         def median(key: str) -> float | None:
@@ -296,12 +296,6 @@ class _Judging:
         if d:
             return str(verdict_text.judge(d)), verdict_text.says(d, self.study.margin)
         return "missing", "no finished pair"
-
-
-def _spent(o: Outcome) -> int:
-    """Training FLOPs that a run took, what its plan measured included: a plan that measures need not keep to a guess."""
-    measured = o.result.get("importance", {}).get("flops", 0)
-    return round(o.result["tokens"] * o.result["flops_per_token"] + measured)
 
 
 def _by_seed(pairs: Pairs) -> dict[int, float]:

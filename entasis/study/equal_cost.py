@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from entasis.errors import UserError
-from entasis.shape import cost
+from entasis.shape import cost, selectors
 from entasis.study.arms import Arm, Findings, batch_tokens
 from entasis.study.config import Protocol, Study
 from entasis.train.resolved_recipe import steps
+from entasis.train.training_plans import plan as training_plans
 from entasis.train.training_plans.plan import TrainingPlan
 
 
@@ -166,8 +167,19 @@ def _check_cost_is_known(study: Study, arms: Mapping[str, Arm], arm: Arm) -> Non
 
 
 def _draws(study: Study, arm: Arm, plan: TrainingPlan) -> bool:
-    """Whether other layers learn under another seed."""
-    length = steps(arm.recipe["tokens"], batch_tokens(arm.recipe))
-    seeds = [arm.recipe.get("seed", 0), *study.seeds]
-    first, *rest = (plan.phases(arm.shape.n_layers, length, seed) for seed in seeds)
-    return any(phases != first for phases in rest)
+    """Whether the plan costs something else under another seed."""
+    batch, sequence = batch_tokens(arm.recipe), arm.stages[0].data.sequence
+    prices = set()
+    for seed in study.seeds:
+        stages = training_plans.lay_out(
+            plan,
+            arm.shape,
+            steps=steps(arm.recipe["tokens"], batch),
+            batch_tokens=batch,
+            sequence=sequence,
+            seed=seed,
+        )
+        learning = [selectors.select(arm.shape, stage["trainable"]) for stage in stages]
+        costs = [cost.stage_flops_per_token(arm.shape, names, sequence) for names in learning]
+        prices.add(sum(stage["tokens"] * price for stage, price in zip(stages, costs, strict=True)))
+    return len(prices) > 1

@@ -244,7 +244,7 @@ def _curve(plan: Plan, o: Outcome) -> list[dict[str, Any]]:
     loss = np.array([m["loss"] for m in metrics])
     seconds = np.cumsum([m["seconds"] for m in metrics])
     stretches = np.array_split(np.arange(len(metrics)), min(_POINTS, len(metrics)))
-    price = o.run.flops / o.run.tokens
+    price = o.flops / o.result["tokens"]
     return [
         {
             "arm": o.label,

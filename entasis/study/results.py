@@ -39,6 +39,12 @@ class Outcome:
         """On the held-out corpus, after the last step."""
         return float(self.result["validation"]["bits_per_byte"])
 
+    @property
+    def flops(self) -> int:
+        """Training FLOPs of it, what its plan measured included: a plan that measures need not keep to what was expected."""
+        measured = self.result.get("importance", {}).get("flops", 0)
+        return round(self.result["tokens"] * self.result["flops_per_token"] + measured)
+
     @cached_property
     def documents(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(NLL in nats, UTF-8 bytes) of each held-out document, in the order of what they are known by."""

@@ -122,6 +122,7 @@ def _settle(
             result = files.read_json(folder / RESULT)
             return OpenedFolder(wanted, shape, doubts(folder, result), environment or {}, result)
         except Damaged as error:
+            preflight.check_sharding(wanted)
             notes += lock(folder, held)
             last, _ = checkpoint.newest(folder)
             if last is None or not _is_last(last, wanted, shape):

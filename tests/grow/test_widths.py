@@ -157,3 +157,20 @@ def test_widths_that_cannot_be_are_refused_by_name(operator, options, says):
     with pytest.raises(UserError, match=says) as caught:
         transitions.read({"grow": {"operator": operator, **options}}, "here").plan(SHAPE)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("source", both(WIDE))
+def test_copies_in_a_silent_layer_part_too(source, dtype):
+    """As after `llama_pro`: shares of zeros are random numbers that cancel."""
+    model = random_model(EQUAL).to(dtype)
+    with torch.no_grad():
+        model.blocks[1].feedforward.down.weight.zero_()
+    transition = transitions.read(source, "here")
+    plan = transition.plan(EQUAL)
+    tensors = {n: p.detach() for n, p in model.named_parameters()}
+    found = dict(transition.weights(plan, tensors.__getitem__, Init()))
+    down = found["blocks.1.feedforward.down.weight"]
+    first, second = down[:, :24], down[:, 24:]
+    torch.testing.assert_close(first, -second, rtol=0, atol=1e-8)
+    assert 0.003 < first.float().std() < 0.03

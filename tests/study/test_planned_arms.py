@@ -71,7 +71,7 @@ def test_a_plan_of_another_shape_gets_the_same_budget():
         ),
         ({"arms.groups": "{training_plan: {importance_groups: {importance: {measure: skip}}}}"}, "arm groups: its"),
         ({"arms.lisa": "{training_plan: {lisa: {always: [final_norm, head]}}}"}, "arm lisa: its training plan"),
-        ({"arms.growth-transformer": "{training_plan: {growth_transformer: {shuffle: 1}}}"}, "arm growth-transformer"),
+        ({"arms.growth-transformer": "{training_plan: {growth_transformer: {shuffle: 1, always: [head]}}}"}, "arm growth-transformer"),
         ({"arms.uniform": "{training_plan: {autofreeze: {}}}"}, "arm uniform: its training plan"),
         (
             {
@@ -92,6 +92,7 @@ def test_what_cannot_be_matched_is_refused(changes, says):
 
 
 def test_a_plan_that_is_known_beforehand_and_a_trunk_that_all_share_may_spend_tokens():
+    laid_out(**{"arms.lisa": "{training_plan: {lisa: {}}}"})  # draws layers of one price
     grid = laid_out(**{"arms.freezeout": "{training_plan: {freezeout: {}}}"}).grid["flops"]
     assert grid["freezeout"][0].flops == pytest.approx(grid["uniform"][0].flops, rel=0.01)
     laid_out(

@@ -145,13 +145,17 @@ def carry_out(plan: ResizePlan, read: Read, init: Init, noise: float) -> Iterato
         yield name, value.to(like)
 
 
+_SILENT = 0.02
+"""The size of weights that shares of zeros are like: a usual initial deviation."""
+
+
 def _share_out(
     whole_RC: torch.Tensor, axis: AxisMap | None, noise: float, seed: int, name: str
 ) -> torch.Tensor:
     """What each copy of a unit is read by, from columns that are the old ones over and over.
 
     To equal shares are added random numbers that sum to zero over the copies; their root mean square is `noise` times a
-    share's own.
+    share's own, and where a layer is silent times `_SILENT`.
     """
     import numpy as np
     import torch
@@ -165,7 +169,8 @@ def _share_out(
     if noise:
         counts_U = torch.bincount(units_C)
         drawn_RC = draw_normal(tuple(whole_RC.shape), seed, f"{name}/copies").to(wide_RC)
-        drawn_RC *= shares_RC.square().mean(dim=0).sqrt() * noise
+        size_C = shares_RC.square().mean(dim=0).sqrt()
+        drawn_RC *= torch.where(size_C == 0, _SILENT, size_C) * noise
         total_RU = wide_RC.new_zeros(len(wide_RC), len(counts_U)).index_add_(1, units_C, drawn_RC)
         # Alone, a unit's random numbers are their own mean: nothing is added.
         shares_RC = shares_RC + (drawn_RC - (total_RU / counts_U)[:, units_C])
@@ -191,7 +196,7 @@ def _adding_up(
     place_C = torch.empty_like(order_C)
     place_C[order_C] = torch.arange(len(order_C), device=order_C.device) - starts_U[units_C[order_C]]
     whole_RU = whole_RC[:, order_C[starts_U]]
-    step_RU = _power_below(whole_RU) * info.eps
+    step_RU = _power_below(torch.where((whole_RU == 0).all(0), _SILENT, whole_RU)) * info.eps
     if even:
         step_RU = step_RU / _power_below(counts_U.to(step_RU))
     step_RU = step_RU.clamp(min=info.tiny * info.eps)

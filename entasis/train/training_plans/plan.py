@@ -198,8 +198,9 @@ def lay_out(
         return [term for term in terms if term != "embedding" or term in learns]
 
     always = present(plan.always)
-    if always:  # also where everything learns until a measurement
-        selectors.select(shape, always, where="recipe: training_plan: always")
+    # Also where everything learns until a measurement. What is newest is known to the run alone.
+    if known := [term for term in always if "newest" not in term]:
+        selectors.select(shape, known, where="recipe: training_plan: always")
     result: list[dict[str, Any]] = []
     done = share = 0.0
     for phase in plan.phases(shape.n_layers, steps, seed, measured):
