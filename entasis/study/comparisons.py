@@ -98,7 +98,7 @@ class Control:
 
     difference: Difference | None = None
     p: float | None = None
-    """One-sided, of this comparison alone."""
+    """One-sided, of this comparison alone; None where it is judged by another method, or not yet."""
     seen: bool = False
 
 
@@ -117,13 +117,14 @@ def controls(study: Study, plan: Plan, pairs: Mapping[Comparison, Pairs]) -> dic
         if study.until is None:
             p = statistics.one_sided_p(values)
             seen = p < ALPHA
+            found[c.arm] = Control(dataclasses.replace(d, p=p), None if math.isnan(p) else p, seen)
         else:
             looks = stopping.follow(values, study.until, max(1, len(family(study, plan))))
             p = looks[-1].p if looks else math.nan
             seen = stopping.sees(looks) is not None
             alone = Standing(alone=looks, together=looks, p_holm=p, answer=None)
             d = stopping.restated(d, alone, study.until, study.margin)
-        found[c.arm] = Control(dataclasses.replace(d, p=p), p, seen)
+            found[c.arm] = Control(dataclasses.replace(d, p=p), None, seen)
     return found
 
 

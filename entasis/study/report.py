@@ -17,6 +17,7 @@ from entasis.report.tables import Column, Table
 from entasis.study import downstream, results, trajectory, validation_curves, verdict_tables
 from entasis.study import verdict as verdicts
 from entasis.study.config import Study
+from entasis.study.equal_cost import before_run
 from entasis.study.plan import Plan, PlannedRun
 from entasis.study.results import Outcome
 from entasis.study.verdict import ProtocolVerdict, Verdict, plain
@@ -244,13 +245,14 @@ def _curve(plan: Plan, o: Outcome) -> list[dict[str, Any]]:
     loss = np.array([m["loss"] for m in metrics])
     seconds = np.cumsum([m["seconds"] for m in metrics])
     stretches = np.array_split(np.arange(len(metrics)), min(_POINTS, len(metrics)))
+    before = before_run(plan.arms, plan.arms[o.run.arm])[1]  # of its trunks
     price = o.flops / o.result["tokens"]
     return [
         {
             "arm": o.label,
             "seed": f"seed {o.run.seed}",
             "tokens": metrics[s[-1]]["tokens"],
-            "flops": metrics[s[-1]]["tokens"] * price,
+            "flops": before + metrics[s[-1]]["tokens"] * price,
             "seconds": round(float(seconds[s[-1]]), 3),
             "loss": round(float(loss[s].mean()), 5),
             "place": round(float(s[-1] + 1) / len(metrics), 4),
@@ -339,6 +341,7 @@ def _sweep(page: Page, study: Study, prepared: Sequence[PlannedRun], folder: Pat
         lost = [
             f"{arm} × {m:g}"
             for arm in study.arms
+            if arm not in study.controls
             for m in study.sweep.multipliers
             if m not in results.sweep_scores(done, arm, study.sweep)
         ]

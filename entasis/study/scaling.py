@@ -183,18 +183,21 @@ def _budgets(
     parts = [v.protocols[protocol] for v in verdicts if protocol in v.protocols]
     if len(parts) < len(verdicts):
         raise UserError(f"protocol {protocol} is not in every study")
-    _same_text(folders)
+    _same_text(folders, baseline)
     arms = [a for a in parts[0].arms if all(a in p.arms for p in parts)]
     seeds = sorted(set.intersection(*({*p.arms[a].scores} for p in parts for a in arms)))
     if len(arms) < 2 or not seeds:
         raise UserError("the studies share no two arms with a finished seed in every budget")
     scores = {a: np.array([[p.arms[a].scores[s] for s in seeds] for p in parts]) for a in arms}
-    flops = {
-        a: np.array([[float(p.arms[a].training_flops or math.nan)] * len(seeds) for p in parts]) for a in arms
-    }
+    flops = {a: np.array([[_spent(p.arms[a])] * len(seeds) for p in parts]) for a in arms}
     if len({float(x) for x in flops[baseline][:, 0]}) < LEAST:
         raise UserError(f"the baseline's training FLOPs take fewer than {LEAST} different values")
     return baseline, protocol, flops, scores, seeds
+
+
+def _spent(arm: verdict.ArmVerdict) -> float:
+    """Training FLOPs, those of the trunk with them; NaN where none are known."""
+    return float(arm.training_flops or math.nan) + (arm.trunk.flops if arm.trunk else 0)
 
 
 def _says(arm: str, m: float, low: float, high: float, baseline: str) -> str:
@@ -206,18 +209,21 @@ def _says(arm: str, m: float, low: float, high: float, baseline: str) -> str:
     return f"{arm}: no difference in compute detected, m = {m:.3f} ({low:.3f} … {high:.3f})."
 
 
-def _same_text(folders: Sequence[Path]) -> None:
-    """Fits mix scores, so tokenizer and held-out text must be the same. Raises `UserError`."""
+def _same_text(folders: Sequence[Path], baseline: str) -> None:
+    """Fits mix scores, so tokenizer and held-out documents must be the same. Raises `UserError`."""
     seen = {}
     for folder in folders:
-        path = next((folder / "runs").glob("*/seed-*/result.json"), None)
-        if path is None:
-            raise UserError(f"{folder}: holds no finished run")
-        data = results.json_of(path)["data"]
-        seen[folder] = (data["tokenizer"], data.get("validation"))
+        paths = sorted(
+            p for arm in (baseline, f"{baseline}@*") for p in (folder / "runs").glob(f"{arm}/*/result.json")
+        )
+        if not paths:
+            raise UserError(f"{folder}: holds no finished run of {baseline}")
+        result = results.json_of(paths[0])
+        scored = [result["validation"][key] for key in ("documents", "bytes")]
+        seen[folder] = (result["data"]["tokenizer"], result["data"].get("validation"), *scored)
     first = folders[0]
     for folder, text in seen.items():
         if text != seen[first]:
             raise UserError(
-                f"{first} and {folder} differ in tokenizer or held-out text; they cannot be fitted as one"
+                f"{first} and {folder} differ in tokenizer or held-out documents; they cannot be fitted as one"
             )

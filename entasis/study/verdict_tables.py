@@ -63,6 +63,7 @@ def _flat(part: ArmVerdict | ContrastVerdict) -> dict[str, Any]:
         **({f"difference_{k}": v for k, v in plain(d).items()} if d else {}),
         "interval": f"{verdict_text.signed(d.low)} … {verdict_text.signed(d.high)}" if d and known else None,
         "short": verdict_text.SHORT[part.judgement],
+        **({"trunk_flops": part.trunk.flops} if isinstance(part, ArmVerdict) and part.trunk else {}),
     }
 
 
@@ -136,6 +137,11 @@ def cost_table(verdict: Verdict, protocol: str) -> Table:
             Column("flops_per_token", "FLOPs/token", ".3e", "training"),
             Column("tokens", "tokens", ",d"),
             Column("training_flops", "training", ".3e", "FLOPs"),
+            *(
+                [Column("trunk_flops", "trunk", ".3e", "FLOPs, as expected")]
+                if any("trunk_flops" in row for row in arms)
+                else []
+            ),
             Column("training_loss", "loss", ".4f", "nats, text that was read"),
             Column("tokens_per_second", "tokens/s", ",.0f", "median of seeds"),
             Column("seconds", "seconds", ",.1f", "one run"),

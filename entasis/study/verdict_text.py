@@ -19,7 +19,7 @@ SHORT: dict[str, str] = {
     "same": "no different",
     "undecided": "none detected",
     "unjudged": "one seed",
-    "itself": "the baseline itself",
+    "itself": "the same arm",
     "missing": "no finished run",
     "seen": "control: seen",
     "unseen": "control: NOT seen",

@@ -10,6 +10,7 @@ import pytest
 
 from entasis.errors import UserError
 from entasis.study import scaling, verdict
+from entasis.study.verdict import TrunkCost
 
 FLOOR, EXPONENT, TRUTH = 0.6, 0.12, {"base": 1.0, "better": 1.25, "same": 1.0, "worse": 0.8}
 BUDGETS = np.array([1e13, 4e13, 1.6e14, 6.4e14])
@@ -55,22 +56,35 @@ def test_one_seed_has_no_interval() -> None:
 
 
 def write(
-    folder: Path, i: int, flops: dict[str, np.ndarray], scores: dict[str, np.ndarray], text: str
+    folder: Path,
+    i: int,
+    flops: dict[str, np.ndarray],
+    scores: dict[str, np.ndarray],
+    text: str,
+    documents: int = 5,
+    trunk: float = 0.0,
 ) -> Path:
+    """A study's verdict, in which runs of `better` have this part of their FLOPs from a trunk."""
     like = verdict.read(Path(__file__).parents[2] / "results/quickstart")
     part = like.protocols["params"]
     arms = {
         arm: replace(
             part.arms[like.baseline],
             scores={s: float(scores[arm][i, s]) for s in range(scores[arm].shape[1])},
-            training_flops=int(flops[arm][i, 0]),
+            training_flops=int(flops[arm][i, 0] * (1 - trunk * (arm == "better"))),
+            trunk=TrunkCost(name="small", tokens=1, flops=int(flops[arm][i, 0] * trunk))
+            if trunk and arm == "better"
+            else None,
         )
         for arm in scores
     }
     (folder / "runs/base/seed-0").mkdir(parents=True)
     written = replace(like, baseline="base", protocols={"params": replace(part, arms=arms)})
     verdict.write(folder, written)
-    data = {"data": {"tokenizer": "t", "validation": text}}
+    data = {
+        "data": {"tokenizer": "t", "validation": text},
+        "validation": {"documents": documents, "bytes": 9},
+    }
     (folder / "runs/base/seed-0/result.json").write_text(json.dumps(data))
     return folder
 
@@ -87,5 +101,10 @@ def test_studies_are_read_and_mixtures_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fewer than 3 different values"):
         scaling.scale([folders[0], folders[0], folders[1]])
     other = write(tmp_path / "other", 0, flops, scores, "another text")
-    with pytest.raises(UserError, match="differ in tokenizer or held-out text"):
-        scaling.scale([*folders[1:], other])
+    fewer = write(tmp_path / "fewer", 0, flops, scores, "v", documents=4)
+    for study in (other, fewer):
+        with pytest.raises(UserError, match="differ in tokenizer or held-out documents"):
+            scaling.scale([*folders[1:], study])
+    grown = [write(tmp_path / f"grown-{i}", i, flops, scores, "v", trunk=0.5) for i in range(4)]
+    for a, b in zip(scaling.scale(grown)[0]["arms"], plain["arms"], strict=True):
+        assert a["multiplier"] == pytest.approx(b["multiplier"], rel=1e-6)

@@ -1,5 +1,6 @@
 """Arms that start from a trunk's run: shapes and lengths before anything runs, then one small study for real."""
 
+import csv
 import json
 import os
 import shutil
@@ -178,6 +179,9 @@ def test_a_study_trains_its_trunks_first_and_arms_from_their_weights(finished: P
     assert trunk.keys() < grown.keys()
     arm = verdict["protocols"]["flops"]["arms"]["grown"]
     assert arm["trunk"]["tokens"] == 2048 and arm["layers"] == 8
+    rows = list(csv.DictReader((finished / "tables/cost-flops.csv").open()))
+    costs = {row["arm"]: float(row["training_flops"]) + float(row["trunk_flops"] or 0) for row in rows}
+    assert costs["grown"] == pytest.approx(costs["scratch"], rel=0.05)
     assert "starts from the run of the trunk small" in (finished / "report.html").read_text()
 
 
