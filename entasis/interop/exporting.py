@@ -7,6 +7,7 @@ A format takes an `ExportRequest` and writes into a folder that is renamed into 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from entasis.errors import UserError
 from entasis.files import new_folder
 from entasis.grow import provenance
 from entasis.interop import model_card
+from entasis.interop.hf_tokenizer import Ends, read_ends
 from entasis.interop.transforms import ShapedWeights, fold_scales
 from entasis.model import weights
 from entasis.model.transformer import Transformer
@@ -42,6 +44,10 @@ class ExportRequest:
     @property
     def tokenizer(self) -> Path:
         return self.folder / "tokenizer.json"
+
+    @functools.cached_property
+    def ends(self) -> Ends:
+        return read_ends(self.folder)
 
 
 @torch.no_grad()

@@ -97,6 +97,8 @@ def read_description(file: GGUFFile) -> tuple[str, Description]:
         short = key.removeprefix(settings.prefix)
         # Zero, false and the empty string switch a thing off; anything else, arrays included, would be it.
         off = isinstance(value, int | float | str) and not value
+        if short == "attention.causal":  # the one thing that models here do, and false would switch off
+            off = value is True
         if short != key and short not in _KNOWN and not off:
             raise settings.refuse(short, "models here do not do this")
     return name, ARCHITECTURES[name].read(file, settings)

@@ -18,11 +18,11 @@ from tokenizers.models import BPE
 
 from entasis.errors import UserError
 from entasis.interop.gguf_reader import GGUFFile, Strings
-from entasis.interop.hf_tokenizer import TokenizerFiles, with_config
+from entasis.interop.hf_tokenizer import TokenizerFiles, read_config, read_ends, with_config
 
 if TYPE_CHECKING:
     import gguf
-from entasis.interop.config_reader import ConfigReader
+from entasis.interop.config_reader import ConfigReader, shorten
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,6 +45,7 @@ def _split(numbers: str) -> Any:
     ])  # fmt: skip
 
 
+_QWEN2_NUMBERS, _LLAMA3_NUMBERS = r"\p{N}", r"\p{N}{1,3}"
 _GPT2 = {"gpt-2", "gpt2", "olmo"}
 _SMOLLM = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 _LLAMA3 = {"llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"}
@@ -141,15 +142,17 @@ def _byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
+        if len(merges) == 1 and left == right in vocabulary and left + right not in vocabulary:
+            continue  # stands for none, as `write_tokenizer` has it
         if not {left, right, left + right} <= vocabulary.keys():
             raise UserError(f"{where}: tokenizer.ggml.merges joins {merge!r}, which are not all tokens")
         pairs.append((left, right))
     tokenizer = Tokenizer(BPE(vocabulary, pairs, ignore_merges=pre in _LLAMA3))
     if pre in _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = _split(r"\p{N}")
+        tokenizer.pre_tokenizer = _split(_QWEN2_NUMBERS)
     elif pre in _LLAMA3:
-        tokenizer.pre_tokenizer = _split(r"\p{N}{1,3}")
+        tokenizer.pre_tokenizer = _split(_LLAMA3_NUMBERS)
     else:
         tokenizer.pre_tokenizer = _gpt2() if pre in _GPT2 else _digits_then_gpt2()
     tokenizer.decoder = decoders.ByteLevel()
@@ -198,32 +201,44 @@ def write_tokenizer(
         types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_name_split(content, refuse))
+    writer.add_tokenizer_pre(_name_split(load(path).library, refuse))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     # llama.cpp wants the list; one merge of two tokens that never stand together is none.
     writer.add_token_merges(merges or [f"{tokens[0]} {tokens[0]}"])
-    if (end := load(path).end_of_text) is not None:
-        writer.add_bos_token_id(end)
-        writer.add_eos_token_id(end)
+    ends = read_ends(folder)
+    if ends.begin is not None:
+        writer.add_bos_token_id(ends.begin)
+    if ends.end is not None:
+        writer.add_eos_token_id(ends.end)
     writer.add_add_bos_token(False)
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        if isinstance(template, str):
-            writer.add_chat_template(template)
+    template = read_config(folder).get("chat_template")
+    if isinstance(template, str):
+        writer.add_chat_template(template)
 
 
-def _name_split(content: Mapping[str, Any], refuse: Callable[[str], UserError]) -> str:
-    """llama.cpp's name for how text is split before BPE."""
-    parts = content.get("pre_tokenizer") or {}
+def _name_split(tokenizer: Tokenizer, refuse: Callable[[str], UserError]) -> str:
+    """llama.cpp's name for how text is split before BPE: that of the splitting here which is the tokenizer's."""
+    steps = _steps(tokenizer.pre_tokenizer)
+    for name, known in (
+        ("gpt-2", _gpt2()),
+        ("smollm", _digits_then_gpt2()),
+        ("qwen2", _split(_QWEN2_NUMBERS)),
+        ("llama-bpe", _split(_LLAMA3_NUMBERS)),
+    ):
+        if steps == _steps(known):
+            return name
+    told = ", ".join(
+        " ".join([step["type"], *(shorten(repr(p)) for p in step.get("pattern", {}).values())])
+        for step in steps
+    )
+    raise refuse(f"llama.cpp has no name for the tokenizer's splitting ({told or 'none'})")
+
+
+def _steps(splitting: Any) -> list[dict[str, Any]]:
+    """What the steps of a splitting are and do to the text; `trim_offsets` changes nothing in it."""
+    if splitting is None:
+        return []
+    parts = json.loads(splitting.__getstate__())
     steps = parts.get("pretokenizers", [parts])
-    kinds = [step.get("type") for step in steps]
-    patterns = " ".join(str(step.get("pattern", "")) for step in steps)
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"]:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        return "llama-bpe" if "{1,3}" in patterns else "qwen2"
-    raise refuse(f"llama.cpp has no name for the tokenizer's splitting ({', '.join(map(str, kinds))})")
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]

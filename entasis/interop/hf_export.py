@@ -171,7 +171,6 @@ def find_class(shape: ModelShape) -> _Class:
 
 
 def _config(shape: ModelShape, kind: _Class, request: ExportRequest) -> dict[str, Any]:
-    end = _end_of_text(request)
     rope = {"rope_type": "default", **(shape.rope_scaling or {}), "rope_theta": shape.rope_theta}
     widest = {
         key: max(getattr(x, n) for x in shape.layers)
@@ -191,8 +190,8 @@ def _config(shape: ModelShape, kind: _Class, request: ExportRequest) -> dict[str
         # transformers 5 reads the first, earlier ones the second and, where there is any, `rope_scaling`.
         "rope_parameters": rope,
         "rope_theta": shape.rope_theta,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "bos_token_id": request.ends.begin,
+        "eos_token_id": request.ends.end,
         "dtype": str(DTYPES[request.dtype]).removeprefix("torch."),
         "use_cache": True,
     }
@@ -232,15 +231,7 @@ def _write(
             (folder / "tokenizer_config.json").write_text(
                 json.dumps(answer, indent=2) + "\n", encoding="utf-8"
             )
-    if (end := config["eos_token_id"]) is not None:
-        generation = {"eos_token_id": end, "bos_token_id": end}
+    if request.ends.end is not None:
+        generation = {"eos_token_id": request.ends.stops, "bos_token_id": request.ends.begin}
         (folder / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
     return sum(tensor.count for tensor in stored)
-
-
-def _end_of_text(request: ExportRequest) -> int | None:
-    if not request.tokenizer.is_file():
-        return None
-    from entasis.data.tokenizer import load
-
-    return load(request.tokenizer).end_of_text

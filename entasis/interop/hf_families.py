@@ -94,6 +94,7 @@ OPENELM = NameMap(
 # Keys that change what is computed, and the values at which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
+    "is_causal": (None, True),
     "partial_rotary_factor": (None, 1),
     "attn_logit_softcapping": (None, 0),
     "final_logit_softcapping": (None, 0),

@@ -38,7 +38,8 @@ GPT2 = NameMap(
     },
     conv1d=True,
     # Checkpoints from before transformers 4 hold the causal mask.
-    ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
+    ignored=r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",
+    optional="transformer.",  # OpenAI's own four leave it out
 )
 _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from entasis.data.tokenizer import from_gpt2
+from entasis.data.tokenizer import from_gpt2, load
 from entasis.errors import UserError
 from entasis.interop.config_reader import shorten
 from entasis.interop.hf_folder import find_member, read_json
@@ -60,6 +60,47 @@ def with_config(tokenizer: bytes, config: Mapping[str, Any]) -> TokenizerFiles:
         encoded = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         contents["tokenizer_config.json"] = encoded.encode("utf-8", "surrogatepass")
     return TokenizerFiles(contents, chat_template=bool(config.get("chat_template")))
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The ids of the tokens around a text, each None where there is none."""
+
+    begin: int | None = None
+    end: int | None = None
+    """Ends an answer; of a chat model often another than that of a document."""
+    document: int | None = None
+
+    @property
+    def stops(self) -> int | list[int] | None:
+        """What generation stops at, as transformers writes it."""
+        if self.document in (None, self.end):
+            return self.end
+        return [i for i in (self.end, self.document) if i is not None]
+
+
+def read_ends(folder: Path) -> Ends:
+    """The `bos_token` and `eos_token` of a folder's tokenizer_config.json, else what ends a document in its tokenizer.
+
+    Raises `UserError` where one of the files cannot be read.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return Ends()
+    tokenizer, config = load(folder / "tokenizer.json"), read_config(folder)
+    ids = tokenizer.library.get_vocab(with_added_tokens=True)
+
+    def find(name: str) -> int | None:
+        token = config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        return ids.get(text, tokenizer.end_of_text) if isinstance(text, str) else tokenizer.end_of_text
+
+    return Ends(find("bos_token"), find("eos_token"), tokenizer.end_of_text)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's tokenizer_config.json, empty where there is none. Raises `UserError` where it is damaged."""
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def check_vocabulary(files: TokenizerFiles, rows: int) -> None:

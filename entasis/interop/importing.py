@@ -116,14 +116,15 @@ def _open_folder(path: Path, tokenizer: Path | None) -> _Opened:
     source = HFFolder(path)
     family = find_family(source.config)
     description = family.read(source.config, len(source.sizes))
-    tensors = name_map.list_tensors(family.names, description.shape, description.layers)
+    names = family.names.as_in(source.sizes)
+    tensors = name_map.list_tensors(names, description.shape, description.layers)
     sizes, tied = dict(source.sizes), None
     if description.shape.tied_embeddings:
         # Some write the tied head too. It may be left out only when it really is the embedding.
-        tied = sizes.pop(f"{family.names.outer['head']}.weight", None)
-    name_map.check(tensors, sizes, path.name, family.names.ignored)
+        tied = sizes.pop(f"{names.outer['head']}.weight", None)
+    name_map.check(tensors, sizes, path.name, names.ignored)
     if tied is not None:
-        _check_tied(source, family.names)
+        _check_tied(source, names)
     files = read_given(tokenizer) if tokenizer else read_folder(path, family.name)
     check_vocabulary(files, description.shape.vocabulary)
     paths = [path / "config.json", *source.files]

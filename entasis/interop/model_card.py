@@ -62,7 +62,9 @@ def _from(lineage: Lineage, index: int) -> str:
 def _study(source: Path) -> list[str]:
     """The study that the run is part of (STUDY/runs/ARM/seed-0)."""
     run = source.resolve()
-    verdict = run.parents[2] / "verdict.json" if len(run.parents) > 2 else run
+    if len(run.parents) < 3:
+        return []
+    verdict = run.parents[2] / "verdict.json"
     if run.parents[1].name != "runs" or not verdict.is_file():
         return []
     told = read_json(verdict)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,6 +45,16 @@ class NameMap:
     head apart."""
     ignored: str = r"(?!)"
     """Pattern of tensors that hold no parameters (buffers of old checkpoints)."""
+    optional: str = ""
+    """What some checkpoints leave out in front of these names, `ignored` expecting both."""
+
+    def as_in(self, found: Container[str]) -> NameMap:
+        """The names as a checkpoint with the tensors `found` has them: without `optional` where its embedding is."""
+        embedding = f"{self.outer['embedding.tokens']}.weight"
+        if embedding in found or embedding.removeprefix(self.optional) not in found:
+            return self
+        outer = {ours: theirs.removeprefix(self.optional) for ours, theirs in self.outer.items()}
+        return replace(self, outer=outer, layer=self.layer.removeprefix(self.optional))
 
 
 @dataclass(frozen=True)

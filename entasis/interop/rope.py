@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 def read_config(config: ConfigReader) -> dict[str, Any]:
     """From a Hugging Face config.
 
-    transformers up to 4 keeps `rope_theta` and `rope_scaling` apart, 5 keeps both in `rope_parameters`.
+    transformers up to 4 keeps `rope_theta` and `rope_scaling` apart, 5 keeps both in `rope_parameters`; where both
+    mappings are there, every version goes by `rope_scaling`.
     linear and llama3 scaling are what our models do; any other kind is refused by its name.
     """
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     asked = config.mapping(key) or {}
     scaling = ConfigReader(asked, f"{config.where}: {key}")
     theta = scaling.number("rope_theta", config.number("rope_theta", 10_000.0, least=1), least=1)

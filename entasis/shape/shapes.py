@@ -117,7 +117,7 @@ class ModelShape:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"shape: {name} is {_shown(getattr(self, name))}; it must be true or false")
         if self.rope_scaling is not None:
-            _check_rope_scaling(self.rope_scaling)
+            object.__setattr__(self, "rope_scaling", _read_rope_scaling(self.rope_scaling))
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
@@ -194,11 +194,12 @@ _ROPE_SCALING: dict[object, tuple[str, ...]] = {
 }
 
 
-def _check_rope_scaling(scaling: object) -> None:
+def _read_rope_scaling(scaling: object) -> Mapping[str, Any]:
+    """The scaling with its kind under `rope_type`, which older configs call `type`."""
     if not isinstance(scaling, Mapping):
         raise UserError(f"shape: rope_scaling is {_shown(scaling)}; write {{rope_type: linear, factor: 2.0}}")
     if not scaling:
-        return
+        return scaling
     kind = scaling.get("rope_type", scaling.get("type"))
     if not isinstance(kind, str) or kind not in _ROPE_SCALING:
         raise UserError(
@@ -212,6 +213,9 @@ def _check_rope_scaling(scaling: object) -> None:
             raise UserError(f"shape: rope_scaling.{name} is {_shown(value)}; it must be a number above 0")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise UserError("shape: rope_scaling.low_freq_factor must be below high_freq_factor")
+    if "type" not in scaling:
+        return scaling
+    return {"rope_type": kind, **{name: scaling[name] for name in _ROPE_SCALING[kind]}}
 
 
 def _ffn_kind(where: str, name: object) -> ffn_kinds.FFNKind:

@@ -43,6 +43,7 @@ CASES = {
     "llama-ragged": (RAGGED, {"tied_embeddings": True}),
     "llama-biased": (UNEQUAL, BIASED),
     "llama-linear-rope": (UNEQUAL, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "llama-linear-rope-by-its-old-name": (UNEQUAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
     "llama-llama3-rope": (UNEQUAL, {"rope_scaling": LLAMA3}),
     "llama-llama3-rope-equal": (EQUAL, {"rope_scaling": LLAMA3}),
     "qwen3": (EQUAL, QWEN),
@@ -173,6 +174,7 @@ GGUF = {
     "deci-narrow": (NARROW, {}, "deci"),
     "deci-ragged": (RAGGED, {"tied_embeddings": True}, "deci"),
     "deci-linear-rope": (UNEQUAL, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "deci"),
+    "llama-linear-rope": (EQUAL, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "llama"),
     "qwen3": (EQUAL, QWEN, "qwen3"),
     "openelm": (UNEQUAL, QWEN, "openelm"),
     "openelm-scaled": (UNEQUAL, {**QWEN, **SCALED}, "openelm"),
@@ -247,6 +249,16 @@ def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(
     with pytest.raises(UserError, match=says):
         export(tmp_path / "model", tmp_path / "out", to=to)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_directly_under_the_root_is_part_of_no_study(tmp_path, trained, monkeypatch):
+    made(tmp_path / "model", trained, EQUAL, {})
+    monkeypatch.setattr(
+        Path, "resolve", lambda self: Path("/model") if self.name == "model" else self.absolute()
+    )
+    export(tmp_path / "model", tmp_path / "out", to="hf")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("# model\n") and "## Study" not in card
 
 
 def test_matrices_that_stay_in_f16_are_named(tmp_path, trained, capsys):

@@ -298,6 +298,8 @@ def gguf_with(
         ({"arch": "mamba"}, "general.architecture is 'mamba'"),
         ({"llama__expert_count": 8}, "expert_count"),
         ({"llama__attention__scale": 0.1}, "attention.scale"),
+        ({"llama__attention__causal": False}, "attention.causal is False"),
+        ({"llama__attention__causal": True}, "embedding_length is missing"),
         ({"llama__embedding_length": 4, "llama__block_count": 10**6}, "block_count"),
         ({"llama__secret": list(range(5000))}, "secret"),
         ({"llama__embedding_length": list(range(5000))}, "embedding_length is 5000 values"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_checkpoints as tiny
 import torch
+from safetensors.torch import save_file
 
 from entasis.errors import UserError
 from entasis.interop.importing import import_model
@@ -111,6 +112,9 @@ def test_openelm_270m_has_the_published_heads_widths_and_count():
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "'yarn'"),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
+        # transformers goes by rope_scaling where both are there.
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("llama", {"is_causal": False}, "is_causal is False"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
@@ -160,6 +164,19 @@ def test_old_style_config_and_sharded_index(tmp_path):
     rope = config.pop("rope_parameters")
     config["rope_theta"], config["rope_scaling"] = rope.pop("rope_theta"), rope
     path.write_text(json.dumps(config))
+    import_model(tmp_path / "source", tmp_path / "out")
+    torch.testing.assert_close(our_logits(tmp_path / "out"), tiny.logits(model, IDS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_gpt2_as_openai_s_own_names_it(prefix, tmp_path):
+    """Without the prefix, with the causal masks, and the tied head left out."""
+    model = tiny.hugging_face("gpt2")
+    model.save_pretrained(tmp_path / "source")
+    tensors = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    tensors |= {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril() for i in range(3)}
+    tensors = {prefix + k.removeprefix("transformer."): v.contiguous() for k, v in tensors.items()}
+    save_file(tensors, tmp_path / "source" / "model.safetensors", {"format": "pt"})
     import_model(tmp_path / "source", tmp_path / "out")
     torch.testing.assert_close(our_logits(tmp_path / "out"), tiny.logits(model, IDS), atol=1e-4, rtol=0)
 

@@ -1,0 +1,121 @@
+"""What an exported folder or file says of its tokenizer: the ends of a text, and how text is split."""
+
+import json
+
+import pytest
+from gguf import GGUFReader
+from test_export import EQUAL, made
+from tokenizers import AddedToken, Regex, pre_tokenizers
+
+from entasis.data import tokenizer
+from entasis.errors import UserError
+from entasis.interop.exporting import export
+from entasis.interop.importing import import_model
+from entasis.shape import LayerShape
+
+
+@pytest.fixture
+def chat():
+    """A byte-level tokenizer with the special tokens of a chat model."""
+    made = tokenizer.from_bytes()
+    made.library.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
+    return tokenizer.Tokenizer(made.library)  # 256 <|endoftext|>, 257 <|im_start|>, 258 <|im_end|>
+
+
+@pytest.mark.parametrize(
+    ("config", "begin", "end", "stops"),
+    [
+        ({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}, 257, 258, [258, 256]),
+        ({"bos_token": None, "eos_token": "<|im_end|>"}, 256, 258, [258, 256]),
+        ({"eos_token": "<|endoftext|>"}, 256, 256, 256),
+        ({"bos_token": "\ud800", "eos_token": "<|of_another|>"}, 256, 256, 256),
+        (None, 256, 256, 256),
+    ],
+)
+def test_the_ends_of_a_text_are_those_of_the_model(tmp_path, chat, config, begin, end, stops):
+    made(tmp_path / "model", chat, EQUAL, {})
+    if config is not None:
+        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    export(tmp_path / "model", tmp_path / "hf", to="hf")
+    told = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (told["bos_token_id"], told["eos_token_id"]) == (begin, end)
+    told = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert told == {"bos_token_id": begin, "eos_token_id": stops}
+    export(tmp_path / "model", tmp_path / "gguf", to="gguf")
+    fields = GGUFReader(tmp_path / "gguf" / "model-f32.gguf").fields
+    ids = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos")]
+    assert ids == [begin, end]
+
+
+def test_transformers_stops_where_the_model_does(tmp_path, chat):
+    from transformers import AutoModelForCausalLM
+
+    made(tmp_path / "model", chat, EQUAL, {})
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    export(tmp_path / "model", tmp_path / "hf", to="hf")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert opened.generation_config.eos_token_id == [258, 256]
+
+
+def test_a_damaged_tokenizer_config_is_named(tmp_path, chat):
+    made(tmp_path / "model", chat, EQUAL, {})
+    (tmp_path / "model" / "tokenizer_config.json").write_text("[")
+    for to in ("hf", "gguf"):
+        with pytest.raises(UserError, match=r"tokenizer_config\.json: is not JSON"):
+            export(tmp_path / "model", tmp_path / "out", to=to)
+
+
+def test_a_gguf_file_without_merges_comes_back(tmp_path):
+    """llama.cpp wants a list of merges, so one of a byte with itself stands for none."""
+    ours = tokenizer.from_bytes()
+    made(tmp_path / "model", ours, EQUAL, {})
+    export(tmp_path / "model", tmp_path / "out", to="gguf")
+    assert import_model(tmp_path / "out" / "model-f32.gguf", tmp_path / "back").tokenizer
+    text = "\0\0 na\u00efve  text\n<|endoftext|>"
+    assert tokenizer.load(tmp_path / "back").encode(text) == ours.encode(text)
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split(pattern, behaviour="isolated"):
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behaviour), bytes_])
+
+
+def with_digits(individual):
+    steps = [pre_tokenizers.Digits(individual), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    return pre_tokenizers.Sequence(steps)
+
+
+@pytest.mark.parametrize(
+    ("splitting", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False), "gpt-2"),
+        (with_digits(True), "smollm"),
+        (split(rf"{WORDS}|\p{{N}}|{REST}"), "qwen2"),
+        (split(rf"{WORDS}|\p{{N}}{{1,3}}|{REST}"), "llama-bpe"),
+        (split(rf"{WORDS}|\p{{N}}|{REST}", "removed"), None),
+        (split(rf"\p{{N}}{{1,3}}|{REST}"), None),
+        (split(r"\S+|\s+"), None),
+        (with_digits(False), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+        (None, None),
+    ],
+)
+def test_only_a_splitting_that_is_known_is_named(tmp_path, splitting, name):
+    ours = tokenizer.from_bytes()
+    if splitting is None:
+        content = {**json.loads(ours.library.to_str()), "pre_tokenizer": None}
+        ours.library = type(ours.library).from_str(json.dumps(content))
+    else:
+        ours.library.pre_tokenizer = splitting
+    made(tmp_path / "model", ours, (LayerShape(6, 2, 64),), {})
+    if name is None:
+        with pytest.raises(UserError, match="no name for the tokenizer's splitting"):
+            export(tmp_path / "model", tmp_path / "out", to="gguf")
+        assert not (tmp_path / "out").exists()
+        return
+    export(tmp_path / "model", tmp_path / "out", to="gguf")
+    assert GGUFReader(tmp_path / "out" / "model-f32.gguf").fields["tokenizer.ggml.pre"].contents() == name
