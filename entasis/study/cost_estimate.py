@@ -15,22 +15,20 @@ from entasis.progress import duration
 from entasis.report.tables import Column, Table
 from entasis.study import (
     growth,
-    held_out,
     machine,
     results,
     rounds,
     runner,
     statistics,
     stopping,
-    throughput,
     trunks,
     verdict,
 )
-from entasis.study.arms import Arm, Findings, active_column, batch_tokens, shown_active
+from entasis.study.arms import Arm, active_column, batch_tokens, shown_active
 from entasis.study.config import Study
 from entasis.study.executors import launchers, local
 from entasis.study.executors.worker import Place
-from entasis.study.plan import Plan, PlannedRun, lay_out, preparatory, solve
+from entasis.study.plan import Plan, PlannedRun, solve
 from entasis.train.candidates import Settings, from_plain
 
 _LIMIT = 60.0
@@ -49,7 +47,7 @@ def estimate(
     that of its finished runs, is taken.
     """
     study, changes = growth.intended(runner.at_home(study), folder)
-    arms, prepared, plan = _planned(study, folder)
+    arms, prepared, plan = runner.foreseen(study, folder)
     asked = rounds.wanted(study, plan, folder).runs
     seconds_per_flop, at_once, source = _speeds(study, folder, plan, quick)
 
@@ -71,7 +69,12 @@ def estimate(
         }
 
     first = trunks.needed([*prepared, *asked])
-    left = [r for r in [*first, *prepared, *asked] if not launchers.finished(folder, r)]
+    late = {run.folder for run in results.too_late(study, folder, prepared)}
+    left = [
+        run
+        for run in [*first, *prepared, *asked]
+        if run.folder not in late and not launchers.finished(folder, run)
+    ]
     folders = {run.folder for run in [*first, *asked]}
     rows = [row(name, "trunk", [r for r in first if r.arm == name]) for name in study.trunks]
     rows += [row(name, p, runs) for p, by_arm in plan.grid.items() for name, runs in by_arm.items()]
@@ -100,24 +103,6 @@ def estimate(
         "noise_source": sd_source,
         "detectable": sd * factor if sd is not None and factor == factor else None,
     }
-
-
-def _planned(study: Study, folder: Path) -> tuple[dict[str, Arm], list[PlannedRun], Plan]:
-    """The arms, the runs before the main grid, and the main grid. Raises `UserError`."""
-    vocabulary = runner.vocabulary(study, folder) or next(
-        (c.train_tokenizer for c in study.corpora.values() if c.train_tokenizer), None
-    )
-    arms = held_out.agree(study, folder, solve(study, vocabulary))
-    prepared = preparatory(study, arms)
-    # Until speeds are measured, equal time is taken as equal FLOPs.
-    found = results.findings(study, folder, prepared, throughput.speeds(folder))
-    assumed = {name: 1e12 / arm.flops_per_token for name, arm in arms.items()}
-    plan = lay_out(
-        study,
-        arms,
-        Findings(multiplier=found.multiplier, tokens_per_second=found.tokens_per_second or assumed),
-    )
-    return arms, prepared, plan
 
 
 def _left(estimate: dict[str, Any]) -> str:

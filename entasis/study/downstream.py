@@ -8,27 +8,32 @@ not decide the verdict: at the sizes of a study most tasks are at chance.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich.console import Console
 
 from entasis.errors import UserError
-from entasis.files import write_text
+from entasis.files import hash_of, write_text
 from entasis.report.tables import Column, Table
 from entasis.study import results, statistics
 from entasis.study.arms import Arm
-from entasis.study.config import Study
+from entasis.study.config import Downstream, Study
 from entasis.study.executors import launchers
 from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Plan
 from entasis.study.results import Outcome
 
 FILE = "downstream.json"
+ASKED = "downstream.asked.json"
+"""Beside it: of each task the hash of what was asked, its limit and its definition."""
 FOLDER = "tasks"
 """Where the study's own task lies."""
 CONTINUATION = "continuation"
@@ -83,18 +88,21 @@ def _check_lengths(study: Study, folder: Path, arms: Mapping[str, Arm]) -> None:
 def score(study: Study, folder: Path, done: Sequence[Outcome], console: Console, pool: Pool) -> bool:
     """Adds the tasks that a run has not answered to `downstream.json` in its folder: task → metric → value.
 
+    Answers to other questions than are asked now are forgotten first, in all runs, so that none are compared with these.
     As many runs at once as are trained at once. Returns whether there were any.
     """
     wanted = study.downstream
     if wanted is None or importlib.util.find_spec("lm_eval") is None:
         return False
     own = [] if wanted.continuation is None else [CONTINUATION]
-    asked = [*wanted.tasks, *own]
+    paths = [str(folder / FOLDER)] if own else []
+    paths += [wanted.include_path] if wanted.include_path else []
+    asked = {task: _question(task, wanted, folder) for task in [*wanted.tasks, *own]}
+    for o in done:
+        _forget_others(o.folder, asked)
     left = [(o.folder, tasks) for o in done if (tasks := [t for t in asked if t not in _answers(o.folder)])]
     if not left:
         return False
-    paths = [str(folder / FOLDER)] if own else []
-    paths += [wanted.include_path] if wanted.include_path else []
     told = -1
 
     def tell() -> None:
@@ -103,12 +111,80 @@ def score(study: Study, folder: Path, done: Sequence[Outcome], console: Console,
             told = count
             console.print(f"downstream: {told} of {len(left)} runs scored", markup=False, highlight=False)
 
-    launchers.share(pool, "downstream", _score, left, paths, wanted.limit, told=tell)
+    launchers.share(pool, "downstream", _score, left, paths, wanted.limit, asked, told=tell)
     tell()
     return True
 
 
-def _score(left: Sequence[tuple[Path, list[str]]], paths: list[str], limit: int | None) -> None:
+def _question(task: str, wanted: Downstream, folder: Path) -> str:
+    """A hash of what a task asks: how many questions, and the files of one's own that it is made of."""
+    files = (
+        [folder / FOLDER / f"{CONTINUATION}.jsonl"] if task == CONTINUATION and wanted.continuation else []
+    )
+    if not files and wanted.include_path:
+        files = _files_of(task, sorted(Path(wanted.include_path).rglob("*.yaml")))
+    told = json.dumps([wanted.limit, *map(hash_of, files)])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _files_of(task: str, sources: Sequence[Path]) -> list[Path]:
+    """The files that define a task: its YAML, what that names of items and functions, and the tasks of a group."""
+    named: dict[str, list[Path]] = {}
+    for path in sources:
+        head = re.findall(
+            r"^(?:task|group|tag):[ \t]*(\S.*?)[ \t]*$", path.read_text("utf-8", "replace"), re.M
+        )
+        for name in head:
+            named.setdefault(name.strip("'\""), []).append(path)
+    found: set[Path] = set()
+    left = list(named.get(task, []))
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for word in _words(path) if path.suffix == ".yaml" else ():
+            if len(word) > 200:
+                continue  # no file has such a name, and looking for one raises
+            # A file beside it, a function in a module beside it, another task.
+            beside = [path.parent / word, path.parent / f"{word.split('.')[0]}.py"]
+            left += [p for p in beside if p.is_file()] + named.get(word, [])
+    return sorted(found)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads lm-eval's `!function module.name` as the text it is."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, tag, node: str(node.value))
+
+
+def _words(path: Path) -> Iterator[str]:
+    """Every text in a YAML file; none in one that is not YAML, which lm-eval refuses itself."""
+
+    def walk(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from walk(inner)
+
+    try:
+        yield from walk(yaml.load(path.read_text("utf-8", "replace"), _Loader))
+    except yaml.YAMLError:
+        return
+
+
+def _forget_others(run: Path, asked: Mapping[str, str]) -> None:
+    """Removes a run's answers where some of them are to other questions than those asked now."""
+    known = results.json_of(run / ASKED) if (run / ASKED).is_file() else {}
+    if any(known.get(task) != asked[task] for task in _answers(run) if task in asked):
+        (run / FILE).unlink()
+
+
+def _score(
+    left: Sequence[tuple[Path, list[str]]], paths: list[str], limit: int | None, asked: Mapping[str, str]
+) -> None:
     """Of each run the tasks, in a worker."""
     from entasis.evaluate import harness
     from entasis.evaluate.loading import load
@@ -126,6 +202,10 @@ def _score(left: Sequence[tuple[Path, list[str]]], paths: list[str], limit: int 
         # What stands for several tasks has no score of its own, and was asked all the same.
         plain = {**_answers(run), **{task: {} for task in tasks}, **plain}
         write_text(run / FILE, json.dumps(plain, indent=1) + "\n")
+        # After the answers: those of a process that is killed in between are asked for again.
+        known = results.json_of(run / ASKED) if (run / ASKED).is_file() else {}
+        told = known | {task: asked[task] for task in tasks}
+        write_text(run / ASKED, json.dumps(told, indent=1) + "\n")
 
 
 def _answers(run: Path) -> dict[str, dict[str, float]]:

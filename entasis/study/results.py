@@ -134,6 +134,21 @@ def findings(study: Study, folder: Path, runs: Iterable[PlannedRun], speeds: Map
     return Findings(multiplier=rates, tokens_per_second=dict(speeds))
 
 
+def too_late(study: Study, folder: Path, runs: Iterable[PlannedRun]) -> list[PlannedRun]:
+    """Sweep runs without a result that none is wanted of: main runs have begun at the rate that was chosen without it.
+
+    Trained now, one could be the best, and those runs would be of another rate than the study plans.
+    """
+    begun = {path.parts[-3].split("@")[0] for path in folder.glob("runs/*/*/recipe.yaml")}
+    if begun & set(study.controls):
+        begun.add(study.baseline)  # whose rate they take
+    return [
+        run
+        for run in runs
+        if run.kind == "sweep" and run.arm in begun and not (folder / run.folder / "result.json").is_file()
+    ]
+
+
 def sweep_scores(done: Iterable[Outcome], arm: str, sweep: Sweep | None) -> dict[float, float]:
     """Mean bits per byte of one arm at each multiplier of the learning rate that all seeds of the sweep finished.
 

@@ -29,12 +29,13 @@ from entasis.study import (
     machine,
     results,
     rounds,
+    stopping,
     throughput,
     trunks,
     verdict_tables,
 )
 from entasis.study import verdict as verdicts
-from entasis.study.arms import Arm
+from entasis.study.arms import Arm, Findings
 from entasis.study.config import Study
 from entasis.study.executors import launchers, local
 from entasis.study.executors.launchers import Pool
@@ -83,7 +84,8 @@ def _run(
     console: Console,
     place: contextlib.AbstractContextManager[Pool],
 ) -> Verdict:
-    growth.intended(study, folder)  # refused before anything is touched
+    # Refused before anything is touched: a study.yaml that cannot run would keep the mended one out of the folder.
+    _check(growth.intended(study, folder)[0], folder)
     with local.only_one(folder), contextlib.ExitStack() as held:
         study, notes = growth.begin(study, folder)
         pool = held.enter_context(place)  # which may write into the folder
@@ -95,7 +97,12 @@ def _run(
         downstream.prepare(study, folder, arms, console)
         prepared = preparatory(study, arms)
         _recognise(folder, arms, [*trunks.needed(prepared), *prepared])
-        _train(study, folder, prepared, console, "preparing: learning rates", pool)
+        late = [run.folder for run in results.too_late(study, folder, prepared)]
+        if late:
+            told = f"not tried again, as runs have begun at the rate chosen without: {', '.join(late)}"
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
+        wanted = [run for run in prepared if run.folder not in late]
+        _train(study, folder, wanted, console, "preparing: learning rates", pool)
         if "time" in study.protocols and not study.arms.keys() <= throughput.rounds(folder).keys():
             console.print("measuring the throughput of all arms in turn", markup=False, highlight=False)
             throughput.measure(study, folder, arms, pool)
@@ -122,11 +129,28 @@ def report(folder: Path, console: Console) -> Verdict:
     return _report(study, plan, folder, analysis.judge(study, plan, folder), prepared, console)
 
 
+def foreseen(study: Study, folder: Path) -> tuple[dict[str, Arm], list[PlannedRun], Plan]:
+    """The arms, the runs before the main grid, and the main grid, as far as can be told now. Raises `UserError`."""
+    arms = held_out.agree(study, folder, solve(study, _expected_vocabulary(study, folder)))
+    prepared = preparatory(study, arms)
+    speeds = throughput.speeds(folder)
+    if not study.arms.keys() <= speeds.keys():
+        # Until speeds are measured, all arms in turn, equal time is taken as equal FLOPs.
+        speeds = {name: 1e12 / arm.flops_per_token for name, arm in arms.items()}
+    rates = results.findings(study, folder, prepared, speeds).multiplier
+    return arms, prepared, lay_out(study, arms, Findings(multiplier=rates, tokens_per_second=speeds))
+
+
+def _check(study: Study, folder: Path) -> None:
+    """Refuses what can be seen to be wrong before corpora are made and anything is trained. Raises `UserError`."""
+    _, _, plan = foreseen(study, folder)
+    if study.until is not None:
+        stopping.schedule(study.until, max(1, len(set(plan.comparisons(study).values()))))
+
+
 def vocabulary(study: Study, folder: Path) -> int | None:
     """The corpus's vocabulary, if the corpus is there already."""
-    path = (study.base.get("data") or {}).get("train")
-    if isinstance(path, Mapping):  # a mixture, whose corpora have one tokenizer
-        path = next((part.get("path") for part in path.values() if isinstance(part, Mapping)), None)
+    path = _training_corpus(study)
     corpus = folder / str(path)  # an absolute path stays itself
     if path is None or not (corpus / "corpus.json").is_file():
         if path is not None and any(folder.glob("*/*/*/recipe.yaml")):
@@ -137,6 +161,31 @@ def vocabulary(study: Study, folder: Path) -> int | None:
     from entasis.data.corpus import Corpus
 
     return Corpus(corpus).vocabulary
+
+
+def _expected_vocabulary(study: Study, folder: Path) -> int | None:
+    """As `vocabulary`; of a corpus that the study has still to make, that of the tokenizer it will have."""
+    from entasis.study import corpora
+
+    name = (re.match(r"corpora/([^/]+)/", str(_training_corpus(study))) or [None, ""])[1]
+    if name not in corpora.missing(study, folder):
+        return vocabulary(study, folder)
+    corpus = study.corpora[name]
+    while corpus.copy_of:
+        corpus = study.corpora[corpus.copy_of]
+    if corpus.train_tokenizer:
+        return corpus.train_tokenizer
+    from entasis.data import tokenizer
+
+    return tokenizer.load(str(corpus.tokenizer)).vocabulary
+
+
+def _training_corpus(study: Study) -> Any:
+    """The path of the corpus that the base trains on; None where it names none."""
+    path = (study.base.get("data") or {}).get("train")
+    if isinstance(path, Mapping):  # a mixture, whose corpora have one tokenizer
+        return next((part.get("path") for part in path.values() if isinstance(part, Mapping)), None)
+    return path
 
 
 def summary(verdict: Verdict, console: Console) -> None:

@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+import entasis.evaluate
 from entasis.data.prepare import prepare
 from entasis.errors import UserError
 from entasis.study import downstream, study_files
@@ -77,6 +79,49 @@ def test_without_lm_eval_it_is_said_before_training_and_nothing_is_scored(corpus
     assert said.startswith("downstream: left out. Tasks need lm-eval (pip install 'entasis[eval]')")
     with local.pool_of(local.places(1)) as pool:
         assert not downstream.score(study(corpus, wanted), tmp_path, [], Console(file=io.StringIO()), pool)
+
+
+def test_what_is_asked_otherwise_than_before_is_asked_again_of_all_runs(corpus, tmp_path, monkeypatch):
+    """A stand-in for lm-eval says how often it was asked a task."""
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    def answer(run, tasks, include_path, limit):
+        asked.append((run.name, tuple(tasks)))
+        return {"results": {task: {"acc,none": float(len(asked))} for task in tasks}}
+
+    monkeypatch.setattr(entasis.evaluate, "harness", types.SimpleNamespace(run=answer), raising=False)
+    monkeypatch.setattr("entasis.evaluate.loading.load", lambda run, device: run)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    # In this process.
+    monkeypatch.setattr(downstream.launchers, "share", lambda pool, name, f, *given, told: f(*given))
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "one.yaml").write_text("task: one\ndataset_kwargs: {data_files: {test: my items.jsonl}}\n")
+    (own / "two.yaml").write_text("task: two\ndoc_to_text: !function way.text\n")
+    (own / "way.py").write_text("text = str\n")
+    (own / "my items.jsonl").write_text("{}\n")
+
+    def score(*runs: str, **wanted: Any) -> list[tuple[str, tuple[str, ...]]]:
+        asked.clear()
+        for name in runs:
+            (tmp_path / name).mkdir(exist_ok=True)
+        done = [Outcome(None, tmp_path / name, {}) for name in runs]
+        study_ = study(corpus, {"tasks": ["one"], "include_path": str(own), "limit": 5, **wanted})
+        downstream.score(study_, tmp_path, done, Console(file=io.StringIO()), None)
+        return list(asked)
+
+    assert score("a") == [("a", ("one",))]
+    assert score("a") == []
+    assert score("a", tasks=["one", "two"]) == [("a", ("two",))]
+    assert score("a", "b", limit=9) == [("a", ("one",)), ("b", ("one",))]
+    assert "two" not in json.loads((tmp_path / "a" / downstream.FILE).read_text())
+    (own / "way.py").write_text("text = repr\n")
+    assert score("a", limit=9) == []
+    (own / "my items.jsonl").write_text("{}\n{}\n")
+    assert score("a", "b", limit=9) == [("a", ("one",)), ("b", ("one",))]
+    assert score("a", limit=9, tasks=["two"]) == [("a", ("two",))]
+    (own / "way.py").write_text("text = str\n")
+    assert score("a", limit=9, tasks=["two"]) == [("a", ("two",))]
 
 
 def scored(corpus, folder, scores):

@@ -1,16 +1,19 @@
 """Studies that grow: which folder takes which study, and what is planned anew. Nothing is trained here."""
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from entasis.errors import UserError
-from entasis.study import growth, study_files
+from entasis.study import growth, results, runner, study_files
 from entasis.study.arms import Findings
 from entasis.study.config import Study
-from entasis.study.plan import lay_out, solve
+from entasis.study.plan import lay_out, preparatory, solve
 from entasis.study.stopping import Until
 
 
@@ -117,6 +120,87 @@ def test_what_is_not_growth_is_refused_with_both_values(
     with pytest.raises(UserError, match=message):
         growth.begin(study(**changes), folder)
     assert (folder / growth.FILE).read_text() == before
+
+
+def refused(s: Study, folder: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        runner.run(s, folder, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"plain": {}, "thin": {"shape.budget": "36k"}}}, "the tolerance is 0.50%"),
+        ({"arms": {"plain": {}, "slope": {"shape.profil": "vanilla"}}}, "arm slope: .*profil"),
+        ({"arms": {"plain": {}, "blind": {"data.validation": None}}}, "no data.validation to be judged on"),
+        ({"until": {"detectable": 0.01, "seeds": 3}}, "nothing can be said before 5 seeds"),
+    ],
+)  # fmt: skip
+def test_a_study_that_cannot_run_is_not_written(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    refused(study(**changes), tmp_path / "s", message)
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_own_tokenizer_that_is_still_to_be_trained_gives_the_vocabulary(tmp_path: Path) -> None:
+    shape = {k: v for k, v in study().base["shape"].items() if k != "vocabulary"}
+    data = {"train": "corpora/b/train", "validation": "corpora/b/validation", "sequence": 32}
+    corpora = {
+        "a": {"sources": ["stdlib"], "train_tokenizer": 300},
+        "b": {"sources": ["stdlib"], "tokenizer": "bytes"},
+    }
+    s = study(base={**study().base, "shape": shape, "data": data}, corpora=corpora)
+    arms, _, _ = runner.foreseen(s, tmp_path)
+    assert arms["plain"].shape.vocabulary == 257
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"shape.profil": "taper"}, "arm taper: .*profil"), ({"shape.budget": "36k"}, "the tolerance is 0.50%")],
+)
+def test_a_new_arm_that_cannot_run_leaves_the_folder_as_it_was(
+    changes: dict[str, Any], message: str, folder: Path
+) -> None:
+    before = (folder / growth.FILE).read_text()
+    arms = {"plain": {}, "slope": {"shape.profile": "vanilla"}}
+    refused(study(arms={**arms, "taper": changes}), folder, message)
+    assert (folder / growth.FILE).read_text() == before and growth.first(folder) is None
+    mended = study(arms={**arms, "taper": {"shape.profile": "taper"}})
+    assert growth.intended(mended, folder) == (mended, ["new: taper"])
+
+
+def test_a_sweep_run_is_wanted_until_runs_have_begun_at_the_rate_chosen_without_it(tmp_path: Path) -> None:
+    s = study(
+        sweep=[0.5, 1], arms={"plain": {}, "slope": {"shape.profile": "vanilla"}, "half": {"control": True}}
+    )
+    runs = preparatory(s, solve(s))
+
+    def begin(name: str) -> list[str]:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "recipe.yaml").write_text("")
+        return [run.folder for run in results.too_late(s, tmp_path, runs)]
+
+    done = tmp_path / "sweep/slope/lr-1/seed-1000"
+    done.mkdir(parents=True)
+    (done / "result.json").write_text("{}")
+    assert begin("sweep/slope/lr-0.5/seed-1000") == []
+    assert begin("runs/slope@flops/seed-0") == ["sweep/slope/lr-0.5/seed-1000"]
+    # A control is trained at the baseline's rate.
+    assert {name.split("/")[1] for name in begin("runs/half/seed-0")} == {"plain", "slope"}
+
+
+def test_equal_time_is_taken_as_equal_flops_until_the_speeds_of_all_arms_are_known(tmp_path: Path) -> None:
+    s = study(protocols=["time"])
+
+    def lengths(**speeds: float) -> dict[str, int]:
+        told = {"tokens_per_second": {name: [[speed]] for name, speed in speeds.items()}}
+        (tmp_path / "throughput.json").write_text(json.dumps(told))
+        return {name: runs[0].tokens for name, runs in runner.foreseen(s, tmp_path)[2].grid["time"].items()}
+
+    assumed = lengths(plain=100.0)
+    assert assumed["plain"] == 4096 and assumed["slope"] == pytest.approx(4096, rel=0.1)
+    assert lengths(plain=100.0, slope=50.0) == {"plain": 4096, "slope": 2048}
 
 
 def test_planned_looks_stay_as_planned_or_give_way_to_the_anytime_valid_t(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import psutil
 import pytest
 from rich.console import Console
 
-from entasis.errors import UserError
+from entasis.errors import Failure, UserError
 from entasis.study import config, machine, runner, study_files
 from entasis.study.arms import Findings
-from entasis.study.executors import launchers
+from entasis.study.executors import launchers, slurm
 from entasis.study.executors.launchers import State, failure_note
 from entasis.study.plan import lay_out, solve
 
@@ -117,3 +117,41 @@ def test_unknown_launchers_and_options() -> None:
     options = {"cluster": "local", "nodez": "1"}
     with pytest.raises(UserError, match="nodez"), launchers.find("slurm")(Path("logs"), 1, options):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("local", "runs_per_gpu", "0"),
+        ("slurm", "at_once", "0"),
+        ("slurm", "at_once", "all"),
+        ("slurm", "timeout_min", "long"),
+        ("ray", "gpus", "two"),
+        ("ray", "gpus", "1.5"),
+        ("ray", "cpus", "nan"),
+    ],
+)
+def test_wrong_values_of_options_are_a_line(name: str, option: str, value: str, tmp_path: Path) -> None:
+    if name != "local":
+        pytest.importorskip(
+            "submitit" if name == "slurm" else "ray", reason=f"the extra {name} is not installed"
+        )
+    options = {option: value} | ({"cluster": "local"} if name == "slurm" else {})
+    with (
+        pytest.raises(UserError, match=f"{option}.*{value}"),
+        launchers.find(name)(tmp_path / "logs", 1, options),
+    ):
+        pass
+
+
+def test_a_job_that_the_scheduler_does_not_take_is_a_line() -> None:
+    submitit = pytest.importorskip("submitit", reason="the extra slurm is not installed")
+
+    class Refusing:
+        def update_parameters(self, **parameters: Any) -> None: ...
+
+        def submit(self, *arguments: Any) -> None:
+            raise submitit.core.utils.FailedJobError("sbatch: error: invalid partition\nspecified: gpuu")
+
+    with pytest.raises(Failure, match=r"runs/a/seed-0 was not taken: .* invalid partition specified: gpuu"):
+        slurm._Slurm(Refusing(), None).submit("runs/a/seed-0", print)

@@ -74,6 +74,13 @@ def find(name: str) -> Launcher:
     return LAUNCHERS[name]
 
 
+def whole(option: str, given: str) -> int:
+    """The whole number that an option is. Raises `UserError` for none, and below 1."""
+    if not (given.isascii() and given.isdigit() and int(given)):
+        raise UserError(f"--option {option}={given}: a whole number, at least 1")
+    return int(given)
+
+
 @dataclass(slots=True)
 class State:
     """Where a run is, for whoever shows it."""

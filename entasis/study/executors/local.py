@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from entasis.errors import UserError
-from entasis.study.executors.launchers import Answer, Pool, launcher
+from entasis.study.executors.launchers import Answer, Pool, launcher, whole
 from entasis.study.executors.worker import Place, serve, train_one
 
 _FORGETS = Path("/proc/self/clear_refs").exists()
@@ -131,10 +131,8 @@ def on_this_machine(logs: Path, threads: int | None, options: Mapping[str, str])
     """
     if unknown := options.keys() - {"runs_per_gpu"}:
         raise UserError(f"--option {min(unknown)}: --launcher local knows runs_per_gpu alone")
-    given = options.get("runs_per_gpu", "1")
-    if not (given.isascii() and given.isdigit() and int(given)):
-        raise UserError(f"--option runs_per_gpu={given}: a whole number of runs, at least 1")
-    with pool_of(places(threads, int(given)), logs) as pool:
+    runs_per_gpu = whole("runs_per_gpu", options.get("runs_per_gpu", "1"))
+    with pool_of(places(threads, runs_per_gpu), logs) as pool:
         yield pool
 
 

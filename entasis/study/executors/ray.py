@@ -8,6 +8,7 @@ Options: `address` of a cluster (left out, one is started on this machine), `cpu
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -72,6 +73,8 @@ def on_ray(logs: Path, threads: int | None, options: Mapping[str, str]) -> Itera
     for name in options:
         if name not in _OPTIONS:
             raise UserError(f"--option {name}: Ray takes {', '.join(_OPTIONS)}")
+    cpus = _amount("cpus", options.get("cpus", str(threads_of_a_run(threads))))
+    gpus = _amount("gpus", options["gpus"]) if "gpus" in options else None
     here = "address" not in options
     try:
         ray.init(
@@ -86,7 +89,19 @@ def on_ray(logs: Path, threads: int | None, options: Mapping[str, str]) -> Itera
         raise UserError(f"--launcher ray: {' '.join(str(error).split())[:200]}") from error
     try:
         available = ray.cluster_resources()
-        gpus = float(options.get("gpus", 1 if available.get("GPU") else 0))
-        yield _Cluster(float(options.get("cpus", threads_of_a_run(threads))), gpus)
+        yield _Cluster(cpus, float(bool(available.get("GPU"))) if gpus is None else gpus)
     finally:
         ray.shutdown()
+
+
+def _amount(option: str, given: str) -> float:
+    """How much of a machine a run takes. Raises `UserError`."""
+    try:
+        amount = float(given)
+    except ValueError:
+        amount = math.nan
+    if not 0 <= amount < math.inf:
+        raise UserError(f"--option {option}={given}: a number, at least 0")
+    if option == "gpus" and amount > 1 and not amount.is_integer():
+        raise UserError(f"--option gpus={given}: whole GPUs, or a part of one")
+    return amount

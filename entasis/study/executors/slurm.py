@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from entasis.errors import UserError
-from entasis.study.executors.launchers import ATTEMPTS, Answer, Pool, launcher
+from entasis.errors import Failure, UserError
+from entasis.study.executors.launchers import ATTEMPTS, Answer, Pool, launcher, whole
 from entasis.study.executors.local import cores, threads_of_a_run
 
 
@@ -44,8 +44,15 @@ class _Slurm:
         self.executor, self.at_once = executor, at_once
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> _Job:
+        import submitit
+
         self.executor.update_parameters(name=f"entasis-{name.replace('/', '-')}")
-        return _Job(self.executor.submit(function, *arguments))
+        try:
+            return _Job(self.executor.submit(function, *arguments))
+        except submitit.core.utils.FailedJobError as error:  # sbatch itself said no
+            raise Failure(
+                f"--launcher slurm: {name} was not taken: {' '.join(str(error).split())[:200]}"
+            ) from error
 
 
 @launcher("slurm")
@@ -56,14 +63,20 @@ def slurm(logs: Path, threads: int | None, options: Mapping[str, str]) -> Iterat
         import submitit
     except ImportError as error:
         raise UserError("--launcher slurm needs the extra slurm (pip install 'entasis[slurm]')") from error
-    wanted: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in options.items()}
-    cluster = wanted.pop("cluster", "slurm")
+    wanted: dict[str, Any] = {
+        k: int(v) if v.isascii() and v.isdigit() else v
+        for k, v in options.items()
+        if k not in ("cluster", "at_once")
+    }
+    cluster = options.get("cluster", "slurm")
     each = threads_of_a_run(threads)
-    at_once = wanted.pop("at_once", max(1, cores() // each) if cluster == "local" else None)
+    at_once = max(1, cores() // each) if cluster == "local" else None
+    if "at_once" in options:
+        at_once = whole("at_once", options["at_once"])
     try:
         executor = submitit.AutoExecutor(folder=logs / "slurm" / "%j", cluster=cluster)
         executor.update_parameters(**{"timeout_min": 24 * 60, "cpus_per_task": each, **wanted})
-    except (RuntimeError, ValueError, TypeError, NameError) as error:
+    except (RuntimeError, ValueError, TypeError, NameError, AssertionError) as error:
         raise UserError(f"--launcher slurm: {' '.join(str(error).split())}") from error
     # torch takes its number of threads from here; on this machine for `local`, with SLURM's export on the nodes.
     os.environ["OMP_NUM_THREADS"] = str(each)
