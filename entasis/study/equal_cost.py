@@ -8,8 +8,8 @@ from entasis.errors import UserError
 from entasis.shape import cost, selectors
 from entasis.study.arms import Arm, Findings, batch_tokens
 from entasis.study.config import Protocol, Study
-from entasis.train.resolved_recipe import steps
-from entasis.train.training_plans import plan as training_plans
+from entasis.train import recipe as recipes
+from entasis.train.resolved_recipe import resolved_stages_of_plan
 from entasis.train.training_plans.plan import TrainingPlan
 
 
@@ -158,7 +158,7 @@ def _check_cost_is_known(study: Study, arms: Mapping[str, Arm], arm: Arm) -> Non
         plan = one.plan
         if plan is None or plan.spend == "flops":
             continue
-        if plan.measurement is not None or _draws(study, one, plan):
+        if plan.measurement is not None or _draws(study, one):
             raise UserError(
                 f"study {study.name}: {'arm' if one is arm else 'trunk'} {one.name}: its training plan measures or draws "
                 "which layers learn, so what its tokens cost is not known beforehand, as flops needs; write spend: flops "
@@ -166,20 +166,12 @@ def _check_cost_is_known(study: Study, arms: Mapping[str, Arm], arm: Arm) -> Non
             )
 
 
-def _draws(study: Study, arm: Arm, plan: TrainingPlan) -> bool:
-    """Whether the plan costs something else under another seed."""
-    batch, sequence = batch_tokens(arm.recipe), arm.stages[0].data.sequence
-    prices = set()
+def _draws(study: Study, arm: Arm) -> bool:
+    """Whether the arm's plan costs something else under another seed."""
+    recipe, sequence, prices = recipes.from_dict(arm.recipe), arm.stages[0].data.sequence, set()
     for seed in study.seeds:
-        stages = training_plans.lay_out(
-            plan,
-            arm.shape,
-            steps=steps(arm.recipe["tokens"], batch),
-            batch_tokens=batch,
-            sequence=sequence,
-            seed=seed,
-        )
-        learning = [selectors.select(arm.shape, stage["trainable"]) for stage in stages]
+        stages = resolved_stages_of_plan(recipe.replaced(seed=seed), arm.shape, ())
+        learning = [selectors.select(arm.shape, stage.trainable) for stage in stages]
         costs = [cost.stage_flops_per_token(arm.shape, names, sequence) for names in learning]
-        prices.add(sum(stage["tokens"] * price for stage, price in zip(stages, costs, strict=True)))
+        prices.add(sum(stage.tokens * price for stage, price in zip(stages, costs, strict=True)))
     return len(prices) > 1

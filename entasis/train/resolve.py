@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from entasis import quantities
-from entasis.configuration import parse
 from entasis.errors import UserError
 from entasis.files import read_json
 from entasis.shape import specification
@@ -24,6 +23,8 @@ from entasis.train.resolved_recipe import (
     ResolvedRecipe,
     ResolvedSamples,
     ResolvedStage,
+    resolved_stages_of_plan,
+    stages_of_plan,
     steps,
 )
 from entasis.train.stages import StageSpan, lay_out
@@ -109,31 +110,6 @@ def _with_plan(recipe: Recipe, shape: ModelShape) -> Recipe:
         }
         recipe = recipe.replaced(schedule=recipe.schedule.replaced(**shares))
     return recipe.replaced(training_plan={name: plan.model_dump()}, stages=stages)
-
-
-def resolved_stages_of_plan(
-    recipe: Recipe, shape: ModelShape, measured: training_plans.Measured
-) -> list[ResolvedStage]:
-    """As `stages_of_plan`, each under the recipe's schedule."""
-    found = stages_of_plan(recipe, shape, measured)
-    return [stage.narrowed(ResolvedStage, schedule=recipe.schedule) for stage in found]
-
-
-def stages_of_plan(
-    recipe: Recipe, shape: ModelShape, measured: training_plans.Measured = ()
-) -> tuple[Stage, ...]:
-    """The stages of a recipe's training plan, as far as they are known from what it has measured. Raises `UserError`."""
-    assert recipe.training_plan is not None and recipe.tokens is not None
-    found = training_plans.lay_out(
-        training_plans.read(recipe.training_plan),
-        shape,
-        steps=steps(recipe.tokens, recipe.batch.tokens),
-        batch_tokens=recipe.batch.tokens,
-        sequence=recipe.data.sequence,
-        seed=recipe.seed,
-        measured=measured,
-    )
-    return tuple(parse(Stage, stage, "recipe: training_plan") for stage in found)
 
 
 def _solve(recipe: Recipe, vocabulary: int, weights: ModelShape | None) -> Solution:

@@ -71,17 +71,10 @@ class ResolvedRecipe(Recipe):
         """Of the whole run; with a training plan that measures, as if all layers turned out alike."""
         if self.training_plan is None:
             return sum(steps(stage.tokens, (stage.batch or self.batch).tokens) for stage in self.stages)
-        plan, shape = training_plans.read(self.training_plan), ModelShape.from_dict(self.shape)
-        stages = training_plans.lay_out(
-            plan,
-            shape,
-            steps=steps(self.tokens, self.batch.tokens),
-            batch_tokens=self.batch.tokens,
-            sequence=self.data.sequence,
-            seed=self.seed,
-            measured=plan.alike(shape.n_layers),
-        )
-        return sum(stage["tokens"] for stage in stages) // self.batch.tokens
+        shape = ModelShape.from_dict(self.shape)
+        alike = training_plans.read(self.training_plan).alike(shape.n_layers)
+        whole = resolved_stages_of_plan(self, shape, alike)
+        return sum(steps(stage.tokens, self.batch.tokens) for stage in whole)
 
     @property
     def sequences(self) -> int:
@@ -92,6 +85,31 @@ class ResolvedRecipe(Recipe):
 def steps(tokens: int, batch_tokens: int) -> int:
     """Optimizer steps of a stage, at least one."""
     return max(1, round(tokens / batch_tokens))
+
+
+def resolved_stages_of_plan(
+    recipe: Recipe, shape: ModelShape, measured: training_plans.Measured
+) -> list[ResolvedStage]:
+    """As `stages_of_plan`, each under the recipe's schedule."""
+    found = stages_of_plan(recipe, shape, measured)
+    return [stage.narrowed(ResolvedStage, schedule=recipe.schedule) for stage in found]
+
+
+def stages_of_plan(
+    recipe: Recipe, shape: ModelShape, measured: training_plans.Measured = ()
+) -> tuple[Stage, ...]:
+    """The stages of a recipe's training plan, as far as they are known from what it has measured. Raises `UserError`."""
+    assert recipe.training_plan is not None and recipe.tokens is not None
+    found = training_plans.lay_out(
+        training_plans.read(recipe.training_plan),
+        shape,
+        steps=steps(recipe.tokens, recipe.batch.tokens),
+        batch_tokens=recipe.batch.tokens,
+        sequence=recipe.data.sequence,
+        seed=recipe.seed,
+        measured=measured,
+    )
+    return tuple(parse(Stage, stage, "recipe: training_plan") for stage in found)
 
 
 class SettledBatch(BatchSize):

@@ -9,8 +9,7 @@ from typing import Any
 from entasis.grow.provenance import Lineage
 from entasis.shape.shapes import ModelShape
 from entasis.train import stages
-from entasis.train.resolve import resolved_stages_of_plan
-from entasis.train.resolved_recipe import ResolvedRecipe
+from entasis.train.resolved_recipe import ResolvedRecipe, resolved_stages_of_plan
 from entasis.train.resolved_recipe import steps as count_steps
 from entasis.train.training_plans import plan as training_plans
 

@@ -178,7 +178,8 @@ def test_opening_the_tokenizer_by_its_usual_name_gives_no_warning_of_rope(export
     _, out = exported(rope_scaling={"rope_type": "linear", "factor": 2.0})
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    assert tokenizer.decode(tokenizer("import json")["input_ids"]) == "import json"
 
 
 def test_padding_finds_heads_and_groups_that_divide_the_width(tmp_path, trained, capsys):  # noqa: F811
