@@ -184,6 +184,7 @@ def test_more_models_than_dynamo_s_limit_in_one_process():
     for width in range(16, 96, 8):
         shape = many_shapes(1)
         model = Transformer(dataclasses.replace(shape, layers=(LayerShape(1, 1, width),)))
+        init_weights(model, 0)
         expected = model.loss(tokens, tokens)
         torch.testing.assert_close(compiled(model, backend="eager")(tokens, tokens), expected)
 
