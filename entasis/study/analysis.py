@@ -49,7 +49,15 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
                 c: _at_equal_time(d, _speed(plan, folder, done, c.arm, c.against), study.margin)
                 for c, d in differences.items()
             }
-        judging = _Judging(study, plan, p, done, pairs, controls, differences, looks, speeds)
+        here = comparisons.controls(study, plan, pairs, p)
+        if p == "time":
+            here = {
+                arm: dataclasses.replace(c, difference=_at_equal_time(c.difference, speeds[arm], study.margin))
+                if c.difference
+                else c
+                for arm, c in here.items()
+            }
+        judging = _Judging(study, plan, p, done, pairs, here, differences, looks, speeds)
         protocols[p] = judging.verdict(failed)
     first = growth.first(folder)
     sentences = _controls_say(study, controls)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from entasis.study import results, statistics, stopping
-from entasis.study.config import Study
+from entasis.study.config import Protocol, Study
 from entasis.study.plan import Comparison, Plan
 from entasis.study.results import Outcome
 from entasis.study.statistics import ALPHA, Difference
@@ -102,10 +102,12 @@ class Control:
     seen: bool = False
 
 
-def controls(study: Study, plan: Plan, pairs: Mapping[Comparison, Pairs]) -> dict[str, Control]:
-    """What is known of each positive control."""
+def controls(
+    study: Study, plan: Plan, pairs: Mapping[Comparison, Pairs], protocol: Protocol | None = None
+) -> dict[str, Control]:
+    """What is known of each positive control, by its arm, under one protocol; the first, if none is given."""
     found: dict[str, Control] = {}
-    for name, c in plan.controls(study).items():
+    for name, c in plan.controls(study, protocol).items():
         own = pairs[c]
         if not own:
             found[c.arm] = Control()

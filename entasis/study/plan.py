@@ -85,11 +85,13 @@ class Plan:
             c: self.name(c) for c in self.pairs(study) if not self.arms[c.arm].control and not self.is_twin(c)
         }
 
-    def controls(self, study: Study) -> dict[str, Comparison]:
-        """Comparisons of the positive controls, by their names: each under the first protocol."""
-        first = next(iter(self.grid))
+    def controls(self, study: Study, protocol: Protocol | None = None) -> dict[str, Comparison]:
+        """Comparisons of the positive controls, by their names, under one protocol; the first, if none is given."""
+        protocol = protocol or next(iter(self.grid))
         return {
-            self.name(c): c for c in self.pairs(study) if c.protocol == first and self.arms[c.arm].control
+            self.name(c): c
+            for c in self.pairs(study)
+            if c.protocol == protocol and self.arms[c.arm].control
         }
 
 

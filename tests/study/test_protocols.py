@@ -60,11 +60,12 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
             },
             "corpora": {"code": {"sources": [str(text)], "train_tokenizer": 512, "validation": 0.5}},
             # More layers, more attention: more FLOPs for the same parameters.
-            "arms": {"plain": {}, "deep": {"shape.layers": 8}},
+            "arms": {"plain": {}, "deep": {"shape.layers": 8}, "half": {"control": True}},
             "tolerance": "5%",
             "seeds": 1,
             "threads": 1,
             "protocols": ["params", "flops", "time"],
+            "hours": 0.0005,
             "downstream": {"tasks": ["two_ways"], "include_path": str(tmp_path / "tasks"),
                            "continuation": {"items": 12, "context": 8, "continuation": 2}},
             "sweep": {"multipliers": [0.1, 1], "changes": {"tokens": 1024}},
@@ -97,7 +98,14 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     told = verdict.protocols["time"].arms["deep"].throughput
     assert told.tokens_per_second == pytest.approx(speed["deep"]) and told.relative_error > 0
     assert told.slowest < told.fastest and told.rounds == len(measured["deep"]) * throughput.ROUNDS
-    assert tokens["time"] == max(1, round(4096 * speed["deep"] / speed["plain"] / 256)) * 256
+    base = verdict.protocols["time"].arms["plain"].tokens
+    assert base == pytest.approx(1.8 * speed["plain"], abs=128)
+    assert tokens["time"] == max(1, round(1.8 * speed["deep"] / 256)) * 256
+    # The control under each protocol is what its own runs say.
+    for p in verdict.protocols.values():
+        half = p.arms["half"]
+        assert half.difference.mean == pytest.approx(half.bits_per_byte - p.arms["plain"].bits_per_byte)
+    assert verdict.protocols["time"].arms["half"].tokens == pytest.approx(base / 2, abs=128)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "Learning rates" in page and "Downstream tasks" in page
     assert "so many bits per byte by the slope" in page
@@ -117,7 +125,7 @@ def test_params_flops_time_and_a_sweep(tmp_path: Path) -> None:
     asked = {
         (r["protocol"], r["arm"]) for r in table if r["task"] == "continuation" and r["metric"] == "acc_norm"
     }
-    assert asked == {(p, arm) for p in ("params", "flops", "time") for arm in ("plain", "deep")}
+    assert asked == {(p, arm) for p in ("params", "flops", "time") for arm in ("plain", "deep", "half")}
     for row in table:
         if row["task"] == "continuation" and row["protocol"] == "params":
             score = json.loads((folder / f"runs/{row['arm']}/seed-0/downstream.json").read_text())
