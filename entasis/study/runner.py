@@ -65,10 +65,6 @@ def run(
     """
     folder = folder.resolve()
     study = at_home(study)
-    if "time" in study.protocols and (options or {}).get("runs_per_gpu", "1") != "1":
-        raise UserError(
-            f"study {study.name}: under time runs are as long as they are fast, alone on their GPU; leave runs_per_gpu out"
-        )
     place = launchers.find(launcher)(folder / "logs", study.threads, options or {})
     try:
         return _run(study, folder, console, place)
@@ -89,6 +85,11 @@ def _run(
     with local.only_one(folder), contextlib.ExitStack() as held:
         study, notes = growth.begin(study, folder)
         pool = held.enter_context(place)  # which may write into the folder
+        if "time" in study.protocols and pool.shares_gpus:
+            raise UserError(
+                f"study {study.name}: under time runs are as long as they are fast, alone on their GPU; with these "
+                "options several share one"
+            )
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         _prepare(study, folder, console)

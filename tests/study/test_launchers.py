@@ -144,6 +144,14 @@ def test_wrong_values_of_options_are_a_line(name: str, option: str, value: str, 
         pass
 
 
+def test_runs_that_share_a_gpu_are_refused_under_time(text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    study, console = study_of(text, protocols=["time"]), Console(file=io.StringIO())
+    with pytest.raises(UserError, match="alone on their GPU; with these options several share one"):
+        runner.run(study, tmp_path / "s", console, launcher="ray", options={"gpus": "0.25"})
+    assert not (tmp_path / "s" / "corpora").exists()
+
+
 def test_a_job_that_the_scheduler_does_not_take_is_a_line() -> None:
     submitit = pytest.importorskip("submitit", reason="the extra slurm is not installed")
 

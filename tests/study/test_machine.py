@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from entasis.errors import UserError
 from entasis.study import config, machine, plan, study_files
 from entasis.study.arms import Findings
 from entasis.study.executors import launchers, local
@@ -134,8 +136,11 @@ def test_a_plan_times_every_shape_in_workers_and_imports_no_torch(tmp_path: Path
 
 def test_threads_that_the_user_has_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert [place.threads for place in local.places(None)] == [2, 2]
+    with pytest.raises(UserError, match="runs_per_gpu=8: torch sees no GPU here"):
+        local.places(None, runs_per_gpu=8)
     assert [place.threads for place in local.places(1)] == [1, 1, 1, 1]
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert [place.threads for place in local.places(None)] == [4]
@@ -147,3 +152,6 @@ def test_runs_share_gpus_evenly_and_cores_too(monkeypatch: pytest.MonkeyPatch) -
     assert sorted(place.gpu for place in found) == [0, 0, 0, 1, 1, 1]
     assert [place.threads for place in found] == [2] * 6 and len({place.name for place in found}) == 6
     assert [place.threads for place in local.places_on_gpus(1, runs_per_gpu=32, threads=4)] == [1] * 32
+    assert local._Places(found, None).shares_gpus
+    assert not local._Places(local.places_on_gpus(2, runs_per_gpu=1, threads=4), None).shares_gpus
+    assert not local._Places([local.Place("cpu-0", 1), local.Place("cpu-1", 1)], None).shares_gpus

@@ -47,6 +47,8 @@ class Pool(Protocol):
     """How often a run is started whose job dies without saying why: a lost node, a preemption, a kill."""
     waits: bool
     """Whether cancelled jobs are waited for."""
+    shares_gpus: bool
+    """Whether several runs are on one GPU at a time: none is then as fast as it would be alone."""
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> Job: ...
 

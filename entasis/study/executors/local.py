@@ -93,6 +93,8 @@ class _Places:
     def __init__(self, places: Sequence[Place], logs: Path | None) -> None:
         self.at_once: int | None = len(places)
         self.alike = len(places)
+        gpus = [place.gpu for place in places]
+        self.shares_gpus = len(set(gpus)) < len(gpus) and None not in gpus
         self.logs, self.free = logs, list(places)
         self.workers: dict[Place, _Worker | None] = dict.fromkeys(places)
 
@@ -137,10 +139,12 @@ def on_this_machine(logs: Path, threads: int | None, options: Mapping[str, str])
 
 
 def places(threads: int | None, runs_per_gpu: int = 1) -> list[Place]:
-    """So many places per CUDA device, else one per share of the CPU cores."""
+    """So many places per CUDA device, else one per share of the CPU cores. Raises `UserError`."""
     import torch
 
     each = threads_of_a_run(threads)
+    if runs_per_gpu > 1 and not torch.cuda.is_available():
+        raise UserError(f"--option runs_per_gpu={runs_per_gpu}: torch sees no GPU here")
     if torch.cuda.is_available():
         return places_on_gpus(torch.cuda.device_count(), runs_per_gpu, each)
     return [Place(f"cpu-{i}", each) for i in range(cores() // each)]

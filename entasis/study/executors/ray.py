@@ -47,6 +47,7 @@ class _Cluster:
 
     def __init__(self, cpus: float, gpus: float) -> None:
         self.cpus, self.gpus = cpus, gpus
+        self.shares_gpus = 0 < gpus < 1
 
     def submit(self, name: str, function: Callable[..., Any], *arguments: Any) -> _Job:
         import ray

@@ -38,7 +38,7 @@ class _Job:
 
 
 class _Slurm:
-    alike, attempts, waits = 1, ATTEMPTS, False
+    alike, attempts, waits, shares_gpus = 1, ATTEMPTS, False, False
 
     def __init__(self, executor: Any, at_once: int | None) -> None:
         self.executor, self.at_once = executor, at_once
