@@ -66,10 +66,8 @@ def read_tokenizer(file: GGUFFile) -> TokenizerFiles:
     types = _types(file, len(tokens))
     tokenizer = _byte_level(tokens, types, file.strings("tokenizer.ggml.merges"), pre, file.path.name)
     config = _config(settings, tokens)
-    if settings.flag("tokenizer.ggml.add_bos_token", False) and (bos := config.get("bos_token")):
-        tokenizer.post_processor = processors.Sequence(
-            [processors.ByteLevel(trim_offsets=False), _begin(bos, tokens.index(bos))]
-        )
+    if around := _around(settings, config, tokens, begins=False):
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), around])
     return with_config(tokenizer.to_str(pretty=False).encode(), config)
 
 
@@ -105,15 +103,32 @@ def _sentencepiece(file: GGUFFile, settings: ConfigReader) -> TokenizerFiles:
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     _add_special(tokenizer, tokens, types)
     config = _config(settings, tokens)
-    if settings.flag("tokenizer.ggml.add_bos_token", True) and (bos := config.get("bos_token")):
-        tokenizer.post_processor = _begin(bos, tokens.index(bos))
+    if around := _around(settings, config, tokens, begins=True):
+        tokenizer.post_processor = around
     return with_config(tokenizer.to_str(pretty=False).encode(), config)
 
 
-def _begin(bos: str, index: int) -> Any:
-    """A begin-of-text token before every text."""
+def _around(settings: ConfigReader, config: Mapping[str, Any], tokens: list[str], *, begins: bool) -> Any:
+    """The tokens that llama.cpp puts before and after every text; None where there are none.
+
+    `begins` is whether a kind of tokenizer has one before, unless its file says otherwise.
+    """
+    before = (
+        [config["bos_token"]]
+        if settings.flag("tokenizer.ggml.add_bos_token", begins) and "bos_token" in config
+        else []
+    )
+    after = (
+        [config["eos_token"]]
+        if settings.flag("tokenizer.ggml.add_eos_token", False) and "eos_token" in config
+        else []
+    )
+    if not before + after:
+        return None
     return processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, index)]
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *before, "$B:1", *after],
+        special_tokens=[(token, tokens.index(token)) for token in {*before, *after}],
     )
 
 
@@ -211,7 +226,10 @@ def write_tokenizer(
         writer.add_bos_token_id(ends.begin)
     if ends.end is not None:
         writer.add_eos_token_id(ends.end)
-    writer.add_add_bos_token(False)
+    # What transformers puts around a text by the same tokenizer.json.
+    around = load(path).library.encode("a").ids
+    writer.add_add_bos_token(around[:1] == [ends.begin])
+    writer.add_add_eos_token(around[-1:] == [ends.end])
     template = read_config(folder).get("chat_template")
     if isinstance(template, str):
         writer.add_chat_template(template)

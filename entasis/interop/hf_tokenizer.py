@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ class TokenizerFiles:
     contents: dict[str, bytes] = field(default_factory=dict)
     chat_template: bool = False
     notes: tuple[str, ...] = ()
+    sources: tuple[Path, ...] = ()
+    """The files that were read."""
 
 
 def read_given(path: Path) -> TokenizerFiles:
@@ -28,7 +30,7 @@ def read_given(path: Path) -> TokenizerFiles:
     if not path.is_file():
         raise UserError(f"{path}: is not a tokenizer.json")
     read_json(path)
-    return TokenizerFiles({"tokenizer.json": path.read_bytes()})
+    return TokenizerFiles({"tokenizer.json": path.read_bytes()}, sources=(path,))
 
 
 def read_folder(folder: Path, family: str) -> TokenizerFiles:
@@ -38,28 +40,31 @@ def read_folder(folder: Path, family: str) -> TokenizerFiles:
     families' merges do not say how text is split before merging.
     """
     if (folder / "tokenizer.json").exists():
-        content = find_member(folder, "tokenizer.json").read_bytes()
+        sources = [find_member(folder, "tokenizer.json")]
+        content = sources[0].read_bytes()
     elif family == "gpt2" and (folder / "vocab.json").exists():
-        made = from_gpt2(find_member(folder, "vocab.json"), find_member(folder, "merges.txt"))
-        content = made.library.to_str().encode()
+        sources = [find_member(folder, "vocab.json"), find_member(folder, "merges.txt")]
+        content = from_gpt2(*sources).library.to_str().encode()
     else:
         return TokenizerFiles(notes=("the source has no tokenizer.json; give one with --tokenizer",))
     config: dict[str, Any] = {}
     if (folder / "tokenizer_config.json").exists():
-        config = dict(read_json(find_member(folder, "tokenizer_config.json")))
+        sources.append(find_member(folder, "tokenizer_config.json"))
+        config = dict(read_json(sources[-1]))
         config.pop("auto_map", None)  # names code to run; ours runs none
     if (folder / "chat_template.jinja").exists():
-        config["chat_template"] = _text(find_member(folder, "chat_template.jinja"))
-    return with_config(content, config)
+        sources.append(find_member(folder, "chat_template.jinja"))
+        config["chat_template"] = _text(sources[-1])
+    return with_config(content, config, sources)
 
 
-def with_config(tokenizer: bytes, config: Mapping[str, Any]) -> TokenizerFiles:
+def with_config(tokenizer: bytes, config: Mapping[str, Any], sources: Sequence[Path] = ()) -> TokenizerFiles:
     """`tokenizer.json` with its `tokenizer_config.json`, if that says anything."""
     contents = {"tokenizer.json": tokenizer}
     if config:
         encoded = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         contents["tokenizer_config.json"] = encoded.encode("utf-8", "surrogatepass")
-    return TokenizerFiles(contents, chat_template=bool(config.get("chat_template")))
+    return TokenizerFiles(contents, chat_template=bool(config.get("chat_template")), sources=tuple(sources))
 
 
 @dataclass(frozen=True)

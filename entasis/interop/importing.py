@@ -252,7 +252,10 @@ def _provenance(opened: _Opened, digest: str) -> dict[str, Any]:
         "imported_by": f"entasis {__version__}",
         "format": opened.format,
         "family": opened.family,
-        "source": [{"file": path.name, "sha256": hash_of(path)} for path in opened.files],
+        "source": [
+            {"file": path.name, "sha256": hash_of(path)}
+            for path in [*opened.files, *opened.tokenizer.sources]
+        ],
         "model.safetensors": {"sha256": digest},
         "notes": list(opened.description.notes + opened.tokenizer.notes),
         **({"layers": opened.layers} if opened.layers else {}),

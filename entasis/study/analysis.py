@@ -52,7 +52,9 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
         here = comparisons.controls(study, plan, pairs, p)
         if p == "time":
             here = {
-                arm: dataclasses.replace(c, difference=_at_equal_time(c.difference, speeds[arm], study.margin))
+                arm: dataclasses.replace(
+                    c, difference=_at_equal_time(c.difference, speeds[arm], study.margin)
+                )
                 if c.difference
                 else c
                 for arm, c in here.items()

@@ -89,9 +89,7 @@ class Plan:
         """Comparisons of the positive controls, by their names, under one protocol; the first, if none is given."""
         protocol = protocol or next(iter(self.grid))
         return {
-            self.name(c): c
-            for c in self.pairs(study)
-            if c.protocol == protocol and self.arms[c.arm].control
+            self.name(c): c for c in self.pairs(study) if c.protocol == protocol and self.arms[c.arm].control
         }
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from gguf import GGUFReader
 from test_export import EQUAL, made
-from tokenizers import AddedToken, Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, pre_tokenizers, processors
 
 from entasis.data import tokenizer
 from entasis.errors import UserError
@@ -45,6 +45,23 @@ def test_the_ends_of_a_text_are_those_of_the_model(tmp_path, chat, config, begin
     fields = GGUFReader(tmp_path / "gguf" / "model-f32.gguf").fields
     ids = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("bos", "eos")]
     assert ids == [begin, end]
+
+
+@pytest.mark.parametrize("template", ["$A", "<|im_start|> $A", "$A <|im_end|>", "<|im_start|> $A <|im_end|>"])
+def test_what_stands_around_a_text_is_told_and_comes_back(tmp_path, chat, template):
+    chat.library.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<|im_start|>", 257), ("<|im_end|>", 258)]
+    )
+    made(tmp_path / "model", chat, EQUAL, {})
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    export(tmp_path / "model", tmp_path / "gguf", to="gguf")
+    path = tmp_path / "gguf" / "model-f32.gguf"
+    import_model(path, tmp_path / "back")
+    around = [tokenizer.load(f).library.encode("a b").ids for f in (tmp_path / "model", tmp_path / "back")]
+    assert around[0] == around[1] and len(around[0]) == 3 + len(template.split()) - 1
+    judge = pytest.importorskip("judge_llama_cpp", reason="llama.cpp is not installed")
+    assert judge.n_tokens(judge.open_server(path), "a b") == len(around[0])
 
 
 def test_transformers_stops_where_the_model_does(tmp_path, chat):

@@ -208,6 +208,10 @@ def test_the_chat_template_comes_along_and_code_does_not(whole, tmp_path):
     assert import_model(whole, tmp_path / "out").chat_template
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert config == {"bos_token": "a", "chat_template": "{{ messages }}"}
+    told = json.loads((tmp_path / "out" / "provenance.json").read_text())["source"]
+    assert {entry["file"] for entry in told} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+    }  # fmt: skip
 
 
 def test_a_folder_that_holds_something_is_left_alone(whole, tmp_path):
