@@ -166,10 +166,11 @@ def measure(
         open_ = any(getattr(resolved, key) == "auto" for key in KEYS)
         timed: list[Measured] = []
         share = limit / len(recipes) if limit is not None else math.inf
-        sequence = base.data.sequence
-        at_once = micro_sequences(base.batch.micro, base.sequences) * sequence
-        step_flops = cost.flops_per_token(shape, sequence) * at_once
-        memory = cost.training_memory(shape)
+        stands = auto_settings.representative(base, shape)
+        span = stands.span
+        at_once = micro_sequences(base.batch.micro, span.sequences) * span.data.sequence
+        step_flops = span.flops_per_token * at_once
+        memory = cost.training_memory(span.shape)
         fits = memory.weights + memory.gradients + memory.optimizer < free and step_flops / speed < share
         if (limit is not None and fits) or (limit is None and open_):
             timed = auto_settings.measure(
@@ -180,7 +181,7 @@ def measure(
                 "timings": [m.plain() for m in timed],
                 "simplest": auto_settings.settings_of(base),
                 "precision_open": resolved.precision == "auto",
-                "steps": base.total_steps * count,
+                "steps": stands.steps * count,
                 "runs": count,
             }
         )

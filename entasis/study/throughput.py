@@ -109,6 +109,7 @@ def in_turn(steps: Sequence[tuple[Mapping[str, Any], int]], device: str) -> list
     from entasis.train import recipe
     from entasis.train.auto_settings import settings_of, simplest
     from entasis.train.resolve import resolve
+    from entasis.train.stages import lay_out
     from entasis.train.step_timing import Step, Timing
 
     devices.set_threads()
@@ -127,7 +128,7 @@ def in_turn(steps: Sequence[tuple[Mapping[str, Any], int]], device: str) -> list
             settings = settings_of(wanted)
             step = held.pop(j, None)
             if step is None:
-                step = Step(wanted, shape, found, stage=stage)
+                step = Step(wanted, lay_out(wanted, shape)[stage], found)
                 step(settings)
             timing = Timing(step(settings), [step(settings) for _ in range(STEPS)])
             speeds[j].append(step.span.batch_tokens / timing.median(step.span.sequences / step.micro))

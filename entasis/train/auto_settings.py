@@ -1,5 +1,7 @@
 """What a recipe leaves to `auto` (precision, attention, compile), chosen by timing its own step in each candidate.
 
+Of a recipe with stages it is a step of the stage that takes most of the run's FLOPs.
+
 Candidates take turns, their shortest steps and their medians have to agree, and a tie goes to the simpler (`entasis.train.candidates`).
 Compiled steps are built and timed only where the run, by its measured eager speed, is long enough for it. The whole
 choice takes at most 5 % of the expected run: what does not fit is not timed, and a run too short for any timing takes
@@ -11,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,8 +27,9 @@ from entasis.train import failure_diagnosis, parallel
 from entasis.train.candidates import MARGIN, Measured, Settings, fastest
 from entasis.train.resolved_recipe import ResolvedRecipe, SettledBatch, SettledRecipe
 from entasis.train.stage_runner import checkpointed_layers, micro_sequences
-from entasis.train.stages import StageSpan, lay_out
+from entasis.train.stages import StageSpan
 from entasis.train.step_timing import Step, Timing, interleave
+from entasis.train.timeline import Timeline
 
 SHARE = 0.05
 """The most of the expected run that the choice may take."""
@@ -50,7 +53,8 @@ def choose(
     measured = measure(recipe, shape, device)
     taken = settings_of(base)
     if measured:
-        taken = fastest({m.settings: m.seconds(recipe.total_steps) for m in measured})
+        steps = representative(base, shape).steps
+        taken = fastest({m.settings: m.seconds(steps) for m in measured})
     timings = [m.plain() for m in measured]
     told = {
         "settled": asked,
@@ -86,6 +90,31 @@ def settings_of(recipe: SettledRecipe) -> Settings:
     return Settings(recipe.precision, recipe.attention, recipe.compile)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Representative:
+    """The stage that stands for a run."""
+
+    span: StageSpan
+    steps: float
+    """So many of its steps cost the FLOPs of the whole run."""
+    spans: Sequence[StageSpan]
+    """All stages of the run."""
+
+    @property
+    def models(self) -> int:
+        """How many different models the stages train: each is compiled anew."""
+        return len({(span.shape, span.trainable) for span in self.spans})
+
+
+def representative(recipe: SettledRecipe, shape: ModelShape) -> Representative:
+    """The stage of a recipe that takes most of its FLOPs."""
+    spans = Timeline(recipe, shape, []).guessed().spans
+    spent = [span.steps * span.batch_tokens * span.flops_per_token for span in spans]
+    most = max(spent)
+    span = spans[spent.index(most)]
+    return Representative(span, sum(spent) / most * span.steps, spans)
+
+
 def measure(
     recipe: ResolvedRecipe,
     shape: ModelShape,
@@ -102,16 +131,17 @@ def measure(
 
     begun = time.perf_counter()
     base = simplest(recipe, device)
-    first = lay_out(base, shape)[0]
-    per_step = first.sequences / parallel.world() / micro_sequences(base.batch.micro, first.sequences)
-    steps = recipe.total_steps * runs
-    eager = _eager(recipe, base, first, device)
+    stands = representative(base, shape)
+    sequences = stands.span.sequences
+    per_step = sequences / parallel.world() / micro_sequences(base.batch.micro, sequences)
+    steps = stands.steps * runs
+    eager = _eager(recipe, base, stands.spans, device)
     if limit is None:
         # A candidate costs a step to warm up, one that counts, and building the model.
         eager = eager[: int(SHARE * steps * per_step / 3)]
         if len(eager) < (1 if recipe.compile == "auto" else 2):
             return []
-    step = Step(base, shape, device)
+    step = Step(base, stands.span, device)
     try:
         timings: dict[Settings, Timing] = {}
         _try(step, eager[0], timings)
@@ -129,9 +159,8 @@ def measure(
         timed = _timed(step, timings, per_step, time_for)
         if limit is None and recipe.compile is not False and devices.has_compiler(device):
             budget = SHARE * steps * min(m.fastest for m in timed)
-            timed += _compiled(
-                step, timed, per_step, budget - (time.perf_counter() - begun), recipe.compile is True
-            )
+            left = budget - (time.perf_counter() - begun)
+            timed += _compiled(step, timed, per_step, left, stands.models, recipe.compile is True)
         if recipe.compile is not True:
             return timed
         # Where there was no time to build each of them, the eager steps say which to build.
@@ -148,7 +177,7 @@ def compilation_seconds(shape: ModelShape) -> float:
 
 
 def _eager(
-    recipe: ResolvedRecipe, base: SettledRecipe, first: StageSpan, device: torch.device
+    recipe: ResolvedRecipe, base: SettledRecipe, spans: Sequence[StageSpan], device: torch.device
 ) -> list[Settings]:
     """What may be chosen among, simplest first and precision before attention, all eager."""
     start = settings_of(base)._replace(compile=False)
@@ -159,7 +188,11 @@ def _eager(
         if contender:
             result.append(start._replace(precision="fp32" if start.precision == "bf16" else "bf16"))
     if recipe.attention == "auto":
-        result += [s._replace(attention="plain") for s in result if _fits(base, first, device, s.precision)]
+        result += [
+            s._replace(attention="plain")
+            for s in result
+            if all(_fits(base, span, device, s.precision) for span in spans)
+        ]
     return result
 
 
@@ -197,7 +230,11 @@ def _try(step: Step, settings: Settings, timings: dict[Settings, Timing]) -> Non
 
 
 def _timed(
-    step: Step, timings: dict[Settings, Timing], per_step: float, time_for: Callable[[float], bool]
+    step: Step,
+    timings: dict[Settings, Timing],
+    per_step: float,
+    time_for: Callable[[float], bool],
+    models: int = 1,
 ) -> list[Measured]:
     calls = {s: functools.partial(step, s) for s in timings}
     interleave(calls, timings, rounds=ROUNDS, time_for=time_for)
@@ -206,7 +243,7 @@ def _timed(
             settings=settings,
             fastest=timing.fastest(per_step),
             median=timing.median(per_step),
-            compilation=timing.first.micro if settings.compile else 0.0,
+            compilation=timing.first.micro * models if settings.compile else 0.0,
             rounds=len(timing.steps),
         )
         for settings, timing in timings.items()
@@ -214,16 +251,16 @@ def _timed(
 
 
 def _compiled(
-    step: Step, eager: list[Measured], per_step: float, budget: float, forced: bool
+    step: Step, eager: list[Measured], per_step: float, budget: float, models: int, forced: bool
 ) -> list[Measured]:
     """The fastest eager candidates compiled, as many as the seconds left suffice for; the run has to be compiled if
     `forced`, and then it is all of them or none."""
     begun = time.perf_counter()
-    room = parallel.broadcast_object(int(budget / compilation_seconds(step.shape)))
+    room = parallel.broadcast_object(int(budget / compilation_seconds(step.span.shape)))
     chosen = sorted(eager, key=lambda m: m.fastest)[: max(0, room)]
     if not chosen or (forced and len(chosen) < len(eager)):
         return []
-    limit = 8 * len(chosen) * max(1, step.shape.distinct_layers)
+    limit = 8 * len(chosen) * max(1, step.span.shape.distinct_layers)
     with torch._dynamo.config.patch(recompile_limit=limit):
         torch._dynamo.reset()
         timings: dict[Settings, Timing] = {}
@@ -240,4 +277,4 @@ def _compiled(
         def time_for(seconds: float) -> bool:
             return parallel.broadcast_object(time.perf_counter() - begun + seconds < budget)
 
-        return _timed(step, timings, per_step, time_for)
+        return _timed(step, timings, per_step, time_for, models)

@@ -40,7 +40,7 @@ class Measured:
     median: float
     """What a run takes on a machine as busy as it was."""
     compilation: float
-    """Seconds that its first step took, if it was compiled; else 0."""
+    """Seconds that its first step took, if it was compiled, for each of the run's models; else 0."""
     rounds: int
 
     def seconds(self, steps: float) -> tuple[float, float]:

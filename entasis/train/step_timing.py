@@ -16,13 +16,13 @@ import torch
 
 from entasis.model.transformer import Transformer
 from entasis.shape.interfaces import Glyph, Random
-from entasis.shape.shapes import ModelShape
-from entasis.train import parallel, stages
+from entasis.train import parallel
 from entasis.train.allocation import keep_freed_memory
 from entasis.train.candidates import Settings
 from entasis.train.compilation import compiled, eager
 from entasis.train.resolved_recipe import SettledRecipe
 from entasis.train.stage_runner import StageRunner, checkpointed_layers, micro_sequences
+from entasis.train.stages import StageSpan
 
 K = TypeVar("K")
 
@@ -53,19 +53,16 @@ class Timing:
 
 
 class Step:
-    """A resolved recipe's model, as one of its stages trains it, and one micro-batch, to be stepped in any settings.
+    """A model as a stage of a recipe trains it, and one micro-batch, to be stepped in any settings.
 
     Weights stay as they were drawn: the learning rate is zero. One model serves all settings, but a sharded
     one has its precision built in. Under `torchrun` every rank makes the same calls.
     """
 
-    def __init__(
-        self, recipe: SettledRecipe, shape: ModelShape, device: torch.device, *, stage: int = 0
-    ) -> None:
+    def __init__(self, recipe: SettledRecipe, span: StageSpan, device: torch.device) -> None:
         if device.type == "cpu":
             keep_freed_memory()  # as in the run whose steps are measured
-        self.recipe, self.shape, self.device = recipe, shape, device
-        span = stages.lay_out(recipe, shape)[stage]
+        self.recipe, self.device = recipe, device
         if isinstance(span.shape.interface, Glyph):
             # Its table is drawn from the corpus's tokenizer, which need not be there yet; another is as fast.
             span = replace(span, shape=replace(span.shape, interface=Random()))
@@ -73,7 +70,7 @@ class Step:
         self.micro = micro_sequences(recipe.batch.micro, self.span.sequences)
         sequence = self.span.data.sequence
         drawn = torch.randint(
-            shape.vocabulary, (self.micro, sequence + 1), generator=torch.Generator().manual_seed(0)
+            span.shape.vocabulary, (self.micro, sequence + 1), generator=torch.Generator().manual_seed(0)
         )
         self.tokens_BT = drawn[:, :-1].contiguous().to(device)
         self.targets_BT = drawn[:, 1:].contiguous().to(device)

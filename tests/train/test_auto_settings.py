@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from entasis import cli
 from entasis.model.attention import Attention
@@ -104,6 +105,42 @@ def test_steps_that_the_run_has_no_time_for_are_not_made(recipe, monkeypatch):
         made.clear()
         _, auto = chosen(recipe(**{**LONG, "tokens": 64 * total}))
         assert len(auto["timings"]) == candidates and len(made) <= 0.05 * total
+
+
+def test_the_stage_that_takes_most_of_the_run_is_timed(recipe, monkeypatch):
+    timed = set()
+
+    def step(self, settings):
+        timed.add((self.span.index, self.span.shape.n_layers))
+        return Seconds(0.009, 0.001)
+
+    monkeypatch.setattr(auto_settings.Step, "__call__", step)
+    grow = {"grow": {"operator": "duplicate", "after": "uniform:1"}}
+    stages = [
+        {"tokens": 64 * 300, "trainable": "head"},
+        {"tokens": 64 * 2000, "transition": grow},
+        {"tokens": 64},
+    ]
+    wanted = recipe(**{**LONG, "tokens": None, "stages": stages})
+    layers = len(wanted.shape["layers"])
+    chosen(wanted)
+    assert timed == {(1, layers + 1)}
+    resolved, shape, _ = resolve(wanted, 256 + 2)
+    stands = auto_settings.representative(auto_settings.simplest(resolved, torch.device("cpu")), shape)
+    assert 2000 < stands.steps < 2301 and stands.models == 3 - 1
+
+
+def test_a_plan_that_measures_is_timed_as_if_all_layers_turned_out_alike(recipe):
+    wanted = recipe(
+        **LONG,
+        training_plan={
+            "importance_groups": {"importance": {"measure": "gradient", "tokens": 128}, "groups": 2}
+        },
+    )
+    resolved, shape, _ = resolve(wanted, 256 + 2)
+    stands = auto_settings.representative(auto_settings.simplest(resolved, torch.device("cpu")), shape)
+    assert len(stands.spans) > len(resolved.stages)
+    assert resolved.total_steps / 3 < stands.steps < 3 * resolved.total_steps
 
 
 def test_a_short_run_compiles_nothing(recipe):

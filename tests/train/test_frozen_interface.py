@@ -58,7 +58,7 @@ def test_a_step_is_timed_before_the_corpus_that_glyphs_are_drawn_for_is_there(re
     wanted = with_interface(recipe, GLYPH, data={"train": "not/yet/there", "sequence": 32})
     resolved, shape, _ = resolve(wanted, 257)
     device = torch.device("cpu")
-    step = Step(simplest(resolved, device), shape, device)
+    step = Step(simplest(resolved, device), lay_out(resolved, shape)[0], device)
     assert step(settings_of(step.recipe)).micro > 0
 
 
