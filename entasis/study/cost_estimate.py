@@ -30,6 +30,7 @@ from entasis.study.executors import launchers, local
 from entasis.study.executors.worker import Place
 from entasis.study.plan import Plan, PlannedRun, solve
 from entasis.train.candidates import Settings, from_plain
+from entasis.train.stages import costliest
 
 _LIMIT = 60.0
 """Seconds that timing the steps of all shapes may take."""
@@ -221,8 +222,8 @@ def _speeds(study: Study, folder: Path, plan: Plan, quick: bool) -> tuple[dict[s
     chosen = machine.decide(jobs, answers)
     timed: dict[str, float] = {}
     for names in jobs:
-        # What was timed is the first stage of the first arm, whatever is trained later, or by the others.
-        stage = applied[names[0]].stages[0]
+        # What was timed is a stage of the first arm.
+        stage = costliest(applied[names[0]].stages)
         settings = Settings(**chosen["arms"][names[0]])
         for measured in map(from_plain, chosen["timings"][names[0]]):
             if measured.settings == settings:

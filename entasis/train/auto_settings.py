@@ -27,7 +27,7 @@ from entasis.train import failure_diagnosis, parallel
 from entasis.train.candidates import MARGIN, Measured, Settings, fastest
 from entasis.train.resolved_recipe import ResolvedRecipe, SettledBatch, SettledRecipe
 from entasis.train.stage_runner import checkpointed_layers, micro_sequences
-from entasis.train.stages import StageSpan
+from entasis.train.stages import StageSpan, costliest
 from entasis.train.step_timing import Step, Timing, interleave
 from entasis.train.timeline import Timeline
 
@@ -109,10 +109,8 @@ class Representative:
 def representative(recipe: SettledRecipe, shape: ModelShape) -> Representative:
     """The stage of a recipe that takes most of its FLOPs."""
     spans = Timeline(recipe, shape, []).guessed().spans
-    spent = [span.steps * span.batch_tokens * span.flops_per_token for span in spans]
-    most = max(spent)
-    span = spans[spent.index(most)]
-    return Representative(span, sum(spent) / most * span.steps, spans)
+    span = costliest(spans)
+    return Representative(span, sum(each.flops for each in spans) / span.flops * span.steps, spans)
 
 
 def measure(

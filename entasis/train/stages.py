@@ -71,6 +71,11 @@ class StageSpan:
         return cost.stage_flops_per_token(self.shape, self.trainable, self.data.sequence, ranks=self.ranks)
 
     @property
+    def flops(self) -> int:
+        """Training FLOPs of all its steps."""
+        return self.steps * self.batch_tokens * self.flops_per_token
+
+    @property
     def schedule(self) -> Schedule:
         return self.own.schedule
 
@@ -111,6 +116,11 @@ class StageSpan:
     def tokens(self, step: int) -> int:
         """Tokens of the whole run after its first `step` steps."""
         return self.tokens_before + (step - self.start) * self.batch_tokens
+
+
+def costliest(spans: Sequence[StageSpan]) -> StageSpan:
+    """The stage that takes most of a run's FLOPs: a step of it is timed for all."""
+    return max(spans, key=lambda span: span.flops)
 
 
 _ABOVE = ("final_norm", "head")
