@@ -182,9 +182,9 @@ def no_space(
 ) -> DiskFull:
     """The one line about a full disk: where, how much is needed and free, and what to do (`then`)."""
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    room = [f"{_bytes(need)} needed"] if need else []
+    room = [f"{format_bytes(need)} needed"] if need else []
     with contextlib.suppress(OSError):
-        room.append(f"{_bytes(shutil.disk_usage(place).free)} free")
+        room.append(f"{format_bytes(shutil.disk_usage(place).free)} free")
     if "too large" in _words(error).lower():
         cause, cure = "a file would be larger than allowed here (ulimit -f)", "raise the limit"
     else:
@@ -214,11 +214,12 @@ def _words(error: BaseException | None) -> str:
     return " ".join(texts)
 
 
-def _bytes(n: int) -> str:
+def format_bytes(n: float) -> str:
+    """`1.61 GB`: three digits, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.3g} {unit}"
-        n /= 1000  # type: ignore[assignment]
+        n /= 1000
     return f"{n:.3g} TB"
 
 

@@ -28,6 +28,7 @@ from entasis import progress
 from entasis.cli import growth_diagnostics, overrides
 from entasis.cli.numbers import amount, seed, whole
 from entasis.errors import UserError
+from entasis.files import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -310,12 +311,12 @@ def _print(answer: dict[str, Any]) -> None:
         f"forward {flops['after'] / flops['before']:.3f} × per token"
     )
     print(
-        f"weights {_size(answer['bytes'])}; memory to grow about {_size(memory['growing'])} (beside torch), to train without "
-        f"activations {_size(memory['training_all'])}"
-        + (f", only new layers {_size(memory['training_new'])}" if count["new_layers"] else "")
+        f"weights {format_bytes(answer['bytes'])}; memory to grow about {format_bytes(memory['growing'])} (beside torch), to train without "
+        f"activations {format_bytes(memory['training_all'])}"
+        + (f", only new layers {format_bytes(memory['training_new'])}" if count["new_layers"] else "")
     )
     if answer["temporary_bytes"]:
-        print(f"temporary files {_size(answer['temporary_bytes'])}, in {tempfile.gettempdir()} (TMPDIR)")
+        print(f"temporary files {format_bytes(answer['temporary_bytes'])}, in {tempfile.gettempdir()} (TMPDIR)")
     for name, found in answer["diagnostics"].items():
         growth_diagnostics.show(name, found, console)
     if losses := answer["loss"]:
@@ -357,11 +358,3 @@ def _list(as_json: bool) -> int:
         print(f"{name} ({', '.join(about['options'])}){', computes the same' * about['keeps_function']}")
         print(f"    {about['rule']}")
     return 0
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"

@@ -57,6 +57,15 @@ class Arm:
         """Tokens of each stage, in whole batches, as the recipe is written."""
         return [stage.steps * stage.batch_tokens for stage in self.stages]
 
+    @property
+    def disk_bytes(self) -> int:
+        """Of a finished run's folder: weights and moments, which stand in every checkpoint that it keeps too."""
+        last = self.stages[-1]
+        memory = cost.training_memory(last.shape, last.trainable, ranks=last.ranks)
+        checkpoint = recipes.Checkpoint(**(self.recipe.get("checkpoint") or {}))
+        kept = 1 if checkpoint.every is None else checkpoint.keep_last
+        return (1 + kept) * (memory.weights + memory.optimizer)
+
     def flops(self, tokens: Sequence[int]) -> int:
         """Training FLOPs of a run with so many tokens in each stage, what its plan measures included."""
         trained = sum(n * stage.flops_per_token for n, stage in zip(tokens, self.stages, strict=True))

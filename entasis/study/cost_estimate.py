@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from entasis import quantities
+from entasis.files import format_bytes
 from entasis.progress import duration
 from entasis.report.tables import Column, Table
 from entasis.study import (
@@ -91,6 +92,7 @@ def estimate(
         "preparatory_runs": len(prepared),
         "runs": len(asked),
         "left": len(left),
+        "disk_bytes": sum(arms[run.arm].disk_bytes for run in left),
         "until": _until(study, plan, max(1, comparisons), sd),
         "total_flops": total,
         "hours": sum(map(seconds, [*first, *prepared, *asked])) / at_once / 3600,
@@ -153,10 +155,13 @@ def show(estimate: dict[str, Any], console: Console) -> None:
     console.print(table.rich())
     extra = f" and {estimate['preparatory_runs']} preparatory" if estimate["preparatory_runs"] else ""
     extra += f", {estimate['trunk_runs']} of trunks before them" if estimate["trunk_runs"] else ""
+    disk = f", {format_bytes(estimate['disk_bytes'])} of disk" if estimate["disk_bytes"] else ""
     lines = [
         *estimate["notes"],
         f"{estimate['runs']} runs{' up to the next look' if estimate['until'] else ''}{extra}, {estimate['total_flops']:.2e} training FLOPs, about "
-        f"{duration(estimate['hours'] * 3600)} on this device ({estimate['speed_source']})" + _left(estimate),
+        f"{duration(estimate['hours'] * 3600)} on this device ({estimate['speed_source']})"
+        + _left(estimate)
+        + disk,
         _showable(estimate),
     ]
     for line in lines:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from entasis import signals
 from entasis.errors import Damaged, Failure, UserError
+from entasis.files import format_bytes
 from entasis.study import (
     analysis,
     downstream,
@@ -102,6 +104,7 @@ def _run(
         if late:
             told = f"not tried again, as runs have begun at the rate chosen without: {', '.join(late)}"
             console.print(told, markup=False, highlight=False, soft_wrap=True)
+        _say_disk(study, folder, arms, console)
         wanted = [run for run in prepared if run.folder not in late]
         _train(study, folder, wanted, console, "preparing: learning rates", pool)
         if "time" in study.protocols and not study.arms.keys() <= throughput.rounds(folder).keys():
@@ -264,6 +267,20 @@ def _settled(study: Study, folder: Path, console: Console, pool: Pool) -> Study:
         arms = solve(study, vocabulary(study, folder))
         console.print(machine.settle(study, folder, arms, pool), markup=False, highlight=False)
     return machine.applied(study, folder)
+
+
+def _say_disk(study: Study, folder: Path, arms: Mapping[str, Arm], console: Console) -> None:
+    """Says it where the disk has no room for the runs that are left."""
+    _, prepared, plan = foreseen(study, folder)
+    runs = [*prepared, *rounds.wanted(study, plan, folder).runs]
+    left = [r for r in [*trunks.needed(runs), *runs] if not launchers.finished(folder, r)]
+    need, free = sum(arms[run.arm].disk_bytes for run in left), shutil.disk_usage(folder).free
+    if need > free:
+        console.print(
+            f"the {len(left)} runs that are left take about {format_bytes(need)} of disk, and {format_bytes(free)} are free; "
+            "a study begun with base.checkpoint.keep_last=1 keeps least",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _train(

@@ -260,6 +260,30 @@ def test_a_run_does_not_inherit_the_memory_of_the_one_before_it(
     assert extra[0] > 100e6 and extra[1] > 0.8 * extra[0], peak
 
 
+def test_the_disk_that_runs_take_is_told_before_they_begin(
+    entasis: Command, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "s")
+    lost = list((tmp_path / "s/runs/slope").glob("seed-*"))
+    kept = [run / f"{name}.safetensors" for run in lost for name in ("model", "optimizer")]
+    # And once more in the last checkpoint, which in models so small is mostly its own index.
+    there = 2 * sum(path.stat().st_size for path in kept)
+    for run in lost:
+        shutil.rmtree(run)
+    # The weights of runs that are finished are not needed.
+    for weights in (tmp_path / "s/runs/plain").rglob("model.safetensors"):
+        weights.unlink()
+    code, out, errors = entasis(
+        "study", "plan", tmp_path / "s/study.yaml", "--output", tmp_path / "s", "--json", "--quick"
+    )
+    assert code == 0, errors
+    assert json.loads(out)["disk_bytes"] == pytest.approx(there, rel=0.1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10**5))
+    code, out, errors = entasis("study", "resume", tmp_path / "s")
+    assert code == 0, errors
+    assert f"the {len(lost)} runs that are left take about" in out and "100 kB are free" in out
+
+
 def test_a_text_that_is_read_again_is_said(entasis: Command, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "s")
     path = tmp_path / "s/runs/slope/seed-1/result.json"
