@@ -3,7 +3,7 @@
 examples:
   entasis shape crown-paper/crown-18 crown-paper/baseline-18
   entasis shape --profile crown --layers 18 --d-model 768 --budget 180M
-  entasis shape profile=isotropic,layers=8,d_model=256 profile=crown,layers=8,d_model=256,budget=20M
+  entasis shape profile=isotropic,layers=8,d_model=256 profile=crown,layers=8,d_model=256,budget=32M
   entasis shape profile=crown,layers=12,d_model=768,head_multipliers.mid=2.0 --json
   entasis shape crown-paper/crown-18 --isotropic parameters --svg columns.svg
   entasis shape constructive/9-layer-binary --trainable blocks[6:] --trainable final_norm --trainable head
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from entasis.cli.numbers import whole
-from entasis.configuration import load_yaml
+from entasis.configuration import load_yaml, parse
 from entasis.errors import UserError
 from entasis.files import write_text
 from entasis.shape import cost, interfaces, presets, profiles, rounding, selectors, specification
@@ -69,8 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attended",
         choices=["full", "causal"],
-        default="full",
-        help="attended length: the whole sequence, as flop_counter counts (default), or half of it",
+        help="attended length of FLOPs: the whole sequence, as flop_counter counts, or half of it (the budget's own, or full)",
     )
     parser.add_argument(
         "--trainable",
@@ -86,14 +85,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.list:
         return _list(args.json)
-    named = [(_label(name), read_shape(name)) for name in args.shapes]
+    named = [
+        (_label(read_pairs(split_pairs(name)), name) if "=" in name else name, read_shape(name))
+        for name in args.shapes
+    ]
     if own := _own(args):
-        named.append((str(own.get("profile", "own")), specification.resolve(own)))
+        named.append((_label(own, "own"), specification.resolve(own)))
     if not named:
         raise UserError("name a shape (entasis shape --list shows the presets) or give --profile")
-    if args.sequence is None:  # what is shown is counted as the budget was
-        budgets = [s.budget for _, s in named if s.budget and s.budget.kind == "flops_per_token"]
-        args.sequence = budgets[0].sequence if budgets else 1024
+    # What is shown is counted as the budget was.
+    budgets = [s.budget for _, s in named if s.budget and s.budget.kind == "flops_per_token"]
+    args.sequence = args.sequence or (budgets[0].sequence if budgets else 1024)
+    args.attended = args.attended or (budgets[0].attended if budgets else "full")
     if args.isotropic:
         named = [
             pair
@@ -102,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
                 (name, solution),
                 (
                     f"isotropic of equal {args.isotropic}",
-                    isotropic_of_equal_cost(solution.shape, args.isotropic, args.sequence),
+                    isotropic_of_equal_cost(solution.shape, args.isotropic, args.sequence, args.attended),
                 ),
             )
         ]
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
         _write_new(Path(args.svg), figure(shapes))
     if args.json:
-        answers = [_answer(solution, args) for _, solution in named]
+        answers = [_answer(name, solution, args) for name, solution in named]
         print(json.dumps(answers[0] if len(answers) == 1 else answers))
         return 0
     _print(named, args)
@@ -135,6 +138,8 @@ def _print(named: list[tuple[str, Solution]], args: argparse.Namespace) -> None:
     for name, solution in named:
         if solution.budget is not None:
             budget = f"{solution.budget.kind} {solution.budget.value:,}"
+            if solution.budget.kind == "flops_per_token":
+                budget += f" (T {solution.budget.sequence}, {solution.budget.attended})"
             console.print(f"{name}: budget {budget}, achieved {solution.achieved:,} ({solution.miss:+.3%})")
         for note in (*solution.notes, *_say_interface(solution.shape, args, told=told)):
             console.print(f"{name}: {note}")
@@ -190,7 +195,7 @@ def _insight(shape: ModelShape, args: argparse.Namespace) -> interfaces.Insight 
     return shape.interface.insight(shape)
 
 
-def _answer(solution: Solution, args: argparse.Namespace) -> dict[str, Any]:
+def _answer(name: str, solution: Solution, args: argparse.Namespace) -> dict[str, Any]:
     shape, sequence, attended = solution.shape, args.sequence, args.attended
     learning = _learning(shape, args)
     memory = cost.training_memory(shape, learning)
@@ -199,7 +204,10 @@ def _answer(solution: Solution, args: argparse.Namespace) -> dict[str, Any]:
     if learning is not None:
         flops = cost.stage_flops_per_token(shape, learning, sequence, attended=attended)
         stage = {"stage_flops_per_token": flops}
+    budget = solution.budget and {**dataclasses.asdict(solution.budget), "achieved": solution.achieved}
     return {
+        "name": name,
+        "budget": budget,
         "parameters": cost.parameters(shape),
         "parameters_by_use": dataclasses.asdict(cost.count_uses(shape, learning)),
         **stage,
@@ -222,9 +230,7 @@ def _answer(solution: Solution, args: argparse.Namespace) -> dict[str, Any]:
         "notes": list(solution.notes),
         "layers": [
             {
-                "n_heads": layer.n_heads,
-                "n_kv_heads": layer.n_kv_heads,
-                "d_ff": layer.d_ff,
+                **layer.to_dict(),
                 "parameters": cost.layer_parameters(shape, i),
                 "flops_per_token": cost.layer_flops_per_token(shape, i, sequence, attended=attended),
             }
@@ -239,6 +245,7 @@ def _list(as_json: bool) -> int:
         "presets": presets.names(),
         "profiles": {name: (rule.__doc__ or "").split("\n")[0] for name, rule in profiles.PROFILES.items()},
         "rounding": {name: (rule.__doc__ or "").split("\n")[0] for name, rule in rounding.POLICIES.items()},
+        "controls": ["/reversed", "/shuffled:SEED"],
     }
     if as_json:
         print(json.dumps(known))
@@ -248,12 +255,14 @@ def _list(as_json: bool) -> int:
         print(f"{heading}:")
         for name, explanation in known[heading].items():
             print(f"  {name:12} {explanation}")
-    print("controls:    PROFILE/reversed and PROFILE/shuffled:SEED, of any profile")
+    print(
+        f"controls:    {' and '.join(f'PROFILE{control}' for control in known['controls'])}, of any profile"
+    )
     return 0
 
 
 def _own(args: argparse.Namespace) -> dict[str, Any]:
-    """The specification that the options spell out; empty without --profile, --budget or --set."""
+    """The specification that the options spell out; empty without any. Raises `UserError` where they describe none."""
     pairs = []
     for key in (
         "profile",
@@ -271,11 +280,19 @@ def _own(args: argparse.Namespace) -> dict[str, Any]:
     if args.budget:
         kind, equals, _ = args.budget.partition("=")
         pairs.append(f"budget.{args.budget}" if equals and kind else f"budget={args.budget}")
-        if kind == "flops_per_token" and equals and args.sequence:
-            pairs.append(f"budget.sequence={args.sequence}")
-    if not pairs and not args.set:
-        return {}
-    return read_pairs([*pairs, *(["tied_embeddings=true"] if args.tied else []), *args.set])
+        if kind == "flops_per_token" and equals:
+            pairs += [
+                f"budget.{key}={getattr(args, key)}" for key in ("sequence", "attended") if getattr(args, key)
+            ]
+    if args.tied:
+        pairs.append("tied_embeddings=true")
+    own = read_pairs([*pairs, *args.set])
+    if own and not ("profile" in own or "preset" in own or isinstance(own.get("layers"), list)):
+        raise UserError(
+            f"{next(iter(own))}: options describe a shape of their own and need --profile; another's is set in its file, "
+            "or beside its name, as in preset=NAME,KEY=VALUE"
+        )
+    return own
 
 
 def read_shape(name: str) -> Solution:
@@ -288,17 +305,49 @@ def read_shape(name: str) -> Solution:
             source = load_yaml(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-        if isinstance(source, dict) and isinstance(source.get("shape"), dict):
-            source = source["shape"]
-        return specification.resolve(source)
+        is_recipe = isinstance(source, dict) and ("shape" in source or "start" in source)
+        return _of_recipe(source, path) if is_recipe else specification.resolve(source)
     if "=" in name:
         return specification.resolve(read_pairs(split_pairs(name)))
     return Solution(specification.preset(name))
 
 
-def _label(name: str) -> str:
-    """A file's or preset's own name; the profile of a list of pairs, which would be too long."""
-    return str(read_pairs(split_pairs(name)).get("profile", name)) if "=" in name else name
+def _of_recipe(recipe: dict[str, Any], path: Path) -> Solution:
+    """The shape that `entasis train` begins with. Raises `UserError`.
+
+    Without a corpus to take the vocabulary from, it is assumed, and that is said.
+    """
+    from entasis.data.corpus import INDEX, Corpus
+    from entasis.train import recipe as recipes
+    from entasis.train.resolve import shape_of
+
+    wanted: Any = recipe.get("shape")
+    if wanted is None and recipe.get("start") is not None:
+        return Solution(shape_of(parse(recipes.Start, recipe["start"], f"{path}: start")))
+    if not isinstance(wanted, dict) or wanted.keys() & {"vocabulary", "preset"}:
+        return specification.resolve(wanted)
+    assumed = f"the vocabulary is assumed to be {specification.DEFAULT_VOCABULARY:,} rows: {path} names none"
+    if recipe.get("data") is not None:
+        text = recipes.mixture_of(parse(recipes.Data, recipe["data"], f"{path}: data").train)
+        corpus = next(iter(text.values())).path
+        if (Path(corpus) / INDEX).is_file():
+            return specification.resolve({**wanted, "vocabulary": Corpus(corpus).vocabulary})
+        assumed += f", and its data.train, {corpus}, is not prepared here"
+    try:
+        solution = specification.resolve({**wanted, "vocabulary": specification.DEFAULT_VOCABULARY})
+    except UserError as error:
+        raise UserError(f"{error}; {assumed}") from error
+    return dataclasses.replace(solution, notes=(*solution.notes, assumed))
+
+
+def _label(wanted: dict[str, Any], otherwise: str) -> str:
+    """The profile of a specification, which would itself be too long, where it has one."""
+    profile = wanted.get("profile", otherwise)
+    return (
+        ", ".join(f"{part} {name}" for part, name in profile.items())
+        if isinstance(profile, dict)
+        else str(profile)
+    )
 
 
 def split_pairs(text: str) -> list[str]:

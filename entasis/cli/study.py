@@ -1,7 +1,7 @@
 """Train arms against each other at equal cost, with paired seeds, and judge them.
 
 entasis study run quickstart                  run (or go on with) a study; a file or a shipped name
-entasis study plan where-capacity-belongs.yaml --noise 0.004     what it would cost and could show
+entasis study plan where-capacity-belongs --size nano --noise 0.004     what it would cost and could show
 entasis study resume studies/quickstart       go on with what a folder holds
 entasis study run FILE --launcher slurm --option slurm_partition=gpu --option gpus_per_node=1
 entasis study report studies/quickstart       judge and report what is finished

@@ -10,6 +10,7 @@ from entasis.errors import UserError
 from entasis.registry import Registry
 
 POLICIES: Registry[Callable[..., Rounding]] = Registry("shape: rounding")
+_TILES = {"hopper": 128, "other": 64}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ def policy(name: str, *, head_dim: int, group: int, ffn_multiple: int | None, de
 
     Raises `UserError` for an unknown name or device.
     """
-    return POLICIES.find(name)(head_dim=head_dim, group=group, ffn_multiple=ffn_multiple, device=device)
+    rule = POLICIES.find(name)
+    if device not in _TILES:
+        raise UserError(f"shape: device is {device!r}; tensor-core rounding knows {', '.join(_TILES)}")
+    return rule(head_dim=head_dim, group=group, ffn_multiple=ffn_multiple, device=device)
 
 
 def make_divisible(value: float, divisor: int, *, strict: bool) -> int:
@@ -76,10 +80,7 @@ def crown_paper(*, head_dim: int, group: int, ffn_multiple: int | None, device: 
 @POLICIES.register("tensor-core")
 def tensor_core(*, head_dim: int, group: int, ffn_multiple: int | None, device: str) -> Rounding:
     """FFN and query widths in whole tiles: 128 elements on Hopper GPUs, 64 elsewhere."""
-    tiles = {"hopper": 128, "other": 64}
-    if device not in tiles:
-        raise UserError(f"shape: device is {device!r}; tensor-core rounding knows {', '.join(tiles)}")
-    tile = tiles[device]
+    tile = _TILES[device]
     return _nearest("tensor-core", math.lcm(group, tile // math.gcd(tile, head_dim)), ffn_multiple or tile)
 
 

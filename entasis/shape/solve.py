@@ -2,7 +2,7 @@
 
 A profile says how layers relate; a budget says how much there is in all. The solver multiplies one common factor
 into the FFN multipliers (or the heads', or both) until the cost meets the budget, rounding every layer as the
-policy says. Rounding leaves a miss; where moving one group of equal layers by a single rounding step makes it
+policy says. Rounding leaves a miss; where moving all layers of one FFN width by a single rounding step makes it
 smaller and does not change the order of the layers, that is done and said. The silhouette changes in no other way.
 """
 
@@ -12,11 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from entasis.errors import UserError
 from entasis.shape import cost, fields
 from entasis.shape.rounding import Rounding
-from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.shape.shapes import MOST, LayerShape, ModelShape
 
 TOLERANCE = 0.001
 """A miss above 0.1 % is explained."""
@@ -24,27 +25,36 @@ TOLERANCE = 0.001
 
 @dataclass(frozen=True)
 class Budget:
-    """A number to hit: what is counted, how much, and at which sequence length FLOPs are counted."""
+    """A number to hit: what is counted, how much, and at which sequence length and attended length FLOPs are counted."""
 
     kind: str
     value: int
     sequence: int = 1024
+    attended: cost.Attended = "full"
 
     def __post_init__(self) -> None:
         if self.kind not in MEASURES:
             raise UserError(f"shape: budget {self.kind!r} is not known; choose one of {', '.join(MEASURES)}")
         if self.value < 1:
             raise UserError(f"shape: the budget of {self.kind} is {self.value}; it must be above 0")
+        if not 1 <= self.sequence <= MOST:
+            raise UserError(f"shape: budget.sequence is {self.sequence}; it must be from 1 to {MOST:,}")
+        if self.attended not in get_args(cost.Attended):
+            raise UserError(
+                f"shape: budget.attended is {self.attended!r}; choose {' or '.join(get_args(cost.Attended))}"
+            )
 
     def measure(self, shape: ModelShape) -> int:
-        return MEASURES[self.kind](shape, self.sequence)
+        return MEASURES[self.kind](shape, self.sequence, self.attended)
 
 
-MEASURES: dict[str, Callable[[ModelShape, int], int]] = {
-    "parameters": lambda shape, _: cost.parameters(shape),
-    "parameters_without_input_embedding": lambda shape, _: cost.parameters_without_input_embedding(shape),
-    "flops_per_token": lambda shape, sequence: cost.flops_per_token(shape, sequence),
-    "kv_bytes_per_token": lambda shape, _: cost.kv_bytes_per_token(shape),
+MEASURES: dict[str, Callable[[ModelShape, int, cost.Attended], int]] = {
+    "parameters": lambda shape, *_: cost.parameters(shape),
+    "parameters_without_input_embedding": lambda shape, *_: cost.parameters_without_input_embedding(shape),
+    "flops_per_token": lambda shape, sequence, attended: cost.flops_per_token(
+        shape, sequence, attended=attended
+    ),
+    "kv_bytes_per_token": lambda shape, *_: cost.kv_bytes_per_token(shape),
 }
 
 
@@ -82,13 +92,14 @@ class Silhouette:
     def shape(self, ffn_factor: float = 1.0, head_factor: float = 1.0) -> ModelShape:
         d, k = self.template.d_model, self.template.head_dim
         layers = []
-        for f, a in zip(self.ffn, self.heads, strict=True):
-            f, a = f * ffn_factor, a * head_factor
+        for ffn, attention in zip(self.ffn, self.heads, strict=True):
+            f, a = ffn * ffn_factor, attention * head_factor
             if self.rounding.two_decimals:
                 f, a = round(f, 2), round(a, 2)
-            heads = self.rounding.heads(a * d / k) if a > 0 else 0
+            # Only a profile's own 0 leaves a part out; a small factor makes it as narrow as the rounding allows.
+            heads = self.rounding.heads(a * d / k) if attention > 0 else 0
             kv = min(heads, self.n_kv_heads) if self.n_kv_heads else heads // self.q_per_kv
-            layers.append(LayerShape(heads, kv, self.rounding.ffn(f * d) if f > 0 else 0))
+            layers.append(LayerShape(heads, kv, self.rounding.ffn(f * d) if ffn > 0 else 0))
         return replace(self.template, layers=tuple(layers))
 
 
@@ -123,7 +134,8 @@ def nearest(silhouettes: Sequence[Silhouette], budget: Budget, scale: str) -> So
         except UserError as error:
             complaints[i] = error
     best: tuple[float, int, Solution] | None = None
-    for i in sorted(costs, key=lambda i: abs(math.log(costs[i] / budget.value))):
+    # Without attention there is no KV cost, and of 0 no logarithm.
+    for i in sorted(costs, key=lambda i: abs(math.log(max(1, costs[i]) / budget.value))):
         if best and not _within(silhouettes[i], budget, scale, best[0]):
             continue
         try:
@@ -166,14 +178,19 @@ def solve(silhouette: Silhouette, budget: Budget, scale: str) -> tuple[Solution,
 
     low, high = 1e-6, 1.0
     smallest = budget.measure(build(low))
+    if budget.kind == "kv_bytes_per_token" and silhouette.n_kv_heads and smallest != budget.value:
+        raise UserError(
+            f"shape: {budget.kind} {budget.value:,} cannot be solved for: n_kv_heads {silhouette.n_kv_heads} alone "
+            f"sets it, {smallest:,} in {len(silhouette.heads)} layers; leave one of the two out"
+        )
     if smallest > budget.value * (1 + TOLERANCE):
         raise UserError(
             f"shape: {budget.kind} {budget.value:,} is too small: with d_model {silhouette.template.d_model} and "
-            f"{len(silhouette.ffn)} layers everything but what is solved for costs {smallest:,}"
+            f"{len(silhouette.ffn)} layers it is {smallest:,} with all that is solved for at its least"
         )
     while budget.measure(build(high)) < budget.value:
         high *= 2
-        if high > 1e9:
+        if high > 1e9 or not _grows(silhouette, budget, scale):
             raise UserError(f"shape: {budget.kind} does not grow with {scale}; choose another `scale`")
     for _ in range(100):
         middle = math.sqrt(low * high)
@@ -186,7 +203,7 @@ def solve(silhouette: Silhouette, budget: Budget, scale: str) -> tuple[Solution,
     solution = Solution(shape, budget, tuple(notes))
     if abs(solution.miss) > TOLERANCE:
         notes.append(_why(solution, silhouette, scale))
-    if scale == "ffn" and silhouette.rounding.name in ("crown-paper", "corenet"):
+    if scale != "heads" and silhouette.rounding.name in ("crown-paper", "corenet"):
         floor = silhouette.rounding.ffn_multiple
         if any(
             x.d_ff == floor and f * factor * shape.d_model < floor * 0.75
@@ -198,55 +215,75 @@ def solve(silhouette: Silhouette, budget: Budget, scale: str) -> tuple[Solution,
     return replace(solution, notes=(*notes, *flattened(silhouette, shape))), factor
 
 
+def _grows(silhouette: Silhouette, budget: Budget, scale: str) -> bool:
+    """Whether something carries the factor that the budget counts, as a KV cache does no FFN."""
+    in_ffn = scale != "heads" and budget.kind != "kv_bytes_per_token" and any(silhouette.ffn)
+    return in_ffn or (scale != "ffn" and any(silhouette.heads))
+
+
 def _adjust(shape: ModelShape, silhouette: Silhouette, budget: Budget) -> tuple[ModelShape, list[str]]:
-    """Moves one group of equal layers by one rounding step where that lessens the miss and keeps the order."""
+    """Moves the layers of one FFN width by one rounding step where that lessens the miss and keeps the order.
+
+    Where all have the same width nothing is moved: that would be the factor's work, and it is done.
+    """
+    widths = Counter(x.d_ff for x in shape.layers if x.d_ff)
+    if len(widths) == 1:
+        return shape, []
     cost_now = budget.measure(shape)
     best_miss, change = abs(cost_now - budget.value), None
 
-    def alone(layer: LayerShape) -> int:
-        return budget.measure(replace(shape, layers=(layer,)))
+    def alone(d_ff: int) -> int:
+        # What an FFN costs does not depend on the layer's heads.
+        return budget.measure(replace(shape, layers=(replace(shape.layers[0], d_ff=d_ff),)))
 
-    counts = Counter(shape.layers)
-    for layer, n in sorted(counts.items(), key=lambda x: x[0].d_ff):
-        if not layer.d_ff or n == shape.n_layers:
-            continue
-        others = {x.d_ff for x in counts if x != layer}
+    for width, n in sorted(widths.items()):
         for step in (silhouette.rounding.ffn_multiple, -silhouette.rounding.ffn_multiple):
-            moved = replace(layer, d_ff=layer.d_ff + step)
-            crossed = any((o > layer.d_ff) != (o > moved.d_ff) or o == moved.d_ff for o in others)
-            if moved.d_ff < silhouette.rounding.ffn_multiple or crossed:
+            moved = width + step
+            crossed = any((o > width) != (o > moved) or o == moved for o in widths if o != width)
+            if moved < silhouette.rounding.ffn_multiple or crossed:
                 continue
-            miss = abs(cost_now + n * (alone(moved) - alone(layer)) - budget.value)
+            miss = abs(cost_now + n * (alone(moved) - alone(width)) - budget.value)
             if miss < best_miss:
-                best_miss, change = miss, (layer, moved)
+                best_miss, change = miss, (width, moved)
     if change is None:
         return shape, []
-    layer, moved = change
-    members = [i for i, x in enumerate(shape.layers) if x == layer]
-    note = f"layer {', '.join(map(str, members))}: FFN {layer.d_ff} → {moved.d_ff}, one rounding step, to meet the budget"
-    return replace(shape, layers=tuple(moved if x == layer else x for x in shape.layers)), [note]
+    width, moved = change
+    members = [i for i, x in enumerate(shape.layers) if x.d_ff == width]
+    note = (
+        f"layer {', '.join(map(str, members))}: FFN {width} → {moved}, one rounding step, to meet the budget"
+    )
+    layers = tuple(replace(x, d_ff=moved) if x.d_ff == width else x for x in shape.layers)
+    return replace(shape, layers=layers), [note]
 
 
 def _why(solution: Solution, silhouette: Silhouette, scale: str) -> str:
     assert solution.budget is not None
-    rounding = silhouette.rounding
-    step = (
-        f"FFN steps of {rounding.ffn_multiple}"
-        if scale == "ffn"
-        else f"head steps of {rounding.head_multiple}"
-    )
-    together = " in all layers at once" if solution.shape.uniform else ""
+    rounding, layers = silhouette.rounding, solution.shape.layers
+    ffn, heads = f"FFN steps of {rounding.ffn_multiple}", f"head steps of {rounding.head_multiple}"
+    scaled: dict[str, tuple[str, set[object]]] = {
+        "ffn": (ffn, {x.d_ff for x in layers}),
+        "heads": (heads, {x.n_heads for x in layers}),
+        "both": (f"{ffn} and {heads}", set(layers)),
+    }
+    steps, widths = scaled[scale]
+    together = " in all layers at once" if len(widths) == 1 else ""
     return (
         f"misses {solution.budget.kind} {solution.budget.value:,} by {solution.miss:+.2%}: rounding "
-        f"{rounding.name} moves in {step}{together}"
+        f"{rounding.name} moves in {steps}{together}"
     )
 
 
-def isotropic_of_equal_cost(shape: ModelShape, kind: str = "parameters", sequence: int = 1024) -> Solution:
+def isotropic_of_equal_cost(
+    shape: ModelShape,
+    kind: str = "parameters",
+    sequence: int = 1024,
+    attended: cost.Attended = "full",
+) -> Solution:
     """The model of equal layers, same depth and width, that costs what `shape` costs.
 
-    Every layer gets the mean number of heads (in whole KV groups) and the FFN that meets the cost. Raises `UserError` for
-    layers that have more than heads and widths, for which there is no mean.
+    Every layer gets the mean number of heads (in whole KV groups) and the FFN that meets the cost; for a KV cost, which
+    no FFN changes, the mean width. Raises `UserError` for layers that have more than heads and widths, for which there
+    is no mean.
     """
     from entasis.shape.rounding import policy
 
@@ -254,9 +291,16 @@ def isotropic_of_equal_cost(shape: ModelShape, kind: str = "parameters", sequenc
     n = shape.n_layers
     kv = max(1, round(sum(x.n_kv_heads for x in shape.layers) / n))
     heads = max(kv, round(sum(x.n_heads for x in shape.layers) / n / kv) * kv)
+    budget = Budget(kind, MEASURES[kind](shape, sequence, attended), sequence, attended)
+    if kind == "kv_bytes_per_token":
+        mean = LayerShape(heads, kv, round(sum(x.d_ff for x in shape.layers) / n))
+        solution = Solution(replace(shape, layers=(mean,) * n), budget)
+        if abs(solution.miss) <= TOLERANCE:
+            return solution
+        note = f"misses {kind} {budget.value:,} by {solution.miss:+.2%}: {kv} in every layer is the nearest number of KV heads"
+        return replace(solution, notes=(note,))
     rounding = policy("exact", head_dim=shape.head_dim, group=kv, ffn_multiple=None, device="other")
     silhouette = Silhouette(
         [1.0] * n, [heads * shape.head_dim / shape.d_model] * n, rounding, kv, template=shape
     )
-    budget = Budget(kind, MEASURES[kind](shape, sequence), sequence)
-    return solve(silhouette, budget, "heads" if kind == "kv_bytes_per_token" else "ffn")[0]
+    return solve(silhouette, budget, "ffn")[0]

@@ -31,7 +31,7 @@ DESIGN = {
     "ffn_multipliers": "numbers of the FFN profile: start, mid, end, frame, value, share, points, values",
     "head_multipliers": "the same for the heads",
     "budget": "a number such as 180M (parameters), or {parameters | parameters_without_input_embedding | "
-    "flops_per_token | kv_bytes_per_token: NUMBER, sequence: N}",
+    "flops_per_token | kv_bytes_per_token: NUMBER, sequence: N, attended: full | causal}",
     "scale": "whose multipliers meet the budget: ffn, heads or both",
     "rounding": "exact, tensor-core, crown-paper or corenet",
     "device": "for tensor-core: hopper or other",
@@ -107,10 +107,11 @@ _NULLABLE = {"rope_scaling", "attention_scale"}
 def number(value: Any, where: str) -> int:
     """`180M`, `1.5B`, `4_000` or a plain number. Raises `UserError`."""
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([kKMBGT]?)", str(value).strip())
-    if isinstance(value, bool) or not match or math.isinf(float(match[1].replace("_", ""))):
+    scale = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+    result = float(match[1].replace("_", "")) * scale[match[2]] if match else math.inf
+    if isinstance(value, bool) or math.isinf(result):
         raise UserError(f"shape: {where} is {value!r}; write a number such as 180M or 1.5B")
-    scale = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}[match[2]]
-    return round(float(match[1].replace("_", "")) * scale)
+    return round(result)
 
 
 def _fields(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +126,8 @@ def _design(source: Mapping[str, Any]) -> Solution:
     depth, width = source.get("layers"), source.get("d_model")
     if not budget and (depth is None or width is None):
         raise UserError("shape: give layers and d_model, or a budget that finds them")
+    if budget is None and "scale" in source:
+        raise UserError(f"shape: scale is {source['scale']!r}, and there is no budget to meet with it")
     scale = source.get("scale", "heads" if budget and budget.kind == "kv_bytes_per_token" else "ffn")
     silhouettes = [_silhouette(source, n, d) for n, d in _candidates(source, depth, width)]
     if budget is None:
@@ -218,7 +221,12 @@ def _budget(value: Any) -> Budget | None:
         return None
     if not isinstance(value, Mapping):
         return Budget("parameters", number(value, "budget"))
-    kinds = [key for key in value if key != "sequence"]
+    kinds = [key for key in value if key not in ("sequence", "attended")]
     if len(kinds) != 1 or kinds[0] not in MEASURES:
         raise UserError(f"shape: budget is {dict(value)!r}; name one of {', '.join(MEASURES)}")
-    return Budget(kinds[0], number(value[kinds[0]], f"budget.{kinds[0]}"), int(value.get("sequence", 1024)))
+    return Budget(
+        kinds[0],
+        number(value[kinds[0]], f"budget.{kinds[0]}"),
+        number(value.get("sequence", 1024), "budget.sequence"),
+        value.get("attended", "full"),
+    )

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entasis.errors import UserError
-from entasis.shape import cost, solve, specification
+from entasis.shape import cost, profiles, solve, specification
 from entasis.shape.specification import resolve
 
 SMALL = {"layers": 8, "d_model": 128, "head_dim": 16, "vocabulary": 4096, "tied_embeddings": True}
@@ -27,7 +27,7 @@ def test_small_shapes_meet_a_budget_within_a_thousandth(profile, kind):
     value = {"flops_per_token": 24_000_000}.get(kind, 2_000_000)
     solution = resolve({**SMALL, "profile": profile, "budget": {kind: value}})
     assert abs(solution.miss) < 1e-3
-    assert solution.achieved == solve.MEASURES[kind](solution.shape, 1024)
+    assert solution.achieved == solve.MEASURES[kind](solution.shape, 1024, "full")
 
 
 @pytest.mark.parametrize("profile", ["isotropic", "crown", "vanilla"])
@@ -68,6 +68,65 @@ def test_the_order_of_layers_is_the_profiles(profile, n, width, value, rounding)
     assert [x.n_heads for x in solution.shape.layers] == [x.n_heads for x in free.layers]
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([*PROFILES, "isotropic"]),
+    st.sampled_from(["exact", "tensor-core", "crown-paper", "corenet"]),
+    st.sampled_from(["ffn", "heads", "both"]),
+    st.integers(200_000, 20_000_000),
+)
+def test_only_a_profiles_own_zero_leaves_a_part_out(profile, rounding, scale, value):
+    source = {**SMALL, "profile": profile, "rounding": rounding}
+    try:
+        solved = resolve({**source, "scale": scale, "budget": value}).shape.layers
+    except UserError as error:
+        assert "too small" in str(error)
+        return
+    free = resolve(source).shape.layers
+    assert [(x.n_heads > 0, x.d_ff > 0) for x in solved] == [(x.n_heads > 0, x.d_ff > 0) for x in free]
+
+
+@pytest.mark.parametrize("rounding", ["crown-paper", "corenet"])
+def test_both_parts_meet_a_budget_under_the_rounding_of_papers(rounding):
+    source = {"profile": "vanilla", "layers": 12, "d_model": 768, "vocabulary": 4096, "rounding": rounding}
+    free = resolve(source).shape
+    solution = resolve({**source, "scale": "both", "budget": 3 * cost.parameters(free)})
+    assert abs(solution.miss) < 0.05
+    for a, b in zip(free.layers, solution.shape.layers, strict=True):
+        assert (a.n_heads < b.n_heads) and (a.d_ff < b.d_ff)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["isotropic", "crown", "middle"]),
+    st.sampled_from(["crown", "vanilla", "framed"]),
+    st.integers(2, 14),
+    st.sampled_from(["exact", "tensor-core", "crown-paper"]),
+    st.floats(0.5, 3),
+)
+def test_layers_of_one_ffn_multiplier_keep_one_width_whatever_their_heads(ffn, heads, n, rounding, factor):
+    source = {**SMALL, "profile": {"ffn": ffn, "heads": heads}, "layers": n, "rounding": rounding}
+    budget = round(factor * cost.parameters(resolve(source).shape))
+    try:
+        solution = resolve({**source, "budget": budget})
+    except UserError as error:
+        assert "too small" in str(error)
+        return
+    multipliers = profiles.multipliers(ffn, n, "ffn", {})
+    pairs = set(zip(multipliers, [x.d_ff for x in solution.shape.layers], strict=True))
+    assert len(pairs) == len(set(multipliers))
+
+
+def test_no_ffn_is_moved_away_from_its_equals_to_meet_a_budget():
+    crown = {**SMALL, "profile": {"ffn": "crown", "heads": "vanilla"}}
+    widths = [x.d_ff for x in resolve({**crown, "budget": 1_538_885}).shape.layers]
+    assert widths == widths[::-1]
+    equal = {**SMALL, "profile": {"ffn": "isotropic", "heads": "vanilla"}, "rounding": "tensor-core"}
+    solution = resolve({**equal, "budget": 1_700_000})
+    assert len({x.d_ff for x in solution.shape.layers}) == 1
+    assert "FFN steps of 64 in all layers at once" in solution.notes[-1]
+
+
 def test_a_coarse_rounding_says_what_it_missed_and_why():
     solution = resolve(
         {"profile": "isotropic", "layers": 18, "d_model": 768, "rounding": "crown-paper", "budget": "180M"}
@@ -103,6 +162,36 @@ def test_the_isotropic_model_of_equal_cost_is_equal_and_isotropic(name, kind):
     assert abs(solution.miss) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["crown-paper/baseline-12", "smollm2/135m", "gpt2/small"])
+def test_an_isotropic_model_is_its_own_of_equal_kv_cost(name):
+    solution = solve.isotropic_of_equal_cost(specification.preset(name), "kv_bytes_per_token")
+    assert solution.shape == specification.preset(name)
+    assert (solution.miss, solution.notes) == (0, ())
+
+
+@pytest.mark.parametrize("name", ["crown-paper/crown-18", "openelm/270m", "crown-paper/vanilla-12"])
+def test_equal_layers_of_equal_kv_cost_are_the_mean_layer_and_say_what_they_miss(name):
+    shape = specification.preset(name)
+    solution = solve.isotropic_of_equal_cost(shape, "kv_bytes_per_token")
+    (layer,) = set(solution.shape.layers)
+    for field in ("n_kv_heads", "d_ff"):
+        mean = sum(getattr(x, field) for x in shape.layers) / shape.n_layers
+        assert abs(getattr(layer, field) - mean) <= 0.5
+    assert layer.n_heads % layer.n_kv_heads == 0
+    assert solution.achieved == cost.kv_bytes_per_token(solution.shape)
+    assert (abs(solution.miss) > 1e-3) == ("nearest number of KV heads" in " ".join(solution.notes))
+
+
+def test_flops_budgets_and_equal_cost_count_the_attended_length_they_are_told():
+    budget = {"flops_per_token": "24M", "sequence": "1k", "attended": "causal"}
+    solution = resolve({**SMALL, "profile": "crown", "budget": budget})
+    assert solution.achieved == cost.flops_per_token(solution.shape, 1000, attended="causal")
+    assert abs(solution.miss) < 1e-3
+    twin = solve.isotropic_of_equal_cost(solution.shape, "flops_per_token", 1000, "causal").shape
+    ours, theirs = (cost.flops_per_token(s, 1000, attended="causal") for s in (solution.shape, twin))
+    assert theirs == pytest.approx(ours, rel=1e-3)
+
+
 def test_five_arms_of_a_study_cost_the_same():
     counts = [
         cost.parameters(resolve({**SMALL, "profile": p, "budget": "2M"}).shape)
@@ -122,6 +211,39 @@ def test_five_arms_of_a_study_cost_the_same():
         ({**SMALL, "profile": "crown", "rounding": "up"}, "choose one of corenet"),
         ({"profile": "crown", "layers": 4}, "budget that finds them"),
         ({**SMALL, "profile": "crown", "q_per_kv": 2, "n_kv_heads": 2}, "not both"),
+        ({**SMALL, "profile": "crown", "device": "hoper"}, "device is 'hoper'; tensor-core rounding knows"),
+        ({**SMALL, "profile": "crown", "scale": "both"}, "scale is 'both', and there is no budget"),
+        (
+            {**SMALL, "profile": "crown", "budget": {"flops_per_token": 1, "sequence": None}},
+            "sequence is None",
+        ),
+        ({**SMALL, "profile": "crown", "budget": {"flops_per_token": 1, "sequence": -5}}, "sequence is -5"),
+        (
+            {**SMALL, "profile": "crown", "budget": {"flops_per_token": 1, "sequence": 0}},
+            "it must be from 1 to",
+        ),
+        (
+            {**SMALL, "profile": "crown", "budget": {"flops_per_token": 1, "attended": "half"}},
+            "full or causal",
+        ),
+        ({**SMALL, "profile": "crown", "budget": "1e300T"}, "such as 180M"),
+        (
+            {**SMALL, "profile": "crown", "n_kv_heads": 2, "budget": {"kv_bytes_per_token": "16k"}},
+            "n_kv_heads 2 alone sets it, 1,024 in 8 layers",
+        ),
+        (
+            {**SMALL, "profile": "crown", "scale": "ffn", "budget": {"kv_bytes_per_token": "16k"}},
+            "kv_bytes_per_token does not grow with ffn",
+        ),
+        (
+            {
+                **SMALL,
+                "profile": {"ffn": "isotropic", "heads": "isotropic"},
+                "head_multipliers": {"value": 0},
+                "budget": {"kv_bytes_per_token": "16k"},
+            },
+            "kv_bytes_per_token does not grow with heads",
+        ),
         ({**SMALL, "profile": "crown", "head_dim": 15}, "even number"),
         (
             {
