@@ -4,6 +4,9 @@
 class UserError(ValueError):
     """The user's input cannot be used. The command line prints its one line and exits with 2."""
 
+    told_elsewhere = False
+    """Whether another process of the run prints it."""
+
     def __init__(self, message: object = "") -> None:
         super().__init__(str(message).replace("\n", " "))  # a stranger's name in it may hold line breaks
 

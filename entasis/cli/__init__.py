@@ -84,7 +84,9 @@ def _run(argv: Sequence[str]) -> int:
     try:
         args = parse(argv)
         return importlib.import_module(f"entasis.cli.{args.verb}").run(args) or 0
-    except (UserError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except UserError as error:
+        return 2 if error.told_elsewhere else _complain(error, 2)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _complain(error, 2)
     except (Stopped, KeyboardInterrupt) as error:
         # All processes of a run stop together; one of them says so.

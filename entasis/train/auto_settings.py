@@ -74,7 +74,8 @@ def simplest(recipe: ResolvedRecipe, device: torch.device) -> SettledRecipe:
     if micro == "auto":
         # On a CPU more than this falls out of its caches: a quarter slower at twice as many tokens.
         at_once = 32_768 if device.type == "cuda" else 4_096
-        micro = max(1, min(recipe.sequences, at_once // recipe.data.sequence))
+        longest = max(stage.sequence or recipe.data.sequence for stage in recipe.stages)
+        micro = max(1, min(recipe.sequences, at_once // longest))
     return recipe.narrowed(
         SettledRecipe,
         batch=recipe.batch.narrowed(SettledBatch, micro=micro),

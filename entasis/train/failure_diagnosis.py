@@ -25,9 +25,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(micro: int, sequence: int, step: int) -> Failure:
     """Which setting to lower."""
     if micro != 1:
-        advice = f"lower batch.micro (now {micro} sequences of {sequence} tokens)"
+        advice = f"lower batch.micro (now {micro} sequences of {sequence} tokens), or set activation_memory"
     else:
-        advice = f"batch.micro is 1 already: lower data.sequence (now {sequence}) or the shape's budget"
+        advice = f"batch.micro is 1 already: set activation_memory, or lower data.sequence (now {sequence}) or the shape's budget"
     return Failure(f"out of memory at step {step}: {advice}")
 
 

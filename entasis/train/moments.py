@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,15 +87,13 @@ def load(folder: Path, name: str = OPTIMIZER) -> tuple[Moments, dict[str, int]]:
     path, result = folder / name, Moments()
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # An earlier version wrote the positions alone, without a hash.
-            told = json.loads(metadata.get(weights.BELONGS) or f'{{"positions": {metadata["positions"]}}}')
+            told = _told(file.metadata())
             tensors = {entry: file.get_tensor(entry) for entry in file.keys()}  # noqa: SIM118  it is no mapping
         positions = {str(k): int(v) for k, v in told["positions"].items()}
     except FileNotFoundError as error:
         raise _missing(folder) from error
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"damaged: {path} does not hold an optimizer's moments ({error})") from error
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
     if "content" in told and told["content"] != _content(tensors, positions):
         raise Damaged(f"damaged: {path} does not hold the moments that were saved; restore it, or use reset")
     for entry, x in tensors.items():
@@ -103,10 +102,33 @@ def load(folder: Path, name: str = OPTIMIZER) -> tuple[Moments, dict[str, int]]:
     return result, positions
 
 
-def require(folder: Path) -> None:
-    """Raises `UserError` where a folder to start from holds no moments."""
-    if not (folder / OPTIMIZER).is_file():
-        raise _missing(folder)
+def describe(folder: Path) -> tuple[set[str], dict[str, int]]:
+    """The keys of the moments in a folder to start from, and the positions in its data, without reading the moments.
+
+    Raises `UserError` where there are none, `Damaged` where they cannot be read.
+    """
+    path = folder / OPTIMIZER
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {entry.partition(":")[0] for entry in file.keys()}, _told(file.metadata())["positions"]  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise _missing(folder) from error
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+
+
+_UNREADABLE = (SafetensorError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def _damaged(path: Path, error: Exception) -> Damaged:
+    return Damaged(f"damaged: {path} does not hold an optimizer's moments ({error})")
+
+
+def _told(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What stands in the metadata. An earlier version wrote the positions alone, without a hash."""
+    found = metadata or {}
+    told: dict[str, Any] = json.loads(found.get(weights.BELONGS) or f'{{"positions": {found["positions"]}}}')
+    return told
 
 
 def _missing(folder: Path) -> UserError:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from entasis.errors import UserError
 
 T = TypeVar("T")
 
@@ -127,6 +129,21 @@ def broadcast_object(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """What `function` gives on rank 0, on every rank; what it raises for the user, on every rank too, where rank 0 tells it."""
+    answer: tuple[T | None, UserError | None] = (None, None)
+    if is_main():
+        try:
+            answer = function(), None
+        except UserError as refusal:
+            answer = None, refusal
+    value, error = broadcast_object(answer)
+    if error is not None:
+        error.told_elsewhere = not is_main()
+        raise error
+    return value  # type: ignore[return-value]
 
 
 def is_main_process() -> bool:

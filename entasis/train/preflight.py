@@ -13,6 +13,7 @@ import torch
 
 from entasis.data.corpus import Corpus
 from entasis.data.doctor import examine
+from entasis.data.held_out import choose_documents
 from entasis.data.mixture import whole_shares
 from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import UserError
@@ -24,7 +25,8 @@ from entasis.train import moments, parallel
 from entasis.train.recipe import Recipe, Stage, WeightedCorpus, held_out_of, mixture_of
 from entasis.train.resolve import resolve
 from entasis.train.resolved_recipe import ResolvedRecipe
-from entasis.train.training_data import weighed, weights_of
+from entasis.train.stages import lay_out
+from entasis.train.training_data import TrainingData, weighed, weights_of
 
 
 def resolve_with_data(recipe: Recipe) -> tuple[ResolvedRecipe, ModelShape, list[str], Corpus]:
@@ -36,6 +38,8 @@ def resolve_with_data(recipe: Recipe) -> tuple[ResolvedRecipe, ModelShape, list[
     corpus = check_data(recipe)
     resolved, shape, notes = resolve(recipe, corpus.vocabulary)
     _check_vocabulary(shape, corpus)
+    _check_samples(resolved, shape, corpus)
+    _check_start(resolved, shape)
     return resolved, shape, notes, corpus
 
 
@@ -56,8 +60,6 @@ def check_data(recipe: Recipe) -> Corpus:
                 f"data: {first} was made with another tokenizer than the model in {recipe.start.folder} "
                 f"has; prepare it with --tokenizer {tokenizer}"
             )
-        if "keep" in (recipe.start.optimizer_state, recipe.start.data_position):
-            moments.require(Path(recipe.start.folder))
     for path, opened in corpora.items():
         if corruption := opened.corruption:
             if recipe.data.allow_corruption:
@@ -78,6 +80,8 @@ def check_data(recipe: Recipe) -> Corpus:
                 print(f"note: data.allow_corruption: {path} is trained on despite {found}", file=sys.stderr)
     for opened in corpora.values():
         opened.verify()
+    for path in held_out_of(recipe.data.validation).values():
+        choose_documents(corpora[path], part=recipe.evaluation.part)
     for index, stage in enumerate(recipe.stages or (Stage(),)):
         mixed = mixture_of((stage.data or recipe.data).train)
         sequence = stage.sequence or recipe.data.sequence
@@ -132,8 +136,52 @@ def _check_vocabulary(shape: ModelShape, corpus: Corpus) -> None:
         )
 
 
+def _check_samples(recipe: ResolvedRecipe, shape: ModelShape, corpus: Corpus) -> None:
+    """Refuses samples longer than the positions that the model learns. Raises `UserError`."""
+    samples = recipe.samples
+    if samples is None or shape.positions != "learned":
+        return
+    tokenizer = load_tokenizer(corpus.tokenizer_path)
+    longest = max(len(tokenizer.encode(text)) or 1 for text in samples.prompts) + samples.tokens
+    if longest > shape.context:
+        raise UserError(
+            f"recipe: samples are {longest} tokens long with their prompt; the model learns positions for {shape.context}"
+        )
+
+
+def _check_start(recipe: ResolvedRecipe, shape: ModelShape) -> None:
+    """Refuses to keep moments of another optimizer, and a place in data that is read otherwise. Raises `UserError`."""
+    start = recipe.start
+    if start is None or "keep" not in (start.optimizer_state, start.data_position):
+        return
+    folder = Path(start.folder)
+    keys, positions = moments.describe(folder)
+    spans = lay_out(recipe, shape)
+    if start.optimizer_state == "keep":
+        muon = spans[0].optimizer.name == "muon"
+        if ("momentum_buffer" in keys) != muon:
+            raise UserError(
+                f"recipe: start.optimizer_state is keep, but the moments in {folder} are of another optimizer than "
+                f"{spans[0].optimizer.name}; use reset"
+            )
+    if (start.data_position or start.optimizer_state) == "keep":
+        places = TrainingData(spans[0].data, recipe.seed, {}).places
+        if positions and not positions.keys() & set(places):
+            raise UserError(
+                f"recipe: the data's place is kept, but {folder} has none in this text at sequence "
+                f"{spans[0].data.sequence}; set start.data_position=reset"
+            )
+
+
 def check_sharding(recipe: Recipe) -> None:
-    """Refuses stages that cannot be trained in shards, which more processes than before may have brought. Raises `UserError`."""
+    """Refuses stages that so many processes cannot share, which may be more than before. Raises `UserError`."""
+    for stage in recipe.stages or (Stage(),):
+        tokens = (stage.batch or recipe.batch).tokens
+        sequences = tokens // (stage.sequence or recipe.data.sequence)
+        if sequences % parallel.world():
+            raise UserError(
+                f"recipe: batch.tokens {tokens} is {sequences} sequences, which {parallel.world()} processes cannot share equally"
+            )
     if recipe.parallel.kind != "ddp" and parallel.world() > 1:
         for stage in recipe.stages:
             if stage.lora or stage.cache_frozen:

@@ -27,7 +27,7 @@ from entasis.train.resolved_recipe import (
     stages_of_plan,
     steps,
 )
-from entasis.train.stages import StageSpan, lay_out
+from entasis.train.stages import StageSpan, check_parametrisation, lay_out
 from entasis.train.training_plans import plan as training_plans
 
 
@@ -115,9 +115,10 @@ def _with_plan(recipe: Recipe, shape: ModelShape) -> Recipe:
 def _solve(recipe: Recipe, vocabulary: int, weights: ModelShape | None) -> Solution:
     """The first stage's shape: drawn, or that of the weights to start from. Raises `UserError`."""
     wanted = dict(recipe.shape or {})
+    check_parametrisation(recipe.optimizer)
     there = Solution(weights or shape_of(recipe.start)) if recipe.start else None
     if there and recipe.shape is None:
-        return there
+        return _with_mup_notes(there, recipe.optimizer)
     if "preset" not in wanted:
         wanted.setdefault("vocabulary", vocabulary)
     solution = specification.resolve(wanted)
@@ -149,17 +150,26 @@ def shape_of(start: Start) -> ModelShape:
         ) from error
 
 
+def _with_mup_notes(there: Solution, optimizer: Optimizer) -> Solution:
+    """The shape of weights to start from, which keep their function: with notes where muP has other scales."""
+    if optimizer.parametrisation != "mup":
+        return there
+    wanted = {name: getattr(there.shape, name) for name in ("logit_scale", "attention_scale")}
+    notes = with_mup_scales(there, wanted, optimizer).notes
+    return dataclasses.replace(
+        there, notes=tuple(f"{note}; the model to start from keeps its own" for note in notes)
+    )
+
+
 def with_mup_scales(solution: Solution, wanted: Mapping[str, Any], optimizer: Optimizer) -> Solution:
     """The shape with muP's part of the function, but for fields that the specification `wanted` names itself.
 
     Logits shrink with the width. Products of queries and keys shrink with head_dim instead of its root, and are as
     ever at the base's head_dim; norms on queries and keys bound them already. Raises `UserError`.
     """
+    check_parametrisation(optimizer)
     shape, width, head_dim = solution.shape, optimizer.base_width, optimizer.base_head_dim
-    if width is None:
-        raise UserError(
-            "recipe: optimizer.parametrisation is mup; give optimizer.base_width, where lr was found"
-        )
+    assert width is not None
     scales: dict[str, float | None] = {"logit_scale": width / shape.d_model}
     if shape.qk_norm == "none":
         same = head_dim is None or head_dim == shape.head_dim
@@ -211,6 +221,6 @@ def _average(recipe: Recipe, total: int) -> ResolvedAverage | None:
 
 
 def _every(value: int | str | None, total: int, where: str) -> int | None:
-    if str(value).strip() == "0":
+    if str(value).strip() in ("0", "0%"):
         raise UserError(f"recipe: {where} is 0; write a number of steps from 1, a share of them (2%) or null")
     return None if value is None else max(1, quantities.steps(value, total, f"recipe: {where}"))

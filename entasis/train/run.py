@@ -110,11 +110,6 @@ class Run:
         self.timeline = Timeline(opened.recipe, opened.shape, [])
         begun = checkpoint.step_of(opened.checkpoint) if opened.checkpoint else 0
         for span in self.timeline.spans:
-            if span.sequences % parallel.world():
-                raise UserError(
-                    f"recipe: batch.tokens {span.batch_tokens} is {span.sequences} sequences, which "
-                    f"{parallel.world()} processes cannot share equally"
-                )
             # A stage that has ended may have needed more than a run that goes on elsewhere may take.
             if span.stop >= begun:
                 checkpointed_layers(span, opened.recipe)
@@ -259,7 +254,8 @@ class Run:
                 self.metrics.write(record)
             self.report("step", **record)
             last = self.step == span.stop
-            if stop or last or _due(recipe.checkpoint.every, self.step):
+            kept = recipe.checkpoint
+            if stop or last or _due(kept.every, self.step) or _due(kept.keep_every, self.step):
                 self.save(runner)
             if stop and not last:
                 raise Stopped(

@@ -73,18 +73,19 @@ def open_run(
     Unless it is finished, the folder is locked until `held` closes. Raises `UserError` for a folder that holds another
     recipe or something else or is in use, for unusable data and for damaged files.
     """
-    ours = _look(recipe, folder, device, held) if parallel.is_main() else None
-    found = parallel.broadcast_object(dataclasses.replace(ours, corpus=None) if ours else None)
-    assert found is not None
+    ours: list[_Found] = []
+    """Of rank 0, with its corpus open."""
+
+    def look() -> _Found:
+        ours.append(_look(recipe, folder, device, held))
+        return dataclasses.replace(ours[0], corpus=None)
+
+    found: _Found = parallel.on_main(look)
     chosen, auto = found.settled, None
     if chosen is None:
         # All ranks time what is left to the machine: their steps wait for one another.
         chosen, auto = auto_settings.choose(found.recipe, found.shape, device)
-    run = parallel.broadcast_object(
-        _settle(ours, chosen, auto, folder, device, held, resume) if ours else None
-    )
-    assert run is not None
-    return run
+    return parallel.on_main(lambda: _settle(ours[0], chosen, auto, folder, device, held, resume))
 
 
 def _look(recipe: Recipe, folder: Path, device: torch.device, held: ExitStack) -> _Found:
@@ -157,7 +158,11 @@ def recognise(resolved: ResolvedRecipe, folder: Path) -> SettledRecipe | None:
         raise Damaged(f"damaged: {stored_at} is not the recipe that was written ({error})") from error
     settled = adopt(resolved, stored)
     # What only spreads the work or its memory is no part of what is computed: a run may go on elsewhere.
-    free = {"parallel": settled.parallel, "activation_memory": settled.activation_memory}
+    free = {
+        "parallel": settled.parallel,
+        "activation_memory": settled.activation_memory,
+        "batch": stored.batch.replaced(micro=settled.batch.micro),
+    }
     if differs := difference(stored.replaced(**free), settled):
         raise UserError(f"{folder} holds a run of another recipe ({differs}); choose another --output")
     return settled

@@ -175,6 +175,11 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
                 f"{where}: has lora, and the recipe an average, which would be of adapters' factors instead of weights; leave one out"
             )
         start, tokens = start + steps, tokens + steps * batch
+    if recipe.data.validation is not None and recipe.data.sequence > shape.context:
+        raise UserError(
+            f"recipe: data.sequence is {recipe.data.sequence}, at which held-out text is scored: longer than the shape's "
+            f"context {shape.context}"
+        )
     return result
 
 
@@ -190,9 +195,29 @@ def _optimizer_of(recipe: ResolvedRecipe, stage: ResolvedStage, where: str) -> O
         if stage.lr is not None and "lr" in stage.optimizer:
             raise UserError(f"{where}: gives both lr and optimizer.lr, which are the same")
         optimizer = parse(Optimizer, {**optimizer.model_dump(), **stage.optimizer}, f"{where}.optimizer")
+        for key in ("parametrisation", "base_width", "base_head_dim"):
+            if getattr(optimizer, key) != getattr(recipe.optimizer, key):
+                raise UserError(
+                    f"{where}.optimizer.{key}: is the whole run's, as muP's scales are in the model"
+                )
     if stage.lr is not None:
         optimizer = optimizer.replaced(lr=stage.lr)
     return optimizer
+
+
+def check_parametrisation(optimizer: Optimizer) -> None:
+    """Refuses muP without the width that lr was found at, and that width without muP. Raises `UserError`."""
+    if optimizer.parametrisation == "mup":
+        if optimizer.base_width is None:
+            raise UserError(
+                "recipe: optimizer.parametrisation is mup; give optimizer.base_width, where lr was found"
+            )
+        return
+    for key in ("base_width", "base_head_dim"):
+        if getattr(optimizer, key) is not None:
+            raise UserError(
+                f"recipe: optimizer.{key} is muP's; set optimizer.parametrisation=mup, or leave it out"
+            )
 
 
 def _optimizer_state(

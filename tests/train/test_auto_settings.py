@@ -130,6 +130,15 @@ def test_the_stage_that_takes_most_of_the_run_is_timed(recipe, monkeypatch):
     assert 2000 < stands.steps < 2301 and stands.models == 3 - 1
 
 
+def test_the_longest_sequence_of_all_stages_says_how_many_at_once(recipe):
+    stages = [{"tokens": 4096}, {"tokens": 4096, "sequence": 2048}]
+    shape = {**recipe().shape, "context": 2048}
+    resolved, _, _ = resolve(
+        recipe(shape=shape, stages=stages, tokens=None, batch={"tokens": 4096, "micro": "auto"}), 258
+    )
+    assert auto_settings.simplest(resolved, torch.device("cpu")).batch.micro == 2
+
+
 def test_a_plan_that_measures_is_timed_as_if_all_layers_turned_out_alike(recipe):
     wanted = recipe(
         **LONG,

@@ -81,6 +81,10 @@ def test_full_disk_fails_in_one_line_and_keeps_what_was_whole(recipe, tmp_path, 
 
 
 def test_kept_checkpoints_hold_readable_weights(recipe, tmp_path):
-    train(recipe(checkpoint={"every": 2, "keep_last": 1, "keep_every": 4}), tmp_path)
-    kept = [(checkpoint.step_of(f), (f / "model.safetensors").exists()) for f in checkpoint.folders(tmp_path)]
-    assert kept == [(4, True), (8, True)]
+    for every in (2, 3, None):
+        folder = tmp_path / str(every)
+        train(recipe(checkpoint={"every": every, "keep_last": 1, "keep_every": 4}), folder)
+        kept = [
+            (checkpoint.step_of(f), (f / "model.safetensors").exists()) for f in checkpoint.folders(folder)
+        ]
+        assert kept == [(4, True), (8, True)]

@@ -258,6 +258,7 @@ def test_a_run_begun_by_one_process_is_not_resumed_in_shards_by_two(recipe, tmp_
     with pytest.raises(KeyboardInterrupt):
         train(wanted, tmp_path / "run", reporter=stop)
     monkeypatch.setattr(parallel, "world", lambda: 2)
+    monkeypatch.setattr(parallel, "broadcast_object", lambda value: value)
     with pytest.raises(UserError, match="cache_frozen needs every process to hold the whole model"):
         train(wanted, tmp_path / "run")
 
