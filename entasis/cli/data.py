@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="text files and folders, .jsonl(.gz/.zst), .parquet, hf:NAME[:CONFIG[:SPLIT]], or stdlib: the "
+        help="text files and folders, .jsonl, .ndjson or .json (.gz/.zst), .parquet, hf:NAME[:CONFIG[:SPLIT]], or stdlib: the "
         "interpreter's own standard library",
     )
     prepare.add_argument("--output", required=True, metavar="DIR")
@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task = verbs.add_parser("task", help="a multiple-choice task for lm-eval: which continuation follows?")
     task.add_argument("text", metavar="TEXT", help="a held-out corpus, a text file or a folder of them")
     task.add_argument("--output", required=True, metavar="DIR", help="for `entasis evaluate --include-path`")
+    task.add_argument("--column", default="text", help="the text's key in jsonl and parquet (text)")
     task.add_argument("--items", type=whole(1), default=200, help="how many questions (200)")
     task.add_argument("--context", type=whole(1), default=40, metavar="WORDS", help="words before each (40)")
     task.add_argument("--continuation", type=whole(1), default=10, metavar="WORDS", help="words of each (10)")
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     from entasis.data import left_out
-    from entasis.data.prepare import prepare
+    from entasis.data.prepare import SIDES, prepare
 
     with progress.bars("bytes") as report:
         result = prepare(
@@ -128,6 +129,9 @@ def _prepare(args: argparse.Namespace) -> int:
     if note := result.get("note"):
         print(f"entasis: {note}", file=sys.stderr)
     left_out.tell(result.get("left_out", {}))
+    # Folders of earlier versions do not say it.
+    if lost := left_out.lost_by_tokenizer(max(result[s].get("text_lost") or 0 for s in SIDES if s in result)):
+        print(f"entasis: {lost}", file=sys.stderr)
     if args.json:
         print(json.dumps(result))
         return 0
@@ -166,6 +170,8 @@ def _import(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
             progress=report,
         )
+    if note := result.get("note"):
+        print(f"entasis: {note}", file=sys.stderr)
     if args.json:
         print(json.dumps(result))
     else:
@@ -218,6 +224,9 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         for finding in diagnosis.findings:
             print(f"{args.path}: {finding.name}\n  evidence: {finding.evidence}\n  fix: {finding.fix}")
+    if not args.json:
+        for note in diagnosis.notes:
+            print(f"  note: {note}")
     return 0 if diagnosis.sound else 1
 
 
@@ -225,7 +234,7 @@ def _task(args: argparse.Namespace) -> int:
     from entasis.data.continuations import texts_of, write_task
 
     result = write_task(
-        texts_of(args.text),
+        texts_of(args.text, column=args.column),
         args.output,
         where=args.text,
         items=args.items,
@@ -256,4 +265,7 @@ def _size(text: str | None) -> int | None:
         return None
     from entasis.shape.specification import number
 
-    return number(text.upper().removesuffix("B"), "--limit")
+    try:
+        return number(text.upper().removesuffix("B"), "")
+    except UserError as error:
+        raise UserError(f"--limit is {text!r}; write a size such as 12MB") from error

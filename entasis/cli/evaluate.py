@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=amount(1),
         help="whole documents up to so many tokens, such as 100k; a single one is cut there",
     )
+    parser.add_argument("--column", default="text", help="the text's key in jsonl and parquet (text)")
+    parser.add_argument(
+        "--document-masking",
+        action=argparse.BooleanOptionalAction,
+        help="attention stays inside a document of --text (as the run was trained)",
+    )
     parser.add_argument("--tasks", help="lm-eval tasks, separated by commas")
     parser.add_argument("--include-path", metavar="DIR", help="folder with lm-eval tasks of your own")
     parser.add_argument("--limit", type=whole(1), help="examples per task")
@@ -65,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(answer, default=str))
         return 0
     if score := answer.get("text"):
-        print(f"{score['bits_per_byte']:.4f} bits per byte  {_interval(score)}")
+        apart = "  documents masked" if score["document_masking"] else ""
+        print(f"{score['bits_per_byte']:.4f} bits per byte  {_interval(score)}{apart}")
         print(
             f"perplexity {score['perplexity']:.3f} per token, {score['tokens']:,} tokens, {score['bytes']:,} bytes"
         )
@@ -90,8 +97,9 @@ def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
 
     if loaded.tokenizer is None:
         raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
+    masking = loaded.document_masking if args.document_masking is None else args.document_masking
     with (
-        corpus_of(args.text, loaded.tokenizer) as corpus,
+        corpus_of(args.text, loaded.tokenizer, column=args.column) as corpus,
         progress.bars("tokens") as advance,
     ):
         found = score(
@@ -99,6 +107,7 @@ def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
             corpus,
             sequence=args.sequence,
             tokens=args.tokens,
+            document_masking=masking,
             progress=lambda done, total: advance("scoring", done, total),
         )
     sampled, over = found, "documents"
@@ -116,4 +125,6 @@ def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         "tokens": found.tokens,
         "bytes": found.bytes,
         "documents": len(found.document_nll),
+        "document_masking": masking,
+        "text_lost": corpus.text_lost,
     }

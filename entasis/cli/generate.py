@@ -77,18 +77,22 @@ def run(args: argparse.Namespace) -> int:
                 print(now[len(shown) :], end="", flush=True)
                 shown = now
     seconds = time.perf_counter() - begun
+
+    def said(prompt: list[int], answer: list[int]) -> str:
+        return chosen.decode(answer) if args.chat else chosen.continuation(prompt, answer)
+
     if args.json:
         continuations = [
-            {"prompt": text, "text": chosen.decode(answer), "tokens": answer}
-            for text, answer in zip(texts, answers, strict=True)
+            {"prompt": text, "text": said(prompt, answer), "tokens": answer}
+            for text, prompt, answer in zip(texts, prompts, answers, strict=True)
         ]
         speed = sum(map(len, answers)) / seconds
         print(json.dumps({"continuations": continuations, "tokens_per_second": speed}))
     elif stream:
         print()
     else:
-        for text, answer in zip(texts, answers, strict=True):
-            print(f"{'' if args.chat else text}{chosen.decode(answer)}\n---")
+        for text, prompt, answer in zip(texts, prompts, answers, strict=True):
+            print(f"{'' if args.chat else text}{said(prompt, answer)}\n---")
     return 0
 
 

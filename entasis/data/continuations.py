@@ -1,8 +1,8 @@
 """A multiple-choice task from held-out text: which of four continuations follows this context?
 
 The text of each document is cut into stretches of as many words as a context and its continuation have. A stretch is one
-item; the three wrong continuations are those of other stretches, of other documents where there are enough. It is
-written as lm-eval reads tasks: a YAML file and the items in a JSONL file beside it.
+item; the three wrong continuations are those of other stretches, of other documents where these have a quarter of all
+or more. It is written as lm-eval reads tasks: a YAML file and the items in a JSONL file beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from entasis.data import left_out, tokenizer
 from entasis.data.corpus import INDEX, Corpus
 from entasis.data.held_out import Part, choose_documents
 from entasis.data.readers import Losses
-from entasis.data.sources import TextSources
+from entasis.data.sources import COLUMN, TextSources
 from entasis.errors import UserError
 from entasis.files import write_text
 
@@ -41,17 +41,19 @@ class Stretch:
     continuation: str
 
 
-def texts_of(source: str | Path, part: Part = "all") -> Iterator[str]:
+def texts_of(source: str | Path, part: Part = "all", column: str = COLUMN) -> Iterator[str]:
     """The documents of a prepared corpus (or of one part of it), or of text as `entasis data prepare` reads it.
 
     What is left out of text is said on stderr after its last document. Raises `UserError`.
     """
     if not (Path(source) / INDEX).is_file():
         losses = Losses()
-        for document in TextSources((str(source),)).documents(losses):
+        for document in TextSources((str(source),), column).documents(losses):
             yield document.text
         left_out.tell(losses.reasons)
         return
+    if column != COLUMN:
+        raise UserError(f"--column {column}: {source} is a prepared corpus, which has no columns")
     corpus = Corpus(source)
     reader, offsets = tokenizer.load(corpus.tokenizer_path), corpus.document_offsets()
     for i in choose_documents(corpus, part=part):
@@ -89,7 +91,9 @@ def make_items(stretches: list[Stretch], items: int, seed: int) -> list[dict[str
     of_document = Counter(stretch.document for stretch in stretches)
     result = []
     for true in draw.sample(stretches, items):
-        elsewhere = len(stretches) - of_document[true.document] >= CHOICES - 1
+        # Of a few stretches elsewhere all items would have the same wrong answers, which a guesser sees.
+        others = len(stretches) - of_document[true.document]
+        elsewhere = others >= max(CHOICES - 1, len(stretches) / 4)
         wrong: list[str] = []
         while len(wrong) < CHOICES - 1:
             other = draw.choice(stretches)

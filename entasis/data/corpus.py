@@ -32,6 +32,8 @@ class Corpus:
             self.tokenizer_hash: str = index["tokenizer"]
             self.corruption: str | None = index.get("corruption", index.get("danger"))
             """What was done to its ids on purpose, see `entasis.data.corruption`; `danger` until version 0.1."""
+            self.text_lost: float | None = index.get("text_lost")
+            """Share of the text's bytes that the ids do not give back; None where nobody measured it."""
         except FileNotFoundError as error:
             parts = [p.parent.name for p in sorted(self.path.glob(f"*/{INDEX}"))]
             advice = (

@@ -71,6 +71,7 @@ def corrupt(source: str | Path, output: str | Path, name: str) -> dict[str, Any]
         "vocabulary": corpus.vocabulary,
         "tokenizer": corpus.tokenizer_hash,
         "end_of_text": corpus.end_of_text,
+        "text_lost": corpus.text_lost,
         "corruption": name,
     }
     write_json(output / INDEX, index)

@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
+from entasis.data import left_out
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, Corpus
 from entasis.data.examinations import EXAMINATIONS, Finding, Sample
@@ -25,6 +27,8 @@ from entasis.errors import UserError
 
 _SAMPLE = 1 << 19
 """Tokens looked at from the beginning, the middle and the end, unless the examination is thorough."""
+NO_NPY = (ValueError, EOFError, OSError, SyntaxError, TokenError)
+"""What numpy raises for a damaged .npy file: it parses the header as Python."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Diagnosis:
     path: str
     tokens: int
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+    """What is no fault of the data, and should be known."""
 
     @property
     def sound(self) -> bool:
@@ -50,14 +56,16 @@ def examine(
 ) -> Diagnosis:
     """Examines a corpus folder, a folder of several (`train` and `validation`), or a raw file whose dtype is told.
 
-    A corpus is checked against its own vocabulary and tokenizer. `thorough` recomputes the content hashes of its
+    A corpus is checked against its own vocabulary and tokenizer, and against those that are given. `thorough` recomputes the content hashes of its
     shards; otherwise a sample is read, in a fraction of a second. Raises `UserError` when there is nothing
-    to examine, or a file's dtype is neither told nor written in it.
+    to examine, or a file's dtype is neither told nor written in it, or told of a corpus, whose shards say it.
     """
     path = Path(path)
     chosen = tokenizers.load(tokenizer) if tokenizer else None
     if path.is_dir():
-        return _examine_corpus(path, chosen, thorough)
+        if dtype is not None:
+            raise UserError(f"{path}: a corpus says its own type; leave --dtype out")
+        return _examine_corpus(path, vocabulary, chosen, thorough)
     if not path.is_file():
         raise UserError(f"{path}: no such file or corpus")
     return examine_ids(
@@ -87,18 +95,21 @@ def look_at(
         yield from look(sample)
 
 
-def _examine_corpus(path: Path, chosen: tokenizers.Tokenizer | None, thorough: bool) -> Diagnosis:
+def _examine_corpus(
+    path: Path, vocabulary: int | None, chosen: tokenizers.Tokenizer | None, thorough: bool
+) -> Diagnosis:
     if not (path / INDEX).is_file():
         parts = [p.parent for p in sorted(path.glob(f"*/{INDEX}"))]
         if not parts:
             Corpus(path)  # says what is there instead
-        each = [_examine_corpus(part, chosen, thorough) for part in parts]
+        each = [_examine_corpus(part, vocabulary, chosen, thorough) for part in parts]
         found = (
             replace(f, evidence=f"{p.name}: {f.evidence}")
             for p, d in zip(parts, each, strict=True)
             for f in d.findings
         )
-        return Diagnosis(str(path), sum(d.tokens for d in each), tuple(found))
+        notes = (f"{p.name}: {note}" for p, d in zip(parts, each, strict=True) for note in d.notes)
+        return Diagnosis(str(path), sum(d.tokens for d in each), tuple(found), tuple(notes))
     try:
         corpus = Corpus(path)
     except UserError as error:
@@ -123,10 +134,18 @@ def _examine_corpus(path: Path, chosen: tokenizers.Tokenizer | None, thorough: b
     if chosen is not None and chosen.hash != corpus.tokenizer_hash:
         evidence = f"the one given has hash {chosen.hash[:12]}, the shards {corpus.tokenizer_hash[:12]}"
         findings.append(Finding("wrong tokenizer", evidence, "use the corpus's own tokenizer.json"))
+    if vocabulary is not None:
+        highest = max(int(shard.tokens.max(initial=0)) for shard in corpus.shards)
+        if highest >= vocabulary:
+            evidence = f"the largest id is {highest}, the vocabulary told is {vocabulary}"
+            findings.append(
+                Finding("ids outside the vocabulary", evidence, "name the corpus's own vocabulary")
+            )
     # Every id was below the vocabulary when the shard was written, and the hash says whether it still is that shard.
     ids = _sampled(corpus.read, corpus.tokens)
     diagnosis = examine_ids(path, ids, findings, corpus.vocabulary, chosen or own)
-    return Diagnosis(str(path), corpus.tokens, diagnosis.findings)
+    lost = left_out.lost_by_tokenizer(corpus.text_lost)
+    return Diagnosis(str(path), corpus.tokens, diagnosis.findings, () if lost is None else (lost,))
 
 
 def _sampled(read: Callable[[int, int], np.ndarray], n: int) -> np.ndarray:
@@ -156,8 +175,8 @@ def _read(path: Path, dtype: str | None) -> tuple[np.ndarray, list[Finding]]:
                 raise UserError(f"{path}: a file without a type; tell its --dtype (it is never guessed)")
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            return np.zeros(0, np.uint16), [_truncated(f"{path.name}: {error}")]
+        except NO_NPY as error:
+            return np.zeros(0, np.uint16), [_truncated(f"{path.name}: {' '.join(str(error).split())}")]
         if ids.dtype.kind not in "ui":
             raise UserError(f"{path}: holds {ids.dtype}, which are no token ids")
         return ids.reshape(-1), []

@@ -8,6 +8,8 @@ from typing import Any
 
 from entasis.data.readers import REPLACED
 
+_LEAST_LOST = 1e-4
+"""Share of a text's bytes below which no bits per byte show that the tokenizer loses them."""
 _LONGEST_NAME = 120
 """Characters; a reason may stand behind a name."""
 
@@ -24,6 +26,13 @@ def tell(left_out: Mapping[str, dict[str, Any]]) -> None:
     """Prints these lines on stderr, so that the answer on stdout stays clean."""
     for line in lines(left_out):
         print(f"entasis: {line}", file=sys.stderr)
+
+
+def lost_by_tokenizer(share: float | None) -> str | None:
+    """One line on the share of a text that its ids do not give back; None where it is nothing, or was not measured."""
+    if share is None or share < _LEAST_LOST:
+        return None
+    return f"the tokenizer loses {100 * share:.3g} % of the text: its bits per byte cannot be compared with others'"
 
 
 def counted(reason: str, entry: Mapping[str, Any]) -> str:

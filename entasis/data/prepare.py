@@ -4,7 +4,8 @@
 
 The text is read twice. The first time it is measured: sizes, exact and near duplicates, and from them which
 documents are held out. The second time it is tokenised and written. Neither reading holds more than a batch of
-text and one shard of tokens. What a killed run finished is not done again. What is left out is counted by reason.
+text and one shard of tokens. What a killed run finished is not done again. What is left out is counted by reason, and
+ids are decoded again to see how much of the text they hold.
 """
 
 from __future__ import annotations
@@ -16,23 +17,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from entasis.data import dedup, split
+from entasis.data import dedup, round_trip, split
 from entasis.data import tokenizer as tokenizers
 from entasis.data.corpus import INDEX, TOKENIZER, Corpus
 from entasis.data.prepared_folder import PREPARED, SURVEY, WORK, claim
 from entasis.data.readers import Document, EncodingErrors, Losses
 from entasis.data.shards import hash_of_document, write_shard
-from entasis.data.sources import TextSources
+from entasis.data.sources import COLUMN, TextSources
 from entasis.errors import UserError
 from entasis.files import aside, read_json, write_json
 
 SHARD_TOKENS = 1 << 25
 _BATCH_BYTES = 1 << 20
 _TOKENIZER_SAMPLE = 64 << 20
+_COMPARED_FIRST, _COMPARED_OF = 1000, 16
+"""So many documents are compared with what their ids decode to, and then one of so many."""
 LEFT_OUT = "left-out.json"
 OVER_LIMIT = "over --limit"
 _SKIPPED, _TRAIN, _VALIDATION = 0, 1, 2
@@ -51,7 +54,7 @@ def prepare(
     validation: float = 0.05,
     seed: int = 0,
     limit: int | None = None,
-    column: str = "text",
+    column: str = COLUMN,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     encoding_errors: EncodingErrors = "drop-file",
@@ -151,6 +154,7 @@ def _survey(
     sizes = np.array(bytes_of, np.int64)
     sides = np.full(len(names), _TRAIN, np.int64)
     if limit is not None:
+        # It ends at the first that does not fit: results that are published were drawn so.
         drawn = np.array(sorted(range(len(names)), key=lambda i: split.hash_of(names[i], seed + 1)))
         sides[drawn[np.cumsum(sizes[drawn]) > limit]] = _SKIPPED
         for i in np.flatnonzero(sides == _SKIPPED):
@@ -213,6 +217,18 @@ def _sample(text: TextSources, sides: np.ndarray, report: Progress) -> Iterator[
             yield document.text
 
 
+class _Encoded(NamedTuple):
+    """A document's ids, and what is kept of its text."""
+
+    number: int
+    side: int
+    size: int
+    text_hash: int
+    ids: np.ndarray
+    lost: int | None
+    """Bytes that the ids do not give back; None where that was not looked at."""
+
+
 @dataclass
 class _Side:
     """One half of the corpus on its way to disk."""
@@ -226,6 +242,9 @@ class _Side:
     sizes: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     waiting: int = 0
+    compared: int = 0
+    """Bytes of the documents that were compared with what their ids decode to."""
+    lost: int = 0
 
     def resume(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -233,17 +252,22 @@ class _Side:
         if state.is_file():
             earlier = read_json(state)
             self.shards, self.finished = earlier["shards"], earlier["finished"]
+            self.compared, self.lost = earlier.get("compared", 0), earlier.get("lost", 0)
         for path in self.folder.glob("shard-*"):
             if path.name not in self.shards:
                 path.unlink()  # written after the last entry in progress.json, or half-written
 
-    def add(self, ids: np.ndarray, size: int, text_hash: int) -> None:
+    def add(self, document: _Encoded) -> None:
+        ids = document.ids
         if self.chosen.end_of_text is not None:
             ids = np.append(ids, np.uint32(self.chosen.end_of_text))
         self.ids.append(ids)
-        self.sizes.append(size)
-        self.hashes.append(text_hash)
+        self.sizes.append(document.size)
+        self.hashes.append(document.text_hash)
         self.waiting += len(ids)
+        if document.lost is not None:
+            self.compared += document.size
+            self.lost += min(document.lost, document.size)
 
     def flush(self, finished: int) -> None:
         """Writes what waits as a shard, and then that it is there."""
@@ -260,7 +284,8 @@ class _Side:
                 document_hashes=np.array(self.hashes, np.uint64),
             )
         self.ids, self.sizes, self.hashes, self.waiting, self.finished = [], [], [], 0, finished
-        write_json(self.folder / "progress.json", {"shards": self.shards, "finished": finished})
+        state = {"shards": self.shards, "finished": finished, "compared": self.compared, "lost": self.lost}
+        write_json(self.folder / "progress.json", state)
 
     def close(self, told: dict[str, Any]) -> None:
         """Writes the index, which says too what the sources held and the corpus does not (`told`)."""
@@ -270,6 +295,7 @@ class _Side:
             "vocabulary": self.chosen.vocabulary,
             "tokenizer": self.chosen.hash,
             "end_of_text": self.chosen.end_of_text,
+            "text_lost": self.lost / self.compared if self.compared else None,
             **told,
         }
         write_json(self.folder / INDEX, index)
@@ -296,13 +322,16 @@ def _write_tokens(
     done, total = 0, int(sizes[sides != _SKIPPED].sum())
     changed = UserError("the sources have changed since they were surveyed; give the command again")
 
-    def encode(batch: list[tuple[int, int, Document]]) -> list[tuple[int, int, int, int, np.ndarray]]:
-        ids = chosen.encode_batch([d.text for _, _, d in batch])
-        texts = [d.text.encode("utf-8") for _, _, d in batch]
-        return [
-            (i, side, len(text), hash_of_document(text), x)
-            for (i, side, _), text, x in zip(batch, texts, ids, strict=True)
-        ]
+    def encode(batch: list[tuple[int, int, Document]]) -> list[_Encoded]:
+        encoded = []
+        for (i, side, document), ids in zip(
+            batch, chosen.encode_batch([d.text for _, _, d in batch]), strict=True
+        ):
+            content = document.text.encode("utf-8")
+            look = i < _COMPARED_FIRST or i % _COMPARED_OF == 0
+            lost = round_trip.lost_bytes(chosen, document.text, ids) if look else None
+            encoded.append(_Encoded(i, side, len(content), hash_of_document(content), ids, lost))
+        return encoded
 
     def wanted() -> Iterator[tuple[int, int, Document]]:
         for i, document in enumerate(text.documents()):
@@ -316,14 +345,14 @@ def _write_tokens(
     # while the ids of one become an array and the one before is stored.
     with ThreadPoolExecutor(2) as pool:
         for encoded in _ahead(pool, 2, encode, _batches(wanted())):
-            for i, side, size, text_hash, ids in encoded:
-                if size != sizes[i]:
+            for document in encoded:
+                if document.size != sizes[document.number]:
                     raise changed
-                half = halves[side]
-                half.add(ids, size, text_hash)
-                done += size
+                half = halves[document.side]
+                half.add(document)
+                done += document.size
                 if half.waiting >= shard_tokens:
-                    half.flush(i + 1)
+                    half.flush(document.number + 1)
             report("tokens", done, total)
     for half in halves.values():
         half.flush(len(sides))
@@ -364,4 +393,5 @@ def totals(folder: Path) -> dict[str, Any]:
         "bytes": corpus.bytes,
         "shards": len(corpus.shards),
         "fingerprint": corpus.fingerprint,
+        "text_lost": corpus.text_lost,
     }

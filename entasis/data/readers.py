@@ -20,6 +20,8 @@ LONGEST = 1 << 21
 LONGEST_LINE = 1 << 28
 """Bytes of one line of jsonl. A file of a few MB can unpack to one line of any length."""
 _BLOCK = 1 << 20
+_ZSTD_BLOCK = 1 << 10
+"""Packed bytes unpacked at once: a few of them can hold 128 KiB, so these hold 32 MiB at most."""
 _NAMED = 5
 """So many names are kept of what is left out for one reason."""
 
@@ -140,6 +142,7 @@ def _parts(blocks: Iterable[str]) -> Iterator[str]:
 
 
 _MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -158,7 +161,7 @@ def text(file: SourceFile) -> Iterator[Document]:
         for block in _blocks(file.path, encoding):
             decoded += len(block)
     except UnicodeDecodeError as error:
-        why = f"not {encoding.upper()} after about {decoded + error.start:,} characters"
+        why = f"not {encoding.removesuffix('-sig').upper()} after about {decoded + error.start:,} characters"
         if file.encoding_errors == "drop-file":
             file.lose(NOT_UTF8, why)
             return
@@ -176,7 +179,7 @@ def _blocks(path: Path, encoding: str, errors: str = "strict") -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-@reader(".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+@reader(*(name + packed for name in (".jsonl", ".ndjson", ".json") for packed in ("", ".gz", ".zst")))
 def jsonl(file: SourceFile) -> Iterator[Document]:
     """One JSON object a line, its text under the column. A file whose first line is none is left out whole."""
     first = True
@@ -187,8 +190,12 @@ def jsonl(file: SourceFile) -> Iterator[Document]:
             found = _row(file, number, line)
         except _NoRow as error:
             whole = first and error.reason in (NO_ROWS, NO_COLUMN)
-            reason = BAD_ROW if error.reason == NO_ROWS and not whole else error.reason
-            file.fault(reason, str(error), row=number, size=None if whole else len(line))
+            reason, why = error.reason, str(error)
+            if reason == NO_ROWS and whole:
+                why += "; each line must be an object of its own, so write the file as lines of JSON"
+            elif reason == NO_ROWS:
+                reason = BAD_ROW
+            file.fault(reason, why, row=number, size=None if whole else len(line))
             if whole:
                 return
         else:
@@ -262,10 +269,49 @@ def _opened(path: Path) -> IO[bytes]:
     if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.GzipFile(path))
     if path.suffix.lower() == ".zst":
+        return io.BufferedReader(_Zstd(path))
+    return path.open("rb")
+
+
+class _Zstd(io.RawIOBase):
+    """A zstd file's content, all its frames. Raises `EOFError`, as gzip does, where the last one has no end.
+
+    The library's own reader takes a frame that is cut short for a whole one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._blocks = self._unpacked()
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        # A block of the file may unpack to nothing yet, which is not the end.
+        while not self._ready and (block := next(self._blocks, None)) is not None:
+            self._ready = memoryview(block)
+        n = min(len(buffer), len(self._ready))
+        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+        return n
+
+    def _unpacked(self) -> Iterator[bytes]:
         import zstandard
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
-    return path.open("rb")
+        frame = None
+        while packed := self._file.read(_ZSTD_BLOCK):
+            while packed:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(packed)
+                packed = frame.unused_data
+                if frame.eof:
+                    frame = None
+        if frame is not None:
+            raise EOFError("the file ends within a zstd frame")
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 @reader(".parquet")
@@ -295,7 +341,25 @@ def parquet(file: SourceFile) -> Iterator[Document]:
             return
         for value in values:
             number += 1
-            yield Document(f"{file.name}:{number}", "" if value is None else str(value))
+            if (found := _value(file, number, value)) is not None:
+                yield Document(f"{file.name}:{number}", found)
+
+
+def _value(file: SourceFile, number: int, value: Any) -> str | None:
+    """The text of one value of a column, empty where it is null; None where it is no text, which is counted."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, bytes):
+        file.fault(BAD_ROW, f"{file.column} is no text ({type(value).__name__})", row=number, size=0)
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        if file.encoding_errors != "replace":
+            file.fault(NOT_UTF8, f"not UTF-8 ({error.reason})", row=number, size=len(value))
+            return None
+        file.lose(REPLACED, at=f":{number}", size=len(value))
+        return value.decode(errors="replace")
 
 
 def hugging_face(source: str, column: str, losses: Losses) -> Iterator[Document]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +23,24 @@ def pieces(ids: np.ndarray, end: int | None) -> Iterator[list[int]]:
             inside = part[part != end].tolist() if end is not None else part.tolist()
             if inside:
                 yield inside
+
+
+def lost_bytes(chosen: tokenizers.Tokenizer, text: str, ids: np.ndarray) -> int:
+    """UTF-8 bytes of a text that its ids do not give back: of each character that the decoded ids have fewer of.
+
+    What the ids for unknown text stand for is lost. The order of characters, their case, their Unicode form (NFKC) and
+    blanks before the text are not compared, so that a tokenizer that normalises text does not lose it.
+    """
+    kept = ids if chosen.unknown is None else ids[ids != chosen.unknown]
+    if (back := chosen.decode(kept)) == text:
+        return 0
+    wanted = _characters(text)
+    readings = [back] if chosen.library.decoder else [back, joined(chosen, kept.tolist())]
+    return min(sum(len(c.encode()) * n for c, n in (wanted - _characters(r)).items()) for r in readings)
+
+
+def _characters(text: str) -> Counter[str]:
+    return Counter(unicodedata.normalize("NFKC", text.lstrip(" ")).casefold())
 
 
 def changes_of_script(letters: str) -> float:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import stat
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from entasis.data.readers import Document, EncodingErrors, Losses, SourceFile, ending, hugging_face, read
+from entasis.data.readers import (
+    UNREADABLE,
+    Document,
+    EncodingErrors,
+    Losses,
+    SourceFile,
+    ending,
+    hugging_face,
+    read,
+)
 from entasis.errors import UserError
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".tex", ".text", ""}
@@ -19,6 +29,8 @@ UNKNOWN_SUFFIX, HIDDEN, EXCLUDED, NO_FILE = (
     "excluded",
     "no file, or a broken link",
 )
+COLUMN = "text"
+"""The column that is read where none is named."""
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -28,7 +40,7 @@ class TextSources:
 
     sources: tuple[str, ...]
     """Files, folders, `stdlib`, and `hf:NAME[:CONFIG[:SPLIT]]`."""
-    column: str = "text"
+    column: str = COLUMN
     include: tuple[str, ...] = ()
     """Globs; in folders only files that match one are read, whatever their suffix."""
     exclude: tuple[str, ...] = ()
@@ -36,6 +48,8 @@ class TextSources:
 
     def documents(self, losses: Losses | None = None) -> Iterator[Document]:
         """All documents, in a fixed order. What is left out is added to `losses`. Raises `UserError`."""
+        if self.column != COLUMN and not self._have_rows(self.state()):
+            raise UserError(f"--column {self.column}: no source has columns; jsonl, parquet and hf:NAME do")
         losses = Losses() if losses is None else losses
         for source in self.sources:
             if source.startswith("hf:"):
@@ -56,8 +70,11 @@ class TextSources:
     def size(self) -> int:
         """Bytes of the files; 0 where rows, compression or the hub keep the size of the text unknown until it is read."""
         files = self.state()
-        known = not any(s.startswith("hf:") for s in self.sources) and not any(ending(Path(f)) for f in files)
-        return sum(size for size, _ in files.values()) if known else 0
+        return 0 if self._have_rows(files) else sum(size for size, _ in files.values())
+
+    def _have_rows(self, files: Iterable[str]) -> bool:
+        """Whether any source or file is made of rows, which have columns."""
+        return any(s.startswith("hf:") for s in self.sources) or any(ending(Path(f)) for f in files)
 
     def _files(self, source: str, losses: Losses) -> Iterator[SourceFile]:
         """The files of a source, in order of name."""
@@ -106,8 +123,12 @@ def _walk(root: Path, lose: Callable[[Path, str], None]) -> list[Path]:
     found: list[Path] = []
     waiting = [str(root)]
     links: list[Path] = []
+
+    def refused(error: OSError) -> None:
+        lose(Path(error.filename), UNREADABLE)
+
     while waiting:
-        for folder, inside, names in os.walk(waiting.pop(0)):
+        for folder, inside, names in os.walk(waiting.pop(0), onerror=refused):
             if (real := os.path.realpath(folder)) in seen:
                 inside.clear()
                 continue
@@ -116,10 +137,11 @@ def _walk(root: Path, lose: Callable[[Path, str], None]) -> list[Path]:
             for hidden in [n for n in inside if n.startswith(".")]:
                 inside.remove(hidden)
                 lose(Path(folder, hidden), HIDDEN)
-            waiting += sorted(str(Path(folder, n)) for n in inside if Path(folder, n).is_symlink())
+            # os.path, which raises nothing in a folder that may be listed and not entered.
+            waiting += sorted(p for n in inside if os.path.islink(p := str(Path(folder, n))))  # noqa: PTH114
             for path in (Path(folder, n) for n in sorted(names)):
-                if not path.is_file():
-                    lose(path, NO_FILE)
+                if reason := _reason_against_opening(path):
+                    lose(path, reason)
                 elif path.is_symlink():
                     links.append(path)
                 else:
@@ -130,6 +152,16 @@ def _walk(root: Path, lose: Callable[[Path, str], None]) -> list[Path]:
             real_files.add(real)
             found.append(path)
     return sorted(found)
+
+
+def _reason_against_opening(path: Path) -> str | None:
+    """Why what a folder lists is no file to be read, None where it is one."""
+    try:
+        return None if stat.S_ISREG(path.stat().st_mode) else NO_FILE
+    except PermissionError:
+        return UNREADABLE
+    except OSError:
+        return NO_FILE
 
 
 def _stdlib() -> list[Path]:

@@ -54,7 +54,15 @@ class Tokenizer:
         return [np.array(e.ids, np.uint32) for e in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
+        plain = ids.tolist() if isinstance(ids, np.ndarray) else [int(i) for i in ids]
+        return self.library.decode(plain, skip_special_tokens=False)
+
+    def continuation(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
+        """The text that `answer` adds to that of `prompt`.
+
+        Decoded alone it would lose the space before it: SentencePiece's tokenizers take a text's first one away.
+        """
+        return self.decode([*prompt, *answer])[len(self.decode(prompt)) :]
 
     def save(self, path: str | Path) -> None:
         """Writes `tokenizer.json`."""

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from entasis.data.corpus import Corpus
 from entasis.data.held_out import Part, choose_documents
 from entasis.data.tokenizer import Tokenizer
+from entasis.errors import UserError
 from entasis.model.transformer import Transformer
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -100,6 +101,7 @@ def evaluate(
     """Scores whole documents of `corpus`, `batch` windows of `sequence` tokens at a time.
 
     With the corpus's `tokenizer` a lone document longer than `max_tokens` is cut there, and is scored by blocks too.
+    Raises `UserError` where that is within its first character.
     Under several ranks each scores every world-th batch; the sum of their `document_nll` is the whole.
     `progress(done, total)` is called with numbers of tokens.
     """
@@ -147,23 +149,40 @@ def evaluate(
     if tokenizer is None or not lone:
         return Score(nll, sized, sizes, hashes)
     whole = int(offsets[chosen[0] + 1] - offsets[chosen[0]]) == total
-    block_bytes = _bytes_of_blocks(read(0, total), block, tokenizer, corpus.end_of_text)
+    ends_of_blocks = np.minimum(np.arange(1, len(block_nll) + 1) * block, total)
+    ids = read(0, total)
+    if whole and ids[-1] == corpus.end_of_text:
+        ids = ids[:-1]  # closes the document, and is no text of it
+    texts = _bytes_before(ids, np.minimum(ends_of_blocks, len(ids)), tokenizer)
     if not whole:
-        sized = block_bytes.sum(keepdims=True)
+        sized = texts[-1:]
+        if not sized[0]:
+            raise UserError(f"{total} tokens end within the text's first character; score more of them")
     if len(block_nll) < FEWEST_BLOCKS:
         return Score(nll, sized, sizes, hashes)
-    ends_of_blocks = np.minimum(np.arange(1, len(block_nll) + 1) * block, total)
+    # A whole document's bytes are those of its text, of which a tokenizer may give back more or less.
+    block_bytes = np.diff(np.round(texts * (sized[0] / texts[-1])).astype(np.int64), prepend=0)
     return Score(nll, sized, sizes, hashes, Score(block_nll, block_bytes, np.diff(ends_of_blocks, prepend=0)))
 
 
-def _bytes_of_blocks(
-    ids: np.ndarray, block: int, tokenizer: Tokenizer, end_of_text: int | None
-) -> np.ndarray:
-    """int64 [blocks]: UTF-8 bytes of the text of each block, up to the character that its edges cut through."""
-    texts = (ids[a : a + block] for a in range(0, len(ids), block))
-    return np.array(
-        [len(tokenizer.decode(t[t != end_of_text] if end_of_text is not None else t).encode()) for t in texts]
-    )
+def _bytes_before(ids: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """int64 [ends]: UTF-8 bytes of the text of the first ids up to each of `ends`, which ascend.
+
+    A character that an end cuts through is left to what comes after it. Every block is decoded behind the one before
+    it, so that a space between the two is not taken for the beginning of a text, and the work stays linear.
+    """
+    sizes, size, context, start = [], 0, 0, 0
+    for end in ends.tolist():
+        text, stop = tokenizer.decode(ids[context:end]), end
+        if text.endswith("\ufffd"):
+            # A character has up to four bytes, and so many tokens: without those of a cut one fewest are broken.
+            stops = range(end, max(start, end - 3) - 1, -1)
+            texts = [(tokenizer.decode(ids[context:shorter]), shorter) for shorter in stops]
+            text, stop = min(texts, key=lambda pair: pair[0].count("\ufffd"))
+        size += len(text.encode()) - len(tokenizer.decode(ids[context:start]).encode())
+        sizes.append(size)
+        context, start = start, stop
+    return np.array(sizes)
 
 
 def _stream(corpus: Corpus, offsets: np.ndarray, chosen: np.ndarray) -> Callable[[int, int], np.ndarray]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
 
 from entasis import files
 from entasis.data.tokenizer import Tokenizer
@@ -18,6 +20,7 @@ from entasis.errors import Damaged, UserError
 from entasis.evaluate import chat
 from entasis.evaluate.chat import Chat
 from entasis.evaluate.generation import Sampling, generate
+from entasis.interop.hf_tokenizer import GENERATION, read_generation_ends
 from entasis.model import weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import ModelShape
@@ -30,6 +33,10 @@ class Loaded:
     model: Transformer
     tokenizer: Tokenizer | None
     chat: Chat | None = None
+    ends: tuple[int, ...] = ()
+    """Ids that end an answer by the settings of the model it was imported from."""
+    recipe: Path | None = None
+    """Of the run that it comes from; None where it comes from elsewhere."""
 
     @property
     def shape(self) -> ModelShape:
@@ -43,10 +50,26 @@ class Loaded:
     def stop(self) -> set[int]:
         """Ids that end a text: the tokenizer's end of text, and what the model's own settings say ends one."""
         if self.tokenizer is None:
-            return set()
+            return set(self.ends)
         named = self.chat.special.get("eos_token") if self.chat else None
         ids = [self.tokenizer.end_of_text, self.tokenizer.library.token_to_id(named) if named else None]
-        return {i for i in ids if i is not None}
+        return {i for i in (*ids, *self.ends) if i is not None}
+
+    @property
+    def document_masking(self) -> bool:
+        """Whether it was trained with attention inside documents alone. Raises `Damaged`."""
+        if self.recipe is None:
+            return False
+        try:
+            masked = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))["data"]["document_masking"]
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+            masked = None
+        if not isinstance(masked, bool):
+            raise Damaged(
+                f"damaged: {self.recipe} does not say data.document_masking; "
+                "give --document-masking or --no-document-masking"
+            )
+        return masked
 
     def encode(self, text: str | Iterable[int]) -> list[int]:
         """Ids of a text; ids are returned as they are. Raises `UserError` without a tokenizer."""
@@ -69,7 +92,7 @@ class Loaded:
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | np.ndarray | torch.Tensor,
         *,
         tokens: int = 128,
         temperature: float = 0.8,
@@ -80,9 +103,11 @@ class Loaded:
     ) -> str | list[int] | list[str] | list[list[int]]:
         """The continuation of a prompt: text for text, ids for ids; of a list of prompts, read together, a list.
 
+        Ids may be any sequence of whole numbers, an array and a tensor too.
         Choosing greedily (temperature 0), a prompt is continued as it would be alone.
         """
-        alone = isinstance(prompt, str) or not prompt or isinstance(prompt[0], int)
+        first: Any = prompt[0] if len(prompt) else 0
+        alone = isinstance(prompt, str) or (not isinstance(first, str) and np.ndim(first) == 0)
         prompts: list[Any] = [prompt] if alone else list(prompt)
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
         ids: list[list[int]] = [[] for _ in prompts]
@@ -92,8 +117,8 @@ class Loaded:
                 if token is not None:
                     answer.append(token)
         answers: list[Any] = [
-            self.tokenizer.decode(answer) if isinstance(p, str) and self.tokenizer else answer
-            for p, answer in zip(prompts, ids, strict=True)
+            self.tokenizer.continuation(begun, answer) if isinstance(p, str) and self.tokenizer else answer
+            for p, begun, answer in zip(prompts, encoded, ids, strict=True)
         ]
         return answers[0] if alone else answers
 
@@ -111,6 +136,9 @@ class Loaded:
             if self.chat is not None:
                 told = {"chat_template": self.chat.template, **self.chat.special}
                 files.write_text(partial / "tokenizer_config.json", json.dumps(told, indent=1), locked=True)
+            if self.ends:
+                ends = {"eos_token_id": list(self.ends)}
+                files.write_text(partial / GENERATION, json.dumps(ends) + "\n", locked=True)
             weights.save(self.model, partial)
 
 
@@ -144,6 +172,12 @@ def _only_gguf(path: Path) -> Path:
     return found[0] if found else path
 
 
+def _recipe_of(folder: Path) -> Path | None:
+    """The recipe of a run, or of the run that a checkpoint is of."""
+    recipe = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "recipe.yaml"
+    return recipe if recipe.is_file() else None
+
+
 def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
     """Opens a model. Hugging Face folders and GGUF files are imported into a temporary folder first.
 
@@ -154,7 +188,13 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
     if (path / "shape.json").is_file():
         model = weights.load(path, device=device, dtype=dtype)
         named = path / "tokenizer.json"
-        return Loaded(model.eval(), load_tokenizer(named) if named.is_file() else None, chat.load(path))
+        return Loaded(
+            model.eval(),
+            load_tokenizer(named) if named.is_file() else None,
+            chat.load(path),
+            read_generation_ends(path),
+            _recipe_of(path),
+        )
     if (path / "config.json").is_file() or path.suffix == ".gguf":
         from entasis.interop.importing import import_model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 SECONDS = 5
 MEMORY = 1 << 30
@@ -18,13 +19,25 @@ def main() -> int:
     _limit()
     work = json.load(sys.stdin)
     import jinja2
+    from jinja2 import ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(ext.Extension):
+        """`{% generation %}…{% endgeneration %}` marks what a model is trained to write; here it is only its content."""
+
+        tags = {"generation"}  # noqa: RUF012 (as the library has it)
+
+        def parse(self, parser: Any) -> nodes.Scope:
+            line = next(parser.stream).lineno
+            return nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
 
     def refuse(message: str) -> str:
         raise jinja2.TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
     )
     environment.globals["raise_exception"] = refuse
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)

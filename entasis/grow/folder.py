@@ -29,7 +29,7 @@ from entasis.model.weights import StoredWeights
 from entasis.shape import layout
 from entasis.shape.shapes import ModelShape
 
-BESIDE = (weights.TOKENIZER, "tokenizer_config.json")
+BESIDE = (weights.TOKENIZER, "tokenizer_config.json", "generation_config.json")
 """What comes along from the old model's folder."""
 Progress = Callable[[int, int], None]
 

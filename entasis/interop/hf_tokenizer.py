@@ -1,10 +1,14 @@
-"""The tokenizer of a checkpoint: `tokenizer.json` and, for the chat template, `tokenizer_config.json`."""
+"""The tokenizer of a checkpoint: `tokenizer.json`, for the chat template `tokenizer_config.json`, and where answers end.
+
+transformers stops at the `eos_token_id` of generation_config.json, of which a chat model has several, or else at that of
+config.json. We keep a generation_config.json of that one key.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ from entasis.data.tokenizer import from_gpt2, load
 from entasis.errors import UserError
 from entasis.interop.config_reader import shorten
 from entasis.interop.hf_folder import find_member, read_json
+
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,38 @@ def with_config(tokenizer: bytes, config: Mapping[str, Any], sources: Sequence[P
     return TokenizerFiles(contents, chat_template=bool(config.get("chat_template")), sources=tuple(sources))
 
 
+def with_generation_ends(files: TokenizerFiles, folder: Path, config: Mapping[str, Any]) -> TokenizerFiles:
+    """The files with what ends an answer by the settings of a Hugging Face folder, whose config.json is `config`.
+
+    Raises `UserError` for settings that name no ids.
+    """
+    if "tokenizer.json" not in files.contents:
+        return files
+    where, found, sources = "config.json", config.get("eos_token_id"), files.sources
+    if (folder / GENERATION).exists():
+        sources = (*sources, find_member(folder, GENERATION))
+        if (told := read_json(sources[-1]).get("eos_token_id")) is not None:
+            where, found = GENERATION, told
+    if not (ends := _ids(found, where)):
+        return files
+    content = (json.dumps({"eos_token_id": list(ends)}) + "\n").encode()
+    return replace(files, contents={**files.contents, GENERATION: content}, sources=sources)
+
+
+def read_generation_ends(folder: Path) -> tuple[int, ...]:
+    """The ids that end an answer by a folder's generation_config.json, none where it has none. Raises `UserError`."""
+    path = folder / GENERATION
+    return _ids(read_json(path).get("eos_token_id"), str(path)) if path.is_file() else ()
+
+
+def _ids(found: Any, where: str) -> tuple[int, ...]:
+    """One id, several, or none."""
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(i) is not int for i in ids):
+        raise UserError(f"{where}: eos_token_id is {shorten(repr(found))}; it must be an id or a list of ids")
+    return tuple(ids)
+
+
 @dataclass(frozen=True)
 class Ends:
     """The ids of the tokens around a text, each None where there is none."""
@@ -75,18 +113,20 @@ class Ends:
     end: int | None = None
     """Ends an answer; of a chat model often another than that of a document."""
     document: int | None = None
+    others: tuple[int, ...] = ()
+    """What else ends an answer by the settings of the model it was imported from."""
 
     @property
     def stops(self) -> int | list[int] | None:
         """What generation stops at, as transformers writes it."""
-        if self.document in (None, self.end):
-            return self.end
-        return [i for i in (self.end, self.document) if i is not None]
+        ids = [i for i in dict.fromkeys((self.end, self.document, *self.others)) if i is not None]
+        return ids if len(ids) > 1 else self.end
 
 
 def read_ends(folder: Path) -> Ends:
     """The `bos_token` and `eos_token` of a folder's tokenizer_config.json, else what ends a document in its tokenizer.
 
+    Where neither says what ends an answer, it is the first id of generation_config.json.
     Raises `UserError` where one of the files cannot be read.
     """
     if not (folder / "tokenizer.json").is_file():
@@ -99,7 +139,10 @@ def read_ends(folder: Path) -> Ends:
         text = token.get("content") if isinstance(token, dict) else token
         return ids.get(text, tokenizer.end_of_text) if isinstance(text, str) else tokenizer.end_of_text
 
-    return Ends(find("bos_token"), find("eos_token"), tokenizer.end_of_text)
+    others = read_generation_ends(folder)
+    end = find("eos_token")
+    end = next(iter(others), None) if end is None else end
+    return Ends(find("bos_token"), end, tokenizer.end_of_text, others)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

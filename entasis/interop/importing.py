@@ -25,7 +25,13 @@ from entasis.grow import provenance
 from entasis.interop import hub, name_map
 from entasis.interop.config_reader import Description, shorten
 from entasis.interop.hf_folder import HFFolder, find_member, read_json
-from entasis.interop.hf_tokenizer import TokenizerFiles, check_vocabulary, read_folder, read_given
+from entasis.interop.hf_tokenizer import (
+    TokenizerFiles,
+    check_vocabulary,
+    read_folder,
+    read_given,
+    with_generation_ends,
+)
 from entasis.interop.name_map import NameMap, StoredTensor
 from entasis.model import weights, weights_writer
 from entasis.shape.shapes import ModelShape
@@ -126,6 +132,7 @@ def _open_folder(path: Path, tokenizer: Path | None) -> _Opened:
     if tied is not None:
         _check_tied(source, names)
     files = read_given(tokenizer) if tokenizer else read_folder(path, family.name)
+    files = with_generation_ends(files, path, source.config.values)
     check_vocabulary(files, description.shape.vocabulary)
     paths = [path / "config.json", *source.files]
     layers = _read_layers(path, description.shape.n_layers)

@@ -248,6 +248,7 @@ def at_home(study: Study) -> Study:
 
 def _prepare(study: Study, folder: Path, console: Console) -> None:
     from entasis.data import left_out
+    from entasis.data.corpus import Corpus
     from entasis.study import corpora
 
     names = corpora.missing(study, folder)
@@ -258,6 +259,9 @@ def _prepare(study: Study, folder: Path, console: Console) -> None:
             for line in left_out.lines(reasons):
                 told = f"corpus {name}: {line}"
                 console.print(told, markup=False, highlight=False, soft_wrap=True)
+        for name in names:
+            if lost := left_out.lost_by_tokenizer(Corpus(folder / "corpora" / name / "train").text_lost):
+                console.print(f"corpus {name}: {lost}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _settled(study: Study, folder: Path, console: Console, pool: Pool) -> Study:

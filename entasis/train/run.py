@@ -309,7 +309,10 @@ class Run:
         tokenizer = load_tokenizer(self.folder / weights.TOKENIZER)
         prompts = [tokenizer.encode(text) or [tokenizer.end_of_text or 0] for text in samples.prompts]
         answers = runner.write(prompts, samples)
-        texts = [p + tokenizer.decode(answer) for p, answer in zip(samples.prompts, answers, strict=True)]
+        texts = [
+            text + tokenizer.continuation(prompt, answer)
+            for text, prompt, answer in zip(samples.prompts, prompts, answers, strict=True)
+        ]
         self.report("samples", texts=texts)
         return texts
 

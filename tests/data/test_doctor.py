@@ -153,6 +153,33 @@ def test_a_corpus_is_examined_against_its_own_words(corpus, tmp_path, trained):
     assert names(doctor.examine(copy)) == ["damaged corpus"]
 
 
+def test_a_header_of_a_npy_file_that_was_cut_or_changed_is_a_finding(tmp_path, ids, capsys):
+    from entasis.cli import main
+
+    np.save(tmp_path / "x.npy", ids)
+    whole = (tmp_path / "x.npy").read_bytes()
+    damages = [whole[:n] for n in (6, 7, 9, 20, 100)]
+    damages += [
+        whole[:10] + text + whole[10 + len(text) :] for text in (b"{'descr':'<i8", b"(" * 90, b"x y ")
+    ]
+    for damaged in damages:
+        (tmp_path / "y.npy").write_bytes(damaged)
+        assert main(["data", "doctor", str(tmp_path / "y.npy")]) == 1
+        assert "y.npy: truncated file\n" in capsys.readouterr().out
+
+
+def test_what_is_told_of_a_corpus_is_checked_or_refused(corpus, capsys):
+    from entasis.cli import main
+
+    for folder in (corpus, corpus / "train"):
+        assert main(["data", "doctor", str(folder), "--vocabulary", "1000"]) == 0
+        capsys.readouterr()
+        assert main(["data", "doctor", str(folder), "--vocabulary", "100"]) == 1
+        assert "the vocabulary told is 100" in capsys.readouterr().out
+        assert main(["data", "doctor", str(folder), "--dtype", "int64"]) == 2
+        assert "a corpus says its own type; leave --dtype out" in capsys.readouterr().err
+
+
 def test_a_raw_file_needs_its_type_told(tmp_path, ids):
     path = written(tmp_path / "x.bin", ids.astype("<u2"))
     with pytest.raises(UserError, match="never guessed"):
@@ -193,6 +220,57 @@ def test_every_format_comes_in_with_its_documents_and_bytes(tmp_path, ids, texts
         assert len(corpus.shards) > 1
         seen.add(format)
     assert seen == set(importers.IMPORTERS)
+
+
+def test_documents_of_a_megatron_file_without_end_of_text_are_those_of_its_index(
+    tmp_path, texts, large, capsys
+):
+    from entasis.cli import main
+
+    large.save(tmp_path / "t.json")
+    parts = large.encode_batch(texts)
+    written(tmp_path / "mega.bin", np.concatenate(parts).astype("<u2"))
+    # The first document has two sequences.
+    lengths = [100, len(parts[0]) - 100, *map(len, parts[1:])]
+    begins = [0, *range(2, len(lengths) + 1)]
+    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(lengths), len(begins))
+    index += np.array(lengths, "<i4").tobytes() + bytes(8 * len(lengths)) + np.array(begins, "<i8").tobytes()
+    (tmp_path / "mega.idx").write_bytes(index)
+    options = [
+        "--format",
+        "megatron",
+        "--tokenizer",
+        str(tmp_path / "t.json"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main(["data", "import", str(tmp_path / "mega.bin"), *options]) == 0
+    assert "has no end-of-text token of this tokenizer; documents end where the file says" in (
+        capsys.readouterr().err
+    )
+    corpus = Corpus(tmp_path / "o")
+    assert np.diff(corpus.document_offsets()).tolist() == [len(p) for p in parts]
+    assert corpus.document_bytes().tolist() == [len(t.encode()) for t in texts]
+    import_tokens(
+        tmp_path / "mega.bin",
+        tmp_path / "small",
+        format="megatron",
+        dtype=None,
+        tokenizer=tmp_path / "t.json",
+        shard_tokens=30_000,
+    )
+    small = Corpus(tmp_path / "small")
+    assert len(small.shards) > 1
+    assert small.document_offsets().tolist() == corpus.document_offsets().tolist()
+    (tmp_path / "mega.idx").write_bytes(index[:-8])
+    with pytest.raises(UserError, match="cut short"):
+        import_tokens(
+            tmp_path / "mega.bin",
+            tmp_path / "p",
+            format="megatron",
+            dtype=None,
+            tokenizer=tmp_path / "t.json",
+        )
 
 
 @pytest.mark.parametrize("stored", ["<i4", "<u4", "<i8"])

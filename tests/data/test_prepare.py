@@ -4,6 +4,8 @@ import gzip
 import itertools
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from entasis.data import dedup, tokenizer
 from entasis.data import prepare as preparing
@@ -121,6 +125,29 @@ def test_all_kinds_of_files_are_read(tmp_path, texts):
     (source / "f.bin").write_bytes(b"\x00\x01")
     prepare([source], tmp_path / "out", tokenizer="bytes", validation=0)
     assert decoded(Corpus(tmp_path / "out" / "train")) == texts[:9]
+
+
+def test_every_frame_of_a_zstd_file_is_read_and_a_cut_one_is_counted(tmp_path, capsys):
+    source = tmp_path / "s"
+    source.mkdir()
+    skipped = b"\x50\x2a\x4d\x18\x04\x00\x00\x00none"
+    frames = [zstandard.compress(f'{{"text": "{i}"}}\n'.encode() * 99) for i in range(3)]
+    (source / "a.jsonl.zst").write_bytes(frames[0] + zstandard.compress(b"") + skipped + b"".join(frames[1:]))
+    # Rows that differ, so that there is something in the file to be cut.
+    whole = zstandard.compress("".join(f'{{"text": "{i * i * 7919}"}}\n' for i in range(9999)).encode())
+    (source / "b.jsonl.zst").write_bytes(whole[:-20])
+    code, said = command(
+        capsys, source, "--tokenizer", "bytes", "--validation", "0", "--output", tmp_path / "o"
+    )
+    assert code == 0 and "left out (damaged): 1 (" in said and "b.jsonl.zst (damaged or cut short" in said
+    held = decoded(Corpus(tmp_path / "o" / "train"))
+    assert held[: 3 * 99] == ["0"] * 99 + ["1"] * 99 + ["2"] * 99
+    assert len(held) > 3 * 99 + 5000  # what came before the cut
+    for content in (whole[:20], whole[:-20], whole + whole[:-20]):
+        (tmp_path / "c.jsonl.zst").write_bytes(content)
+        options = ["--tokenizer", "bytes", "--output", tmp_path / "p"]
+        code, said = command(capsys, tmp_path / "c.jsonl.zst", *options)
+        assert code == 2 and "c.jsonl.zst: damaged or cut short after line " in said
 
 
 @pytest.mark.parametrize(
@@ -388,3 +415,67 @@ def test_a_full_disk_is_one_line_and_freeing_it_goes_on(folder, tmp_path):
     assert (done.returncode, len(lines)) == (1, 1) and "Traceback" not in done.stderr
     assert str(tmp_path / "out") in lines[0] and "needed" in lines[0] and "raise the limit" in lines[0]
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастлива по-своему. "
+
+
+def kinds_of_tokenizers() -> dict[str, Library]:
+    """Two that lose Cyrillic text, and some that give every text back, or another form of it."""
+    limited = Library(models.BPE())
+    limited.pre_tokenizer, limited.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words = ["The", "text", ".", "-", ",", *re.findall(r"\w+", RUSSIAN.replace("каждая", ""))]
+    known = {word: i for i, word in enumerate(dict.fromkeys(["[UNK]", *words]))}
+    unknown = Library(models.WordLevel(known, unk_token="[UNK]"))
+    unknown.pre_tokenizer, unknown.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    metaspace = Library(models.BPE(unk_token="<unk>"))
+    metaspace.pre_tokenizer, metaspace.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    normalising = Library(models.BPE())
+    normalising.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    normalising.pre_tokenizer, normalising.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        decoders.ByteLevel(),
+    )
+    options = {"vocab_size": 400, "show_progress": False}
+    limited.train_from_iterator(["The text. "], trainers.BpeTrainer(**options))
+    metaspace.train_from_iterator(
+        ["The text. e\u0301", RUSSIAN], trainers.BpeTrainer(special_tokens=["<unk>"], **options)
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    normalising.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, **options))
+    made = {"limited": limited, "unknown": unknown, "metaspace": metaspace, "normalising": normalising}
+    return {**made, "bytes": tokenizer.load("bytes").library}
+
+
+@pytest.mark.parametrize("kind", ["limited", "unknown", "metaspace", "normalising", "bytes"])
+def test_text_that_a_tokenizer_loses_is_measured_and_said(tmp_path, capsys, kind):
+    from entasis.cli import main
+
+    source = tmp_path / "s"
+    source.mkdir()
+    for i in range(6):
+        words = " ".join(random.Random(i).choices(RUSSIAN.split(), k=20))
+        (source / f"{i}.txt").write_text(f"The text. e\u0301 {words}", encoding="utf-8")
+    (tmp_path / "t.json").write_text(kinds_of_tokenizers()[kind].to_str())
+    options = ["--tokenizer", tmp_path / "t.json", "--output", tmp_path / "o", "--validation", "30%"]
+    code, said = command(capsys, source, *options)
+    assert code == 0
+    line = re.search(
+        r"the tokenizer loses ([\d.]+) % of the text: its bits per byte cannot be compared", said
+    )
+    assert main(["data", "doctor", str(tmp_path / "o")]) == 0
+    noted = capsys.readouterr().out
+    shares = {}
+    for side in ("train", "validation"):
+        shares[side] = json.loads((tmp_path / "o" / side / "corpus.json").read_text())["text_lost"]
+        told = f"note: {side}: the tokenizer loses {100 * shares[side]:.3g} % of the text"
+        assert (told in noted) == (kind in ("limited", "unknown"))
+    if kind in ("limited", "unknown"):
+        assert float(line[1]) == pytest.approx(100 * max(shares.values()), rel=0.01)
+        text = "".join(path.read_text(encoding="utf-8") for path in source.iterdir())
+        gone = r"[а-яА-Я]" if kind == "limited" else r"каждая"
+        expected = len("".join(re.findall(gone, text)).encode()) / len(text.encode())
+        total = sum(Corpus(tmp_path / "o" / s).bytes * share for s, share in shares.items())
+        assert total / len(text.encode()) == pytest.approx(expected, abs=0.03)
+    else:
+        assert line is None and max(shares.values()) == 0

@@ -1,9 +1,11 @@
 """What is left out of a corpus is counted and named, and a source that has changed is noticed."""
 
+import codecs
 import gzip
 import io
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -161,6 +163,96 @@ def test_what_is_over_the_limit_and_what_is_alike_is_counted(folder, tmp_path, c
     assert whole["near_duplicates"]["first"] == ["00.txt", "copy.txt"]
     with pytest.raises(UserError, match="--limit 10: the first document drawn is larger"):
         prepare([source], tmp_path / "none", tokenizer="bytes", limit=10)
+
+
+def test_a_limit_that_is_no_size_is_a_line(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    code, _, said = command(capsys, tmp_path / "a.txt", "--limit", "12XB", "--output", tmp_path / "none")
+    assert code == 2 and said == "entasis: --limit is '12XB'; write a size such as 12MB\n"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, capsys):
+    source = tmp_path / "s"
+    source.mkdir()
+    (source / "a.txt").write_bytes(codecs.BOM_UTF8 + "naïve \ufeff".encode())
+    (source / "b.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"text": "row"}\n')
+    (source / "c.txt").write_bytes(codecs.BOM_UTF8 + b"caf\xe9")
+    code, result, said = command(capsys, source, "--validation", "0", "--output", tmp_path / "o")
+    assert code == 0 and texts(tmp_path / "o" / "train") == ["naïve \ufeff", "row"]
+    assert result["train"]["bytes"] == len("naïve \ufeffrow".encode())
+    assert "c.txt (not UTF-8 after about" in said
+
+
+def test_json_is_read_by_lines_under_each_of_its_names(tmp_path, capsys):
+    source = tmp_path / "s"
+    source.mkdir()
+    for name in ("a.ndjson", "b.json", "c.jsonl"):
+        (source / name).write_text(f'{{"body": "of {name}"}}\n{{"body": "again"}}\n')
+    (source / "d.ndjson.gz").write_bytes(gzip.compress(b'{"body": "packed"}\n'))
+    (source / "e.json").write_text(json.dumps({"body": "x"}, indent=1))
+    options = ["--column", "body", "--validation", "0", "--output", tmp_path / "o"]
+    code, result, _ = command(capsys, source, *options)
+    assert code == 0 and result["left_out"]["not lines of JSON"]["count"] == 1
+    read = ["again"] * 3 + ["of a.ndjson", "of b.json", "of c.jsonl", "packed"]
+    assert texts(tmp_path / "o" / "train") == read
+    for name, content in (("pretty", json.dumps({"text": "x"}, indent=1)), ("list", '[{"text": "x"}]')):
+        (tmp_path / f"{name}.json").write_text(content)
+        code, _, said = command(capsys, tmp_path / f"{name}.json", "--output", tmp_path / "p")
+        assert code == 2 and f"{name}.json:1: not a JSON object with text (" in said
+        assert "each line must be an object of its own" in said
+
+
+def test_a_column_that_no_source_has_is_refused(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("plain")
+    code, _, said = command(capsys, tmp_path / "a.txt", "--column", "body", "--output", tmp_path / "o")
+    assert code == 2 and said.startswith("entasis: --column body: no source has columns; jsonl, parquet")
+
+
+def test_values_of_a_parquet_column_are_text_or_left_out(tmp_path, capsys):
+    source = tmp_path / "s"
+    source.mkdir()
+    pq.write_table(pa.table({"text": [b"caf\xc3\xa9", None, b"\xff"]}), source / "bytes.parquet")
+    pq.write_table(pa.table({"text": [{"a": 1}, {"a": 2}]}), source / "maps.parquet")
+    options = ["--validation", "0", "--output"]
+    code, result, _ = command(capsys, source, *options, tmp_path / "o")
+    assert code == 0 and texts(tmp_path / "o" / "train") == ["café"]
+    left = result["left_out"]
+    assert {reason: entry["count"] for reason, entry in left.items()} == {
+        "empty": 1,
+        "not UTF-8": 1,
+        "bad row": 2,
+    }
+    assert left["bad row"]["first"][0] == "maps.parquet:1 (text is no text (dict))"
+    assert left["not UTF-8"]["bytes"] == 1
+    code, _, said = command(capsys, source / "maps.parquet", *options, tmp_path / "p")
+    assert code == 2 and "maps.parquet:1: text is no text (dict)" in said
+    code, _, _ = command(capsys, source, "--encoding-errors", "replace", *options, tmp_path / "q")
+    assert code == 0 and texts(tmp_path / "q" / "train") == ["café", "\ufffd"]
+
+
+def test_folders_and_files_that_may_not_be_read_are_counted(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "s"
+    for name in ("closed", "listed", "open"):
+        (source / name).mkdir(parents=True)
+        (source / name / "a.txt").write_text(name)
+    scan, status = os.scandir, Path.stat
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    def stat(path, **options):
+        if path.parent.name == "listed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return status(path, **options)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root, as whom tests may run, may read everything
+    monkeypatch.setattr(Path, "stat", stat)
+    code, result, _ = command(capsys, source, "--validation", "0", "--output", tmp_path / "o")
+    monkeypatch.undo()
+    assert code == 0 and texts(tmp_path / "o" / "train") == ["open"]
+    assert result["left_out"]["may not be read"]["first"] == ["closed", "listed/a.txt"]
 
 
 def test_changed_sources_are_noticed_and_prepared_anew_beside(tmp_path, capsys):

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import shutil
@@ -7,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from entasis.data import tokenizer
 from entasis.data.corpus import Corpus
 from entasis.data.prepare import prepare
-from entasis.evaluate.bits_per_byte import choose_documents, evaluate
+from entasis.errors import UserError
+from entasis.evaluate.bits_per_byte import choose_documents, evaluate, interval
 from entasis.model.initialisation import init_weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import LayerShape, ModelShape
@@ -132,3 +137,61 @@ def test_the_model_is_left_in_the_mode_it_was_in(model, corpus):
     model.train()
     score(model, corpus, max_tokens=100)
     assert model.training
+
+
+RUSSIAN = (
+    "Все счастливые семьи похожи друг на друга, <|endoftext|> каждая несчастлива по-своему: ы\ufffd 🙂. "
+)
+
+
+def with_byte_fallback() -> tokenizer.Tokenizer:
+    """SentencePiece's kind, trained on English: Cyrillic letters are bytes, spaces stand before words."""
+    tokens = [f"<0x{i:02X}>" for i in range(256)]
+    library = Library(models.BPE(unk_token="<unk>", byte_fallback=True))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    library.decoder = decoders.Sequence(steps)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "</s>", *tokens], show_progress=False
+    )
+    library.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)
+    made = json.loads(library.to_str())
+    made["added_tokens"] = made["added_tokens"][:2]  # the bytes are no special tokens
+    return tokenizer.Tokenizer(Library.from_str(json.dumps(made)))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte fallback", "trained"])
+def test_the_blocks_of_a_text_add_up_to_it_wherever_it_is_cut(tmp_path, kind):
+    text = RUSSIAN * 60
+    chosen = {
+        "bytes": tokenizer.from_bytes,
+        "byte fallback": with_byte_fallback,
+        "trained": lambda: tokenizer.train([text], 300),
+    }[kind]()
+    chosen.save(tmp_path / "t.json")
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    prepare([tmp_path / "a.txt"], tmp_path / "c", tokenizer=tmp_path / "t.json", validation=0)
+    corpus = Corpus(tmp_path / "c" / "train")
+    silent = Transformer(
+        ModelShape(
+            d_model=16, head_dim=8, vocabulary=chosen.vocabulary, context=64, layers=(LayerShape(2, 1, 16),)
+        )
+    )
+    with torch.no_grad():
+        for parameter in silent.parameters():
+            parameter.zero_()
+    for most in (None, 1500, 1501, 1502, 1503):
+        found = score(silent, corpus, tokenizer=chosen, max_tokens=most)
+        written = chosen.decode(corpus.read(0, corpus.tokens if most is None else most))
+        while not text.startswith(written):
+            written = written[:-1]  # what is left of a cut character
+        assert found.bytes == found.blocks.bytes == len((text if most is None else written).encode())
+        # A byte costs the same everywhere, and the interval is about the estimate.
+        low, high = interval(found.blocks)
+        assert low < found.bits_per_byte < high
+        assert found.blocks.bits_per_byte == pytest.approx(found.bits_per_byte)
+        per_block = found.blocks.document_bytes[:-1] / found.blocks.document_tokens[:-1]
+        assert per_block.std() < 0.1 * per_block.mean()
+    if kind == "bytes":
+        with pytest.raises(UserError, match="1 tokens end within the text's first character"):
+            score(silent, corpus, tokenizer=chosen, max_tokens=1)

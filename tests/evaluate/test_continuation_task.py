@@ -79,6 +79,28 @@ def test_items_are_of_the_text_and_none_repeats(text, capsys):
     assert "holds other items already" in capsys.readouterr().err
 
 
+def test_beside_one_long_document_wrong_answers_are_not_always_the_same(text, capsys):
+    long, short = text / "long.py", text / "short.txt"
+    for path in text.iterdir():
+        if path.name != "contextlib.py":
+            path.unlink()
+    (text / "contextlib.py").rename(long)
+    short.write_text("".join(f"word{i} " for i in range(150)))
+    made = asked(capsys, "data", "task", text, "--items", 30, "--output", "tasks")
+    assert made["documents"] == 2
+    rows = [json.loads(line) for line in Path("tasks/continuation.jsonl").read_text().splitlines()]
+    wrong = {choice.strip() for row in rows for i, choice in enumerate(row["choices"]) if i != row["answer"]}
+    assert len(wrong) > 20
+
+
+def test_the_column_of_a_text_in_rows_is_told(text, capsys):
+    rows = [{"body": path.read_text()} for path in sorted(text.iterdir())]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["data", "task", "a.jsonl", "--items", "20", "--output", "tasks"]
+    assert cli.main(command) == 2 and "name the right one with --column" in capsys.readouterr().err
+    assert asked(capsys, *command, "--column", "body")["documents"] == len(NAMES)
+
+
 def test_text_that_is_too_short_is_refused(text, capsys):
     short = text / "bisect.py"
     assert cli.main(["data", "task", str(short), "--output", "tasks"]) == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import entasis
 from entasis import cli
@@ -22,15 +25,21 @@ from entasis.shape import LayerShape, ModelShape
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
+def made_with(folder: Path, chosen: tokenizer.Tokenizer) -> Path:
+    """A model of random weights with this tokenizer."""
+    layers = (LayerShape(2, 1, 32), LayerShape(1, 1, 48))
+    shape = ModelShape(d_model=32, head_dim=16, vocabulary=chosen.vocabulary, layers=layers, context=128)
+    made = Transformer(shape)
+    init_weights(made, 0)
+    weights.save(made, folder)
+    chosen.save(folder / "tokenizer.json")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    layers = (LayerShape(2, 1, 32), LayerShape(1, 1, 48))
-    made = Transformer(ModelShape(d_model=32, head_dim=16, vocabulary=400, layers=layers, context=128))
-    init_weights(made, 0)
-    weights.save(made, folder)
-    tokenizer.train([(STDLIB / "argparse.py").read_text()], 400).save(folder / "tokenizer.json")
-    return folder
+    return made_with(folder, tokenizer.train([(STDLIB / "argparse.py").read_text()], 400))
 
 
 def refused(capsys, *arguments) -> str:
@@ -65,6 +74,25 @@ def test_a_lone_document_is_cut_and_its_interval_is_over_blocks(model, capsys):
     assert "] over 16 blocks of 64 tokens of one document\n" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory) -> Path:
+    return made_with(tmp_path_factory.mktemp("bytes"), tokenizer.from_bytes())
+
+
+def test_a_text_cut_by_tokens_scores_as_the_same_text_cut_by_hand(bytes_model, tmp_path, capsys):
+    text = "Все счастливые семьи похожи друг на друга, каждая несчастлива по-своему. " * 60
+    (tmp_path / "whole.txt").write_text(text, encoding="utf-8")
+    for most in (3200, 3201):
+        by_hand = text.encode()[:most].decode(errors="ignore")
+        (tmp_path / "hand.txt").write_text(by_hand, encoding="utf-8")
+        cut = scored(capsys, "evaluate", bytes_model, "--text", tmp_path / "whole.txt", "--tokens", most)
+        hand = scored(capsys, "evaluate", bytes_model, "--text", tmp_path / "hand.txt")
+        assert cut["bytes"] == hand["bytes"] == len(by_hand.encode())
+        # By hand its end is predicted too, and a cut character is not.
+        assert cut["bits_per_byte"] == pytest.approx(hand["bits_per_byte"], rel=1e-3)
+        assert cut["interval"][0] < cut["bits_per_byte"] < cut["interval"][1]
+
+
 def test_several_documents_are_whole_and_the_interval_is_over_them(model, tmp_path, capsys):
     for i, name in enumerate(("ast", "struct", "token", "stat")):
         (tmp_path / f"{i}.py").write_text((STDLIB / f"{name}.py").read_text())
@@ -79,6 +107,97 @@ def test_a_file_that_cannot_be_read_is_named_on_stderr(model, tmp_path, capsys):
     told = capsys.readouterr()
     assert json.loads(told.out)["text"]["documents"] == 1
     assert "entasis: left out (not UTF-8): 1 (4 bytes): cafe.txt" in told.err
+
+
+def test_text_that_the_tokenizer_loses_and_its_column_are_told(tmp_path, capsys):
+    library = Library(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    library.train_from_iterator(["Latin text."], trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    (tmp_path / "model").mkdir()
+    model = made_with(tmp_path / "model", tokenizer.Tokenizer(library))
+    rows = [{"body": "Latin text. " * 10 + "и русский"}] * 3
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", str(model), "--text", str(tmp_path / "a.jsonl")]
+    assert "name the right one with --column" in refused(capsys, *command)
+    assert cli.main([*command, "--column", "body", "--json"]) == 0
+    told = capsys.readouterr()
+    lost = len("ирусский".encode()) / len(rows[0]["body"].encode())
+    assert json.loads(told.out)["text"]["text_lost"] == pytest.approx(lost)
+    said = f"the tokenizer loses {100 * lost:.3g} % of the text: its bits per byte cannot be compared"
+    assert f"entasis: {said}" in told.err
+    whole = ["data", "prepare", str(tmp_path / "a.jsonl"), "--column", "body", "--validation", "0"]
+    assert cli.main([*whole, "--tokenizer", str(model), "--output", str(tmp_path / "c")]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(model), "--text", str(tmp_path / "c" / "train")]) == 0
+    assert said in capsys.readouterr().err
+    assert "which has no columns" in refused(
+        capsys, "evaluate", model, "--text", tmp_path / "c" / "train", "--column", "body"
+    )
+
+
+def test_a_run_trained_with_documents_masked_is_scored_so_and_says_it(model, tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    for name in ("struct", "token", "stat"):
+        (tmp_path / "text" / f"{name}.py").write_text((STDLIB / f"{name}.py").read_text())
+    command = ["evaluate", model, "--text", tmp_path / "text"]
+    plain = scored(capsys, *command)
+    assert plain["document_masking"] is False
+    masked = scored(capsys, *command, "--document-masking")
+    assert masked["document_masking"] is True and masked["nll"] != plain["nll"]
+    run = tmp_path / "run"
+    shutil.copytree(model, run)
+    (run / "recipe.yaml").write_text("data: {train: corpus, document_masking: true}\n")
+    command[1] = run
+    assert scored(capsys, *command) == masked
+    assert scored(capsys, *command, "--no-document-masking") == plain
+    assert cli.main([str(a) for a in command]) == 0
+    assert "documents masked" in capsys.readouterr().out
+    (run / "recipe.yaml").write_text("data: [")
+    assert "recipe.yaml does not say data.document_masking; give --document" in refused(capsys, *command)
+    assert scored(capsys, *command, "--document-masking") == masked
+
+
+def test_a_continuation_keeps_the_space_before_it(tmp_path, capsys):
+    library = Library(models.WordLevel({f"▁word{i}": i for i in range(300)}))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    model = made_with(tmp_path, tokenizer.Tokenizer(library))
+    chosen = entasis.load(model).tokenizer
+    prompts = ["word1", "word2 word3"]
+    options = [x for prompt in prompts for x in ("--prompt", prompt)]
+    command = ["generate", str(model), *options, "--tokens", "3", "--seed", "1", "--temperature", "1"]
+    assert cli.main([*command, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)["continuations"]
+    for answer in made:
+        assert answer["text"].startswith(" word")
+        whole = chosen.decode([*chosen.encode(answer["prompt"]), *answer["tokens"]])
+        assert answer["prompt"] + answer["text"] == whole
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == "".join(f"{a['prompt']}{a['text']}\n---\n" for a in made)
+    texts = entasis.load(model).generate(prompts, tokens=3, temperature=1, seed=1)
+    assert texts == [answer["text"] for answer in made]
+
+
+def test_a_chat_model_stops_at_all_ids_that_its_settings_name_and_is_exported_with_them(
+    model, tmp_path, capsys
+):
+    export(model, tmp_path / "hf", to="hf")
+    end = entasis.load(model).tokenizer.end_of_text
+    settings = tmp_path / "hf" / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [300, 301], "temperature": 0.7}))
+    assert entasis.load(tmp_path / "hf").stop == {end, 300, 301}
+    assert cli.main(["import", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+    entasis.load(tmp_path / "ours").save(tmp_path / "saved")
+    export(tmp_path / "saved", tmp_path / "again", to="hf")
+    told = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert set(told["eos_token_id"]) == {end, 300, 301}
+    # Where it is silent, config.json speaks.
+    settings.unlink()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "eos_token_id": 302}))
+    assert entasis.load(tmp_path / "hf").stop == {end, 302}
+    settings.write_text(json.dumps({"eos_token_id": "</s>"}))
+    said = refused(capsys, "import", tmp_path / "hf", tmp_path / "none")
+    assert "generation_config.json: eos_token_id is '</s>'; it must be an id" in said
 
 
 def test_a_folder_with_a_gguf_file_is_a_model(model, tmp_path, capsys):
@@ -193,6 +312,26 @@ def test_a_chat_template_sees_the_messages_and_the_special_tokens(model, tmp_pat
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     text = entasis.load(tmp_path).chat.render([{"role": "user", "content": 'Grüß "dich"'}])
     assert text == '<|endoftext|>user: "Grüß \\"dich\\""\nassistant:'
+
+
+def test_a_chat_template_that_marks_what_is_trained_on_is_rendered(model, tmp_path):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = """{%- for m in messages %}
+<{{ m.role }}>
+{%- if m.role == 'assistant' %}
+  {%- generation %}{% set inside = 1 %}{{ m.content }}{{ loop.index }}<end>
+  {%- endgeneration %}
+{%- else %}{{ m.content }}{{ inside is defined }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    ((theirs,), _) = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)
+    assert entasis.load(tmp_path).chat.render(messages) == theirs
+    assert "b2<end>" in theirs
 
 
 def test_odd_paths_and_odd_yaml_are_the_users_mistake(tmp_path, capsys):

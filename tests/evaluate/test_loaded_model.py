@@ -4,6 +4,7 @@ import json
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,16 @@ def test_prompts_together_are_continued_as_if_alone(model):
         model.tokenizer.decode(answer) for answer in model.generate(ids, tokens=12, temperature=0)
     ] == together
     assert model.generate(ids[0], tokens=3, temperature=0) == model.generate(ids, tokens=3, temperature=0)[0]
+
+
+def test_ids_may_be_any_sequence_of_whole_numbers(model):
+    ids = model.encode("import json")
+    expected = model.generate(ids, tokens=4, temperature=0)
+    array, tensor = np.array(ids, np.uint16), torch.tensor(ids)
+    for prompt in (tuple(ids), array, tensor, list(array), list(tensor)):
+        assert model.generate(prompt, tokens=4, temperature=0) == expected
+    for prompts in ([ids, ids], np.stack([array] * 2), torch.stack([tensor] * 2), [array, tensor]):
+        assert model.generate(prompts, tokens=4, temperature=0) == [expected] * 2
 
 
 def test_a_saved_model_is_opened_as_it_was_and_nothing_is_overwritten(model, tmp_path):

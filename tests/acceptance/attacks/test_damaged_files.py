@@ -51,7 +51,7 @@ def test_a_finished_model_says_the_same_or_nothing(call, ground, run, tmp_path, 
         if not touches or answer.code == 0:
             # Without a tokenizer ids are still ids; a model card leaves out a result that it cannot read.
             assert not touches or (name, kind) == ("tokenizer.json", "missing")
-            if verb == "evaluate":
+            if verb == "evaluate" and not answer.code:
                 assert json.loads(answer.out)["text"] == json.loads(right.out)["text"]
             if answer.code:
                 answer.refused("damaged: ", str(run / name))
