@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from entasis.report import charts
 from entasis.report.charts import PALETTE
 
 Chart = alt.LayerChart
+LINEAR = 0.01
+"""Nats per token, up to which the axis of changes in loss is about linear."""
 
 
 def draw_heat_map(wide: pd.DataFrame, says: dict[str, str]) -> Chart:
@@ -55,9 +58,12 @@ def draw_heat_map(wide: pd.DataFrame, says: dict[str, str]) -> Chart:
     return _finish(alt.layer(chart), height=alt.Step(19))
 
 
-def draw_curves(parts: dict[str, pd.DataFrame], title: str) -> Chart:
-    """Values over depth with their intervals; the axis is logarithmic away from zero, as losses span decades."""
-    rows = [
+def draw_curves(parts: dict[str, pd.DataFrame], title: str, *, decades: bool = True) -> Chart:
+    """Values over depth with their intervals.
+
+    With `decades` the axis is logarithmic away from zero, as changes in loss span decades; otherwise it is linear.
+    """
+    rows: list[dict[str, Any]] = [
         {
             "measure": name.replace("_", " "),
             "layer": int(r["layer"]),
@@ -70,9 +76,7 @@ def draw_curves(parts: dict[str, pd.DataFrame], title: str) -> Chart:
     chosen, forward = charts.choice("measure")
     base = alt.Chart(alt.InlineData(rows)).encode(
         x=_layers(sorted({r["layer"] for r in rows})),
-        y=alt.Y(
-            "value:Q", title=title, scale=alt.Scale(type="symlog", constant=0.01), axis=alt.Axis(format="~g")
-        ),
+        y=_decades(rows, title) if decades else alt.Y("value:Q", title=title, axis=alt.Axis(format="~g")),
         color=alt.Color(
             "measure:N",
             sort=order,
@@ -152,6 +156,33 @@ def draw_cka(rows: pd.DataFrame) -> Chart:
         )
     )
     return _finish(alt.layer(chart), height=360)
+
+
+def _decades(rows: Sequence[dict[str, Any]], title: str) -> alt.Y:
+    """An axis with a line at 0 and at every power of ten that has room.
+
+    Left to itself Vega sets lines at equal steps, none of them where the curve is stretched most.
+    """
+    drawn = [row[k] for row in rows for k in ("value", "low", "high") if k in row]
+    low, high = min(0.0, *drawn), max(0.0, *drawn)
+    room = (_stretched(high) - _stretched(low)) / 20
+    ticks = [0.0]
+    for sign in (1, -1):
+        last = 0.0
+        for power in range(-3, 10):
+            value = sign * 10.0**power
+            if low <= value <= high and abs(_stretched(value) - _stretched(last)) > room:
+                ticks.append(last := value)
+    # Where all is smaller the axis is near enough to linear, and equal steps say more.
+    spans = max(-low, high) >= 10 * LINEAR
+    axis = alt.Axis(format="~g", values=ticks) if spans else alt.Axis(format="~g")
+    # Vega rounds the axis's ends by equal steps too, which would give half of it to what lies below zero.
+    scale = alt.Scale(type="symlog", constant=LINEAR, nice=False, padding=8)
+    return alt.Y("value:Q", title=title, scale=scale, axis=axis)
+
+
+def _stretched(value: float) -> float:
+    return math.copysign(math.log1p(abs(value) / LINEAR), value)
 
 
 def _layers(index: Sequence[Any] | pd.Index) -> alt.X:

@@ -11,11 +11,13 @@ from scipy import stats
 from entasis.anatomy.measures import Row
 
 DRAWS = 9_999
+FEWEST = 4
+"""Documents. Of fewer, more than one resample in twenty is one document only, whose spread is unknown: no interval ends."""
 
 
 @dataclass(frozen=True)
 class LossChange:
-    """Nats per token, one entry for each layer; NaN where there is no value or, below two documents, no interval."""
+    """Nats per token, one entry for each layer; NaN where there is no value or, of too few documents, no interval."""
 
     value: np.ndarray
     low: np.ndarray
@@ -49,7 +51,7 @@ def loss_change(changed: np.ndarray, clean: np.ndarray, tokens: np.ndarray, *, s
     value_L, error_L = _ratio(np.ones((1, len(n_N))), kept_LN, n_N)
     value_L, error_L = value_L[0], error_L[0]
     result.value[used] = value_L
-    if len(n_N) < 2:
+    if len(n_N) < FEWEST:
         return result
     t_RL = np.concatenate(
         [np.abs(v - value_L) / e for v, e in _resampled(kept_LN, n_N, np.random.default_rng(seed))]
@@ -58,11 +60,14 @@ def loss_change(changed: np.ndarray, clean: np.ndarray, tokens: np.ndarray, *, s
     t_RL = np.where(np.isfinite(t_RL), t_RL, np.inf)
     reach_L = np.quantile(t_RL, 0.95, axis=0, method="higher")
     reach_L = np.where(error_L > 0, reach_L * np.where(error_L > 0, error_L, 1.0), 0.0)
+    # Documents without a token are in resamples too, so even of many the interval may have no end.
+    ends_L = np.isfinite(reach_L)
+    reach_L = np.where(ends_L, reach_L, np.nan)
     result.low[used], result.high[used] = value_L - reach_L, value_L + reach_L
     with np.errstate(divide="ignore", invalid="ignore"):
         seen_L = np.where(error_L > 0, np.abs(value_L) / error_L, 0.0)
     p_L = (1 + (t_RL >= seen_L).sum(0)) / (len(t_RL) + 1)
-    result.p[used] = multipletests(p_L, method="holm")[1]
+    result.p[used] = np.where(ends_L, multipletests(p_L, method="holm")[1], np.nan)
     return result
 
 

@@ -26,6 +26,7 @@ from entasis.anatomy.measures import Row, measure
 from entasis.anatomy.subject import Subject
 from entasis.anatomy.text import TextBatch
 from entasis.model.transformer import Transformer
+from entasis.shape.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def intervention(
     says: str,
     prepare: Callable[[Subject], Any] | None = None,
     layers: int = 1,
+    lacks: Callable[[ModelShape], str | None] | None = None,
 ) -> Callable[[Callable[[Layer], Change]], Intervention]:
     """Makes an `Intervention` of a function and registers it as the measure `name`."""
     gives = {name: f"change in loss, nats per token, when {says}"}
@@ -117,7 +119,7 @@ def intervention(
 
     def add(change: Callable[[Layer], Change]) -> Intervention:
         made = Intervention(name, kind, change, prepare, layers)
-        measure(name, kind=kind, gives=gives)(made.measure)
+        measure(name, kind=kind, gives=gives, lacks=lacks)(made.measure)
         return made
 
     return add

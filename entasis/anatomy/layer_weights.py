@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from entasis.errors import UserError
 from entasis.grow import importance, resize
 from entasis.model.transformer import Transformer
+from entasis.shape.shapes import ModelShape
 
 Weights = dict[str, torch.Tensor]
 """A block's parameters by their names within the block."""
@@ -32,28 +32,39 @@ def read_matrices(model: Transformer, layer: int) -> Weights:
     return {name: w for name, w in read_weights(model, layer).items() if w.ndim == 2}
 
 
-def average_neighbours(model: Transformer, layer: int) -> Weights:
+def have_neighbours(shape: ModelShape, layer: int) -> bool:
+    """Whether a layer has neighbours, and all of them weights that fit it: KV groups of another size do not."""
+    here, near = shape.layers[layer], [shape.layers[i] for i in _near(shape, layer)]
+    return bool(near) and all(
+        there.n_heads * here.n_kv_heads == here.n_heads * there.n_kv_heads
+        for there in near
+        if there.n_heads and here.n_heads
+    )
+
+
+def average_neighbours(model: Transformer, layer: int) -> Weights | None:
     """The mean of the weights directly below and above, in this layer's shape; at either end the one neighbour's.
 
-    Raises `UserError` where KV groups differ in size.
+    None for a layer that has none which fit.
     """
-    near = [fit_weights(model, i, layer) for i in (layer - 1, layer + 1) if 0 <= i < model.shape.n_layers]
+    if not have_neighbours(model.shape, layer):
+        return None
+    near = [fit_weights(model, i, layer) for i in _near(model.shape, layer)]
     # What a neighbour lacks entirely (its norm, when it has no such half) is taken from the layer itself.
     own = read_weights(model, layer)
     return {name: torch.stack([n.get(name, w) for n in near]).mean(0) for name, w in own.items()}
 
 
+def _near(shape: ModelShape, layer: int) -> list[int]:
+    return [i for i in (layer - 1, layer + 1) if 0 <= i < shape.n_layers]
+
+
 def fit_weights(model: Transformer, source: int, layer: int) -> Weights:
-    """The weights of layer `source` in the shape of `layer`. Raises `UserError` where KV groups differ in size."""
+    """The weights of layer `source` in the shape of `layer`, whose KV groups are of the same size."""
     shape = model.shape
     there, here, weights = shape.layers[source], shape.layers[layer], read_weights(model, source)
     if there == here:
         return weights
-    if there.n_heads and here.n_heads and there.n_heads * here.n_kv_heads != here.n_heads * there.n_kv_heads:
-        raise UserError(
-            f"neighbour_average: {there.n_heads} heads on {there.n_kv_heads} KV heads cannot stand in for "
-            f"{here.n_heads} on {here.n_kv_heads}: the groups differ in size; leave this measure out"
-        )
     order = importance.order_by_norm(weights, shape, there)
     resized = resize.plan(shape, [here], sources=[source], orders={source: order}).parameters
     result = {}

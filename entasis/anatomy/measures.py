@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from entasis.registry import Registry, advise
 
 if TYPE_CHECKING:
     from entasis.anatomy.subject import Subject
+    from entasis.shape.shapes import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +47,25 @@ class Measure:
     gives: Mapping[str, str]
     """Quantities and what they say, with unit."""
     function: Callable[[Subject], Iterable[Row]]
+    lacks: Callable[[ModelShape], str | None] | None = None
+    """Why it has no value for any layer of a shape; None where it has one."""
 
 
 Function = Callable[["Subject"], Iterable[Row]]
 MEASURES: Registry[Measure] = Registry("measure")
 
 
-def measure(name: str, *, kind: str, gives: Mapping[str, str]) -> Callable[[Function], Function]:
+def measure(
+    name: str,
+    *,
+    kind: str,
+    gives: Mapping[str, str],
+    lacks: Callable[[ModelShape], str | None] | None = None,
+) -> Callable[[Function], Function]:
     """Registers a measure under `name`."""
 
     def add(function: Function) -> Function:
-        MEASURES.register(name)(Measure(name, kind, gives, function))
+        MEASURES.register(name)(Measure(name, kind, gives, function, lacks))
         return function
 
     return add
@@ -81,3 +91,22 @@ def choose(names: Sequence[str]) -> list[Measure]:
             raise UserError(f"measure {name!r} is not known; {advise(name, [*found, *kinds, 'all'])}")
         chosen.update(group)
     return list(chosen.values())
+
+
+def leave_out_impossible(
+    measures: Sequence[Measure], names: Sequence[str], shape: ModelShape
+) -> list[Measure]:
+    """Those of `measures` that have a value for some layer of the shape; which are left out is said on stderr.
+
+    Raises `UserError` for one that `names` has by its own name, not by its kind.
+    """
+    kept = []
+    for m in measures:
+        reason = m.lacks(shape) if m.lacks else None
+        if reason and m.name in names:
+            raise UserError(f"--measures {m.name}: {reason}")
+        if reason:
+            print(f"entasis: {m.name} is left out: {reason}", file=sys.stderr)
+        else:
+            kept.append(m)
+    return kept

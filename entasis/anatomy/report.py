@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ def write(
     """Writes both files into `folder`; the page's path. `facts` are what the figures depend on."""
     says = {quantity: text for m in measures for quantity, text in m.gives.items()}
     page = Page(f"Anatomy of {name}", subtitle=_subtitle(facts))
-    page.verdict(summary.state_finding(frame))
+    sentence = summary.state_finding(frame, facts["documents"])
+    page.verdict(sentence)
     page.section("The layers", *_overview(page, frame, shape, says))
     if ablations := summary.select_ablations(frame):
         page.section("What the model loses without a layer", *_ablations(page, ablations, frame, says))
@@ -50,12 +50,13 @@ def write(
     if len(recovery := frame[frame["quantity"] == "recovery_steps"]):
         page.section(
             "How soon a layer recovers",
-            page.chart(charts.draw_curves({"recovery_steps": recovery}, "steps")),
+            page.chart(charts.draw_curves({"recovery_steps": recovery}, "steps", decades=False)),
             page.note(says["recovery_steps"] + "."),
         )
+    table = summary.make_table(frame)
     page.section(
         "All values",
-        page.folded("By layer", page.table(summary.make_table(frame))),
+        *([page.folded("By layer", page.table(table))] if table.rows else []),
         page.folded(
             "What the quantities are",
             page.facts({q: t for q, t in says.items() if q in set(frame["quantity"])}),
@@ -67,7 +68,7 @@ def write(
     answer = {
         "name": name,
         **facts,
-        "sentence": summary.state_finding(frame),
+        "sentence": sentence,
         "quantities": says,
         "values": to_records(frame),
     }
@@ -83,12 +84,7 @@ def _subtitle(facts: Mapping[str, Any]) -> str:
 
 
 def _overview(page: Page, frame: pd.DataFrame, shape: ModelShape, says: dict[str, str]) -> list[str]:
-    whole = frame[frame["quantity"].isin(["loss", "bits_per_byte"])]
-    base = {q: (v, low, high) for q, v, low, high in whole[["quantity", "value", "low", "high"]].to_numpy()}
-    text = "; ".join(
-        f"{q.replace('_', ' ')} {v:.4f}" + ("" if math.isnan(low) else f" [{low:.4f}, {high:.4f}]")
-        for q, (v, low, high) in base.items()
-    )
+    text = "; ".join(summary.describe_whole(frame[frame["measure"] == "loss"]))
     drawn = [
         (silhouettes.silhouette(shape), "the model", f"{shape.n_layers} layers, d_model {shape.d_model}")
     ]
@@ -112,6 +108,7 @@ def _ablations(
     for name, part in found.items():
         control = float(frame.loc[frame["quantity"] == f"{name}_chance", "value"].iloc[0])
         bad = [str(int(layer)) for layer in part.loc[part["harmful"], "layer"]]
+        tested = part["p"].notna().any()
         rows.append(
             {
                 "ablation": name.replace("_", " "),
@@ -119,8 +116,8 @@ def _ablations(
                 "median": part["value"].median(),
                 "largest": part["value"].max(),
                 "chance": control,
-                "sure": int((part["p"] < 0.05).sum()),
-                "harmful": ", ".join(bad) or "none",
+                "sure": int((part["p"] < 0.05).sum()) if tested else None,
+                "harmful": ", ".join(bad) or ("none" if tested else None),
             }
         )
     columns = [
@@ -200,7 +197,7 @@ def _streams(page: Page, frame: pd.DataFrame) -> None:
         shown["CKA"] = charts.draw_cka(cka)
     if len(lens := frame[frame["quantity"] == "logit_lens"]):
         shown["logit lens"] = charts.draw_curves(
-            {"logit_lens": lens}, "loss stopped behind the layer, nats per token"
+            {"logit_lens": lens}, "loss stopped behind the layer, nats per token", decades=False
         )
     if shown:
         page.section("The residual stream", page.switch(shown))

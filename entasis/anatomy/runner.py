@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import pandas as pd
 import torch
 
 from entasis.anatomy import text as texts
-from entasis.anatomy.measures import Measure, choose
+from entasis.anatomy.measures import Measure, choose, leave_out_impossible
 from entasis.anatomy.subject import Subject
 from entasis.errors import UserError
 from entasis.evaluate.loading import Loaded, load
@@ -48,10 +49,12 @@ def dissect(
     a file, a folder, or a list of documents. `low` and `high` are 95 % intervals over documents, `p` is adjusted by
     Holm over the layers. `layers` are those that are ablated, manipulated and trained, without it all. With `precision`
     bf16 the text goes through bf16 products. With an `output` folder each measure is stored as it is done, and not
-    done again. Raises `UserError` for unknown measures, unreadable input, and a folder that holds another dissection.
+    done again. Raises `UserError` for measures that are unknown or have no value for any layer, unreadable input, and a
+    folder that holds another dissection.
     """
     chosen = choose(["loss", *measures])
     loaded = model if isinstance(model, Loaded) else load(model, dtype=torch.float32)
+    chosen = leave_out_impossible(chosen, measures, loaded.shape)
     subject = prepare_subject(
         loaded, text, tokens=tokens, sequence=sequence, seed=seed, layers=layers, precision=precision
     )
@@ -85,6 +88,9 @@ def prepare_subject(
     n = loaded.shape.n_layers
     if wrong := [layer for layer in layers or () if not 0 <= layer < n]:
         raise UserError(f"--layers has {wrong[0]}; the model's layers are 0 to {n - 1}")
+    if loaded.document_masking:
+        said = "the model was trained with document_masking, which anatomy does not know: it reads without"
+        print(f"entasis: {said}", file=sys.stderr)
     only = None if layers is None else frozenset(layers)
     return Subject(loaded.model.eval(), read, seed, only, precision)
 
@@ -160,8 +166,9 @@ def _claim_folder(subject: Subject) -> None:
 
 
 def to_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """The frame's rows as plain values for JSON; what is missing is None."""
-    return json.loads(frame.to_json(orient="records", double_precision=10))
+    """The frame's rows as plain values for JSON, all digits of them; what is missing is None."""
+    plain = frame.astype(object).where(frame.notna(), None)
+    return [_without_nan(dict(zip(plain.columns, row, strict=True))) for row in plain.to_numpy().tolist()]
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:

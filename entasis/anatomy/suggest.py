@@ -7,6 +7,7 @@ not say that a wider one there trains better.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pandas as pd
 
 from entasis import quantities
 from entasis.anatomy import summary
+from entasis.anatomy.measures import Measure
 from entasis.errors import UserError
 from entasis.registry import advise
 from entasis.shape import fields, specification
@@ -27,23 +29,28 @@ SMALLEST_LOSS = 1e-4
 """Nats per token: changes in loss below it are no more apart than noise, and the logarithm needs an end."""
 
 
-def rank_importance(frame: pd.DataFrame, quantity: str | None = None) -> tuple[str, np.ndarray]:
-    """The quantity's name and one number for each layer; a change in loss counts by its logarithm, as it spans decades.
+def choose_quantity(measures: Sequence[Measure], wanted: str | None) -> str:
+    """What the importance follows: `wanted`, or the main ablation. Raises `UserError` where no measure gives it."""
+    given = summary.list_quantities(measures)
+    name = wanted or next((q for q in summary.MAIN if q in given), summary.MAIN[0])
+    if name not in given:
+        raise UserError(f"--importance {name}: not among the measures; {advise(name, given)}")
+    return name
 
-    Without a name the main ablation. Raises `UserError` where it was not measured for every layer.
+
+def rank_importance(frame: pd.DataFrame, quantity: str, n_layers: int) -> np.ndarray:
+    """One number for each layer; a change in loss counts by its logarithm, as it spans decades.
+
+    Raises `UserError` where it was not measured for every layer.
     """
-    quantity = quantity or summary.choose_reference(frame)
-    wide = summary.tabulate_layers(frame)
-    if quantity is None or quantity not in wide:
-        wanted = quantity or "skip"
-        raise UserError(f"--importance {wanted}: not among the measures; {advise(wanted, map(str, wide))}")
+    wide = summary.tabulate_layers(frame).reindex(index=range(n_layers), columns=[quantity])
     values = wide[quantity].to_numpy(dtype=float)
     if np.isnan(values).any():
-        missing = int(wide.index[np.isnan(values)][0])
+        missing = int(np.flatnonzero(np.isnan(values))[0])
         raise UserError(f"--importance {quantity}: layer {missing} has no value; choose another measure")
     if quantity in [*summary.select_ablations(frame), *summary.select_manipulations(frame)]:
         values = np.log(np.maximum(values, SMALLEST_LOSS))
-    return quantity, values
+    return values
 
 
 def make_multipliers(values: np.ndarray, spread: float = SPREAD) -> np.ndarray:
@@ -101,13 +108,15 @@ def _kv(shape: ModelShape) -> dict[str, int]:
 
 def suggest_plan(shape: ModelShape, values: np.ndarray, *, tokens: str | int, data: Data) -> str:
     """A recipe as YAML whose training plan trains the most important third of the layers first, then the next, then all."""
-    plan = {"importance_groups": {"importance": [float(f"{v:.6g}") for v in values]}}
+    plan: dict[str, Any] = {"importance": [float(f"{v:.6g}") for v in values]}
+    if shape.n_layers < 3:
+        plan["groups"] = shape.n_layers
     return recipes.to_yaml(
         Recipe(
             shape=shape.to_dict(),
             data=data,
             tokens=quantities.count(tokens, "--budget"),
-            training_plan=plan,
+            training_plan={"importance_groups": plan},
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,19 @@ import numpy as np
 import pandas as pd
 
 from entasis.anatomy.intervals import correlate_ranks, find_harmful
+from entasis.anatomy.measures import Measure, load_measures
 from entasis.report.tables import Column, Table
 
 HIDDEN = ("cka", "weight_r2_mean", "weight_r2_permuted", "weight_r2_untrained")
 """Not a property of one layer: comparisons of two layers, and controls."""
 MAIN = ("skip", "zero_attention", "zero_ffn", "neighbour_average")
-"""The reference that measures are correlated with: the first of these that was measured."""
+"""The reference that measures are correlated with: the first of these that was measured, or else the first ablation."""
+
+
+def list_quantities(measures: Sequence[Measure]) -> list[str]:
+    """What these measures say of single layers."""
+    given = [q for m in measures for q in m.gives if m.kind != "loss"]
+    return [q for q in given if q not in (*HIDDEN, "replaced") and not q.endswith("_chance")]
 
 
 def tabulate_layers(frame: pd.DataFrame) -> pd.DataFrame:
@@ -32,23 +40,22 @@ def select_ablations(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     for quantity in dict.fromkeys(frame["quantity"]):
         rows = frame[(frame["quantity"] == quantity) & frame["layer"].notna()]
         control = frame.loc[frame["quantity"] == f"{quantity}_chance", "value"]
-        if len(control):
+        if len(rows) and len(control):
             found = find_harmful(rows["value"].to_numpy(), rows["p"].to_numpy(), float(control.iloc[0]))
             result[quantity] = rows.assign(harmful=found)
     return result
 
 
 def select_manipulations(frame: pd.DataFrame) -> list[str]:
-    """The other quantities that are changes in loss by layer."""
-    known = select_ablations(frame)
-    tested = frame[frame["p"].notna()]["quantity"]
-    return [q for q in dict.fromkeys(tested) if q not in known]
+    """The other quantities that are changes in loss by layer, in the order measured."""
+    kinds = {name: m.kind for name, m in load_measures().items()}
+    return list(dict.fromkeys(frame.loc[frame["measure"].map(kinds) == "manipulation", "quantity"]))
 
 
 def choose_reference(frame: pd.DataFrame) -> str | None:
     """The ablation that the other measures are compared with; None where none was measured."""
-    measured = set(frame["quantity"])
-    return next((name for name in MAIN if name in measured), None)
+    measured = select_ablations(frame)
+    return next((name for name in (*MAIN, *measured) if name in measured), None)
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,15 @@ def correlate_measures(frame: pd.DataFrame) -> list[RankCorrelation]:
     return sorted(result, key=lambda a: -abs(a.rho))
 
 
-def state_finding(frame: pd.DataFrame) -> str:
-    """The finding of the reference ablation, in a sentence or two."""
+def state_finding(frame: pd.DataFrame, documents: int) -> str:
+    """The finding of the reference ablation on so many documents, in a sentence or two."""
     main = choose_reference(frame)
     if main is None:
         return "No ablation was measured, so nothing is said about what the model would lose."
     rows = select_ablations(frame)[main]
+    if rows["p"].isna().all():
+        counted = "1 document is" if documents == 1 else f"{documents} documents are"
+        return f"{counted} too few for intervals; nothing was tested."
     value = rows["value"].to_numpy()
     top = rows[(rows["p"] < 0.05) & (value > 0)].sort_values("value", ascending=False).head(3)
     named = ", ".join(f"{layer} ({value:+.3f})" for layer, value in _pairs(top))
@@ -96,14 +106,25 @@ def state_finding(frame: pd.DataFrame) -> str:
     below = int((value < 0).sum())
     if below:
         return (
-            told
-            + f"No layer is harmful: the loss fell without {below} of {len(value)}, within chance each time."
+            told + f"No layer is harmful: the loss fell for {below} of {len(value)}, within chance each time."
         )
-    return told + "No layer is harmful: the loss rose without any of them."
+    rose = "rose for each" if (value > 0).all() else "did not fall for any"
+    return told + f"No layer is harmful: the loss {rose} of them."
 
 
 def _pairs(rows: pd.DataFrame) -> list[tuple[int, float]]:
     return [(int(layer), float(value)) for layer, value in rows[["layer", "value"]].to_numpy()]
+
+
+def describe_whole(frame: pd.DataFrame) -> list[str]:
+    """The values of the whole model, a line for each quantity, with their intervals."""
+    rows = frame[frame["layer"].isna()]
+    lines: dict[str, list[str]] = {}
+    for quantity, target, value, low, high in rows[["quantity", "target", "value", "low", "high"]].to_numpy():
+        interval = "" if math.isnan(low) else f" [{low:.4f}, {high:.4f}]"
+        of = f"{target}: " if target else ""
+        lines.setdefault(quantity, []).append(f"{of}{value:.4f}{interval}")
+    return [f"{quantity.replace('_', ' ')} {', '.join(found)}" for quantity, found in lines.items()]
 
 
 def make_table(frame: pd.DataFrame) -> Table:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -160,19 +162,40 @@ def _from_corpus(corpus: Corpus, tokens: int) -> Excerpts:
 def _fill(
     excerpts: Callable[[int], Iterator[tuple[np.ndarray, bool, int, str]]], n: int, tokens: int
 ) -> Excerpts:
-    """Cuts all documents to the same length, the shortest that fills `tokens`, in powers of two of the fair share."""
-    cap = max(SHORTEST, tokens // n)
+    """Cuts all documents to the same length: a fair share of `tokens`, or the largest that fits where that leaves much over.
+
+    Where they are too many to be cut alike, the first of them are taken.
+    """
+    share = tokens // n
+    taken: list[tuple[np.ndarray, bool, int, str]] = []
+    total = 0
+    for excerpt in excerpts(max(SHORTEST, share)):
+        if taken and total + len(excerpt[0]) > tokens:
+            break
+        total += len(excerpt[0]) + 1
+        taken.append(excerpt)
+    # Less than a tenth left over is let be.
+    if total <= 0.9 * tokens:
+        number = n if share >= SHORTEST else len(taken)
+        taken = list(islice(excerpts(_largest_cap(excerpts, number, tokens)), number))
+    ids, cuts, sizes, names = map(list, zip(*taken, strict=True))
+    return ids, cuts, sizes, names
+
+
+def _largest_cap(
+    excerpts: Callable[[int], Iterator[tuple[np.ndarray, bool, int, str]]], number: int, tokens: int
+) -> int:
+    """The most tokens, at least `SHORTEST`, to which the first `number` documents can be cut so that they fit into `tokens`."""
+    cap = max(SHORTEST, tokens // number)
     while True:
-        taken: list[tuple[np.ndarray, bool, int, str]] = []
-        total = 0
-        for excerpt in excerpts(cap):
-            if total and total + len(excerpt[0]) > tokens:
-                break
-            total += len(excerpt[0]) + 1
-            taken.append(excerpt)
-        if total > 0.9 * tokens or cap > tokens or not any(cut for _, cut, _, _ in taken):
-            ids, cuts, sizes, names = map(list, zip(*taken, strict=True))
-            return ids, cuts, sizes, names
+        found = [(len(ids), cut) for ids, cut, _, _ in islice(excerpts(cap), number)]
+
+        def counted(cap: int, found: list[tuple[int, bool]] = found) -> int:
+            # The end of a document counts where it was not cut.
+            return sum(min(length, cap) + (not cut and length <= cap) for length, cut in found)
+
+        if counted(cap) > tokens or not any(cut for _, cut in found):
+            return SHORTEST + bisect_right(range(SHORTEST + 1, cap + 1), tokens, key=counted)
         cap *= 2
 
 

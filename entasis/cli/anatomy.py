@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +24,18 @@ from entasis.cli.numbers import amount, real, seed, whole
 from entasis.errors import UserError
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import numpy as np
 
     from entasis.shape.shapes import ModelShape
+
+TAKES = {
+    "profile": ("budget", "importance", "spread", "scale"),
+    "plan": ("budget", "importance"),
+    "importance": ("importance",),
+}
+"""Which options each suggestion knows."""
+FILES = {"profile": "profile.yaml", "plan": "plan.yaml", "importance": "importance.json"}
+"""What each is called in the output folder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,35 +74,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", help="of the suggestion: parameters of a profile, tokens of a plan")
     parser.add_argument("--importance", metavar="QUANTITY", help="what the suggestion follows (skip)")
     parser.add_argument(
-        "--spread", type=real(0, 1), default=0.3, help="widths from 1 − SPREAD to 1 + SPREAD (0.3)"
+        "--spread", type=real(0, 1), help="of a profile: widths from 1 − SPREAD to 1 + SPREAD (0.3)"
     )
     parser.add_argument(
-        "--scale", choices=["ffn", "heads", "both"], default="ffn", help="what a profile makes unequal (ffn)"
+        "--scale", choices=["ffn", "heads", "both"], help="what a profile makes unequal (ffn)"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="all values, as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    import numpy as np
     import torch
     from rich.console import Console
 
     from entasis import progress
-    from entasis.anatomy import runner, summary
-    from entasis.anatomy.measures import choose
+    from entasis.anatomy import runner, suggest, summary
+    from entasis.anatomy.measures import choose, leave_out_impossible
     from entasis.evaluate.loading import load
-    from entasis.shape import fields
+    from entasis.files import write_text
 
-    if args.suggest in ("profile", "plan") and not args.budget:
-        what = "parameters, such as 180M" if args.suggest == "profile" else "tokens, such as 5M"
-        raise UserError(f"--suggest {args.suggest} needs --budget: a number of {what}")
-    if args.suggest and args.layers:
-        raise UserError("--suggest needs the importance of every layer; leave out --layers")
-    measures = choose(["loss", *args.measures.split(",")])
+    _check_suggestion(args)
+    names = args.measures.split(",")
+    measures = choose(["loss", *names])
     # Differences between layers may be small: bf16 weights are computed in fp32.
     loaded = load(args.model, device=args.device, dtype=torch.float32)
-    if args.suggest == "profile":
-        fields.require(loaded.shape.layers, "--suggest profile")
+    measures = leave_out_impossible(measures, names, loaded.shape)
+    if args.suggest:
+        quantity = suggest.choose_quantity(measures, args.importance)
+        # What does not depend on the importance is refused before it is measured.
+        _suggest(args, quantity, np.zeros(loaded.shape.n_layers), loaded.shape)
     subject = runner.prepare_subject(
         loaded,
         args.text,
@@ -113,9 +122,14 @@ def run(args: argparse.Namespace) -> int:
 
         name = Path(args.model).resolve().name
         written = report.write(frame, loaded.shape, measures, facts, Path(args.output), name=name)
-    suggestion, notes = _suggest(args, frame, loaded.shape) if args.suggest else ("", ())
+    suggestion, notes = "", list[str]()
+    if args.suggest:
+        importance = suggest.rank_importance(frame, quantity, loaded.shape.n_layers)
+        suggestion, notes = _suggest(args, quantity, importance, loaded.shape)
+        if args.output:
+            write_text(Path(args.output) / FILES[args.suggest], suggestion)
     if args.json:
-        answer = {"model": args.model, **facts, "values": runner.to_records(frame)}
+        answer = {"path": args.model, **facts, "values": runner.to_records(frame)}
         if suggestion:
             answer |= {"suggestion": suggestion, "notes": notes}
         print(json.dumps(answer))
@@ -127,8 +141,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console, table = Console(), summary.make_table(frame)
     shown = summary.fit_width(table, console.width)
-    console.print(shown.rich(f"{args.model}: {facts['tokens']:,} tokens of {facts['documents']} documents"))
-    print(summary.state_finding(frame))
+    title = f"{args.model}: {facts['tokens']:,} tokens of {facts['documents']} documents"
+    if table.rows:
+        console.print(shown.rich(title))
+    else:
+        print(title)
+    print("\n".join(summary.describe_whole(frame)))
+    print(summary.state_finding(frame, facts["documents"]))
     if left := len(table.columns) - len(shown.columns):
         print(
             f"{left} more columns in {'the report' if written else '--json, or a report with --output DIR'}"
@@ -145,24 +164,42 @@ def _layers(text: str) -> list[int]:
         raise UserError(f"--layers is {text!r}; it must be numbers such as 0,8,11") from None
 
 
-def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -> tuple[str, Sequence[str]]:
-    """YAML for a recipe, and remarks on it; kept in the output folder too."""
+def _check_suggestion(args: argparse.Namespace) -> None:
+    """Refuses options that the suggestion does not know, or lacks. Raises `UserError`."""
+    from entasis.data.corpus import INDEX
+
+    for option in TAKES["profile"]:
+        if getattr(args, option) is not None and option not in TAKES.get(args.suggest, ()):
+            knows = " and ".join(name for name, options in TAKES.items() if option in options)
+            raise UserError(f"--{option} belongs to --suggest {knows}")
+    if args.suggest in ("profile", "plan") and not args.budget:
+        what = "parameters, such as 180M" if args.suggest == "profile" else "tokens, such as 5M"
+        raise UserError(f"--suggest {args.suggest} needs --budget: a number of {what}")
+    if args.suggest and args.layers:
+        raise UserError("--suggest needs the importance of every layer; leave out --layers")
+    if args.suggest == "plan" and not (Path(args.text) / INDEX).is_file():
+        raise UserError(
+            f"--suggest plan: {args.text} is no corpus, and nothing else can be trained on; make one with "
+            "`entasis data prepare`"
+        )
+
+
+def _suggest(
+    args: argparse.Namespace, quantity: str, values: np.ndarray, shape: ModelShape
+) -> tuple[str, list[str]]:
+    """YAML for a recipe, or JSON for a training plan, and remarks on it. Raises `UserError`."""
     import yaml
 
     from entasis.anatomy import suggest
-    from entasis.files import write_text
     from entasis.train.recipe import Data
 
-    quantity, values = suggest.rank_importance(frame, args.importance)
     if args.suggest == "importance":
-        text = suggest.write_importance(quantity, values)
-        if args.output:
-            write_text(Path(args.output) / "importance.json", text)
-        return text, ()
+        return suggest.write_importance(quantity, values), []
     notes = [f"follows {quantity}; a suggestion to be tried against equal layers in a study"]
     if args.suggest == "profile":
+        spread = suggest.SPREAD if args.spread is None else args.spread
         wanted, solution = suggest.suggest_profile(
-            shape, values, budget=args.budget, spread=args.spread, scale=args.scale
+            shape, values, budget=args.budget, spread=spread, scale=args.scale or "ffn"
         )
         text = yaml.safe_dump({"shape": wanted}, sort_keys=False, width=110)
         widths, heads = (
@@ -178,6 +215,4 @@ def _suggest(args: argparse.Namespace, frame: pd.DataFrame, shape: ModelShape) -
             shape, values, tokens=args.budget,
             data=Data(train=str(train), validation=validation, sequence=min(1024, shape.context)),
         )  # fmt: skip
-    if args.output:
-        write_text(Path(args.output) / f"{args.suggest}.yaml", text)
     return text, notes

@@ -316,7 +316,9 @@ def _print(answer: dict[str, Any]) -> None:
         + (f", only new layers {format_bytes(memory['training_new'])}" if count["new_layers"] else "")
     )
     if answer["temporary_bytes"]:
-        print(f"temporary files {format_bytes(answer['temporary_bytes'])}, in {tempfile.gettempdir()} (TMPDIR)")
+        print(
+            f"temporary files {format_bytes(answer['temporary_bytes'])}, in {tempfile.gettempdir()} (TMPDIR)"
+        )
     for name, found in answer["diagnostics"].items():
         growth_diagnostics.show(name, found, console)
     if losses := answer["loss"]:

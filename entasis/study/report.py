@@ -190,7 +190,12 @@ def _noise(page: Page, study: Study, part: ProtocolVerdict, comparisons: int) ->
 
 
 def _curves(page: Page, study: Study, plan: Plan, done: list[Outcome], folder: Path) -> list[str]:
-    rows = [point for o in done for point in _curve(plan, o)]
+    rows: list[dict[str, Any]] = []
+    losses: dict[tuple[str, int], dict[int, float]] = {}
+    for o in done:
+        metrics = o.metrics()
+        rows += _curve(plan, o, metrics)
+        losses[o.label, o.run.seed] = {m["tokens"]: m["loss"] for m in metrics}
     # The first steps fall from the logarithm of the vocabulary; what differs comes after.
     settled = [row["loss"] for row in rows if row["place"] > 0.1]
     order = _order(study, done)
@@ -209,7 +214,7 @@ def _curves(page: Page, study: Study, plan: Plan, done: list[Outcome], folder: P
             "forward. Seconds are of this device, so their ranking holds for it alone."
         ),
     ]
-    gaps = _gaps(study, rows)
+    gaps = _gaps(study.baseline, losses)
     if gaps:
         chart = charts.lines(
             gaps, x="tokens", x_title="tokens", y="gap", y_title=f"training loss minus {study.baseline}'s, nats",
@@ -239,20 +244,19 @@ def _downstream(page: Page, study: Study, plan: Plan, folder: Path) -> list[str]
     return [page.table(_save(table, folder, "downstream")), page.note(said)]
 
 
-def _curve(plan: Plan, o: Outcome) -> list[dict[str, Any]]:
+def _curve(plan: Plan, o: Outcome, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The run's training loss, averaged over stretches of steps; tokens, FLOPs and seconds at their ends."""
-    metrics = o.metrics()
     loss = np.array([m["loss"] for m in metrics])
     seconds = np.cumsum([m["seconds"] for m in metrics])
     stretches = np.array_split(np.arange(len(metrics)), min(_POINTS, len(metrics)))
     before = before_run(plan.arms, plan.arms[o.run.arm])[1]  # of its trunks
-    price = o.flops / o.result["tokens"]
+    flops = _flops(o, metrics)
     return [
         {
             "arm": o.label,
             "seed": f"seed {o.run.seed}",
             "tokens": metrics[s[-1]]["tokens"],
-            "flops": before + metrics[s[-1]]["tokens"] * price,
+            "flops": before + flops[s[-1]],
             "seconds": round(float(seconds[s[-1]]), 3),
             "loss": round(float(loss[s].mean()), 5),
             "place": round(float(s[-1] + 1) / len(metrics), 4),
@@ -261,13 +265,48 @@ def _curve(plan: Plan, o: Outcome) -> list[dict[str, Any]]:
     ]
 
 
-def _gaps(study: Study, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    base = {(r["seed"], r["tokens"]): r["loss"] for r in rows if r["arm"] == study.baseline}
+def _flops(o: Outcome, metrics: list[dict[str, Any]]) -> list[float]:
+    """Training FLOPs of the run up to each step: each stage at its own price, and what its plan measured before the next."""
+    # A run of an earlier version, which names no stages, is one.
+    stages = o.result.get("stages", [o.result])
+    measured = o.result.get("importance", {"layers": [], "flops": 0.0})
+    times = len(measured["layers"])
+    begun_tokens, begun_flops = [0], [0.0]
+    for i, stage in enumerate(stages):
+        looked = measured["flops"] / times if i < times else 0.0
+        begun_tokens.append(begun_tokens[-1] + stage["tokens"])
+        begun_flops.append(begun_flops[-1] + stage["tokens"] * stage["flops_per_token"] + looked)
     return [
-        {**{k: r[k] for k in ("arm", "seed", "tokens", "place")}, "gap": round(r["loss"] - base[key], 5)}
-        for r in rows
-        if r["arm"] != study.baseline and (key := (r["seed"], r["tokens"])) in base
+        begun_flops[i] + (m["tokens"] - begun_tokens[i]) * stages[i]["flops_per_token"]
+        for m in metrics
+        for i in [m.get("stage", 0)]
     ]
+
+
+def _gaps(baseline: str, losses: dict[tuple[str, int], dict[int, float]]) -> list[dict[str, Any]]:
+    """Differences to the baseline's loss within a seed, averaged over stretches of the steps that both have.
+
+    `losses` are those after so many tokens, by run. They are subtracted before they are averaged: the stretches of runs
+    of unequal length hold other steps.
+    """
+    rows = []
+    for (label, seed), own in losses.items():
+        base = losses.get((baseline, seed), {})
+        common = [tokens for tokens in own if tokens in base]
+        if label == baseline or not common:
+            continue
+        gaps = np.array([own[tokens] - base[tokens] for tokens in common])
+        for s in np.array_split(np.arange(len(common)), min(_POINTS, len(common))):
+            rows.append(
+                {
+                    "arm": label,
+                    "seed": f"seed {seed}",
+                    "tokens": common[s[-1]],
+                    "place": round(float(s[-1] + 1) / len(common), 4),
+                    "gap": round(float(gaps[s].mean()), 5),
+                }
+            )
+    return rows
 
 
 def _cost(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Path) -> list[str]:

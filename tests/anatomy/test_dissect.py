@@ -6,18 +6,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
 import browser
-from small_models import SEQUENCE, sentences, untrained
+from small_models import SEQUENCE, SHAPE, sentences, untrained
 
 from entasis import cli
-from entasis.anatomy import dissect, suggest
+from entasis.anatomy import charts, dissect, runner, suggest
 from entasis.anatomy.measures import load_measures
 from entasis.anatomy.runner import COLUMNS
+from entasis.data.prepare import prepare
 from entasis.errors import UserError
 from entasis.model import weights
 from entasis.shape import LayerShape, cost, specification
@@ -100,7 +103,7 @@ def test_mistakes_are_named(trained, folder: Path, capsys: pytest.CaptureFixture
         (["--layers", "1,5"], "--layers has 5; the model's layers are 0 to 4"),
         (["--layers", "1", "--suggest", "profile", "--budget", "1M"], "leave out --layers"),
         (
-            ["--measures", "stream", "--suggest", "plan", "--budget", "1M"],
+            ["--measures", "stream", "--suggest", "profile", "--budget", "1M"],
             "--importance skip: not among the measures",
         ),
     ):
@@ -171,9 +174,9 @@ def test_a_plan_trains_the_important_layers_first(trained, tmp_path: Path) -> No
 
 def test_a_change_in_loss_counts_by_its_logarithm(trained) -> None:
     frame = dissect(trained, TEXTS, measures=["skip"], sequence=SEQUENCE)
-    name, values = suggest.rank_importance(frame)
+    values = suggest.rank_importance(frame, "skip", 5)
     skip = frame[frame["quantity"] == "skip"]["value"].to_numpy()
-    assert name == "skip" and values == pytest.approx(np.log(np.maximum(skip, 1e-4)))
+    assert values == pytest.approx(np.log(np.maximum(skip, 1e-4)))
 
 
 def test_what_an_untrained_layer_shows_by_chance_does_not_depend_on_how_much_text_is_read(tmp_path, capsys):
@@ -193,3 +196,179 @@ def test_what_an_untrained_layer_shows_by_chance_does_not_depend_on_how_much_tex
         rows = json.loads(capsys.readouterr().out)["values"]
         (found[tokens],) = (r["value"] for r in rows if r["quantity"] == "mean_output_chance")
     assert found["3k"] == pytest.approx(found["9k"], rel=1e-6)
+
+
+def anatomy(capsys: pytest.CaptureFixture, model: Path, text: Path, *arguments: str) -> tuple[int, str, str]:
+    """`entasis anatomy` with short windows: (exit code, output, errors)."""
+    capsys.readouterr()
+    code = cli.main(["anatomy", str(model), "--text", str(text), "--sequence", "64", *arguments])
+    return code, *capsys.readouterr()
+
+
+def write_texts(folder: Path, texts: list[str]) -> Path:
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_text(text)
+    return folder
+
+
+def save_model(loaded, folder: Path) -> Path:
+    folder.mkdir()
+    weights.save(loaded.model, folder)
+    loaded.tokenizer.save(folder / "tokenizer.json")
+    return folder
+
+
+def test_long_documents_are_all_read(folder: Path, tmp_path: Path, capsys) -> None:
+    books = write_texts(tmp_path / "books", [". ".join(sentences(60, seed)) for seed in range(5)])
+    _, out, _ = anatomy(capsys, folder, books, "--tokens", "4k", "--measures", "loss", "--json")
+    answer = json.loads(out)
+    assert (answer["documents"], answer["tokens"]) == (5, 4000)
+    assert all(row["low"] < row["value"] < row["high"] for row in answer["values"])
+
+
+def test_too_few_documents_for_intervals(folder: Path, tmp_path: Path, capsys) -> None:
+    """Nothing is said to be tested, and nothing that was measured is missing."""
+    two = write_texts(tmp_path / "two", TEXTS[:2])
+    out = tmp_path / "out"
+    told = ["--measures", "skip,scale_0.9", "--output", str(out)]
+    code, shown, _ = anatomy(capsys, folder, two, *told)
+    assert code == 0 and "2 documents are too few for intervals; nothing was tested." in shown
+    assert "inf" not in shown and "harmful" not in shown
+    page = (out / "report.html").read_text()
+    assert "What a change of a layer's weights costs" in page.replace("&#x27;", "'") and "−inf" not in page
+    values = json.loads((out / "anatomy.json").read_text())["values"]
+    assert {(row["low"], row["high"], row["p"]) for row in values} == {(None, None, None)}
+    for quantity in ("skip", "scale_0.9"):
+        chosen = ["--suggest", "importance", "--importance", quantity]
+        _, answer, _ = anatomy(capsys, folder, two, *told, *chosen)
+        changes = [row["value"] for row in values if row["quantity"] == quantity]
+        assert json.loads(answer)["importance"] == pytest.approx(np.log(np.maximum(changes, 1e-4)), rel=1e-4)
+
+
+def test_any_ablation_has_a_finding(folder: Path, capsys) -> None:
+    text = folder.parent / "text.jsonl"
+    for name in ("swap", "half_ffn", "mean_output", "noise"):
+        _, out, _ = anatomy(capsys, folder, text, "--measures", name)
+        assert f"By {name.replace('_', ' ')}, the layers that matter most are" in out
+
+
+def test_values_of_the_whole_model_are_shown(folder: Path, capsys) -> None:
+    text = folder.parent / "text.jsonl"
+    code, out, _ = anatomy(capsys, folder, text, "--measures", "replacement")
+    assert code == 0 and "layer" not in out.split("No ablation")[0]
+    lines = out.splitlines()
+    found = {line.split(" ")[0]: line for line in lines}
+    assert "bits per byte" in out and "[" in found["loss"]
+    assert all(f" {count}: " in found["replaced"] for count in (1, 2, 4))
+
+
+def test_small_values_keep_their_digits(trained, folder: Path, capsys) -> None:
+    text = folder.parent / "text.jsonl"
+    with torch.no_grad():
+        trained.model.norm.weight *= 1e-6  # so that hardly anything has a gradient
+    model = save_model(trained, folder.parent / "small")
+    _, out, _ = anatomy(capsys, model, text, "--measures", "gradient", "--json")
+    answer = json.loads(out)
+    frame = dissect(model, text, measures=["gradient"], sequence=64)
+    assert [row["value"] for row in answer["values"]] == frame["value"].tolist()
+    fisher = [row["value"] for row in answer["values"] if row["quantity"] == "fisher_per_parameter"]
+    assert all(0 < value < 1e-10 for value in fisher)
+    assert answer["path"] == str(model) and len(answer["model"]) == 32
+
+
+def test_curves_over_depth_have_lines_where_the_layers_lie(trained, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"layer": range(4), "value": [4.0, 0.3, -0.004, 0.02]})
+    frame = frame.assign(low=frame["value"] - 0.01, high=frame["value"] + 0.01)
+    drawn = charts.draw_curves({"skip": frame}, "nats").to_dict()
+    axes = [
+        layer["encoding"]["y"]["axis"]["values"]
+        for layer in drawn["layer"]
+        if "axis" in layer["encoding"]["y"]
+    ]
+    assert axes and all(sorted(values) == [-0.01, 0, 0.01, 0.1, 1] for values in axes)
+
+
+PROFILE = ["--suggest", "profile", "--budget"]
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    ([*PROFILE, "abc"], "budget is 'abc'"),
+    ([*PROFILE, "10"], "10 is too small"),
+    ([*PROFILE, "1M", "--spread", "1"], "--spread is 1.0; it must be from 0 to below 1"),
+    (["--suggest", "importance", "--importance", "bogus"], "--importance bogus: not among the measures"),
+    (["--suggest", "importance", "--importance", "skip_chance"], "--importance skip_chance: not among the measures"),
+    (["--suggest", "importance", "--measures", "structure"], "--importance skip: not among the measures"),
+    (["--suggest", "importance", "--budget", "1M"], "--budget belongs to --suggest profile and plan"),
+    (["--suggest", "importance", "--spread", "0.2"], "--spread belongs to --suggest profile"),
+    (["--suggest", "plan", "--budget", "1M"], "text.jsonl is no corpus"),
+    (["--suggest", "plan", "--budget", "1M", "--scale", "ffn"], "--scale belongs to --suggest profile"),
+    (["--budget", "1M"], "--budget belongs to --suggest profile and plan"),
+    (["--importance", "skip"], "--importance belongs to --suggest profile and plan and importance"),
+])  # fmt: skip
+def test_a_suggestion_is_refused_before_anything_is_measured(
+    arguments: list[str], complaint: str, folder: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(runner, "run_measures", lambda *_, **__: pytest.fail("something was measured"))
+    code, _, errors = anatomy(capsys, folder, folder.parent / "text.jsonl", *arguments)
+    assert code == 2 and complaint in errors
+
+
+def test_a_profile_of_unlike_kv_groups_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(runner, "run_measures", lambda *_, **__: pytest.fail("something was measured"))
+    shape = dataclasses.replace(SHAPE, layers=(LayerShape(2, 1, 64), LayerShape(4, 4, 64)))
+    model = save_model(untrained(shape), tmp_path / "model")
+    text = write_texts(tmp_path / "text", TEXTS)
+    code, _, errors = anatomy(capsys, model, text, *PROFILE, "1M")
+    assert code == 2 and "the layers differ in KV heads and in query heads per KV head" in errors
+
+
+@pytest.mark.parametrize("layers", [5, 2])
+def test_a_suggested_plan_can_be_trained(layers: int, tmp_path: Path, capsys) -> None:
+    model = save_model(
+        untrained(dataclasses.replace(SHAPE, layers=SHAPE.layers[:1] * layers)), tmp_path / "model"
+    )
+    text = write_texts(tmp_path / "text", TEXTS)
+    prepare([text], tmp_path / "corpus", tokenizer="bytes", validation=0.3)
+    for part in ("train", "validation"):
+        code, out, _ = anatomy(
+            capsys, model, tmp_path / "corpus" / part, "--suggest", "plan", "--budget", "1M"
+        )
+        assert code == 0
+        (tmp_path / "plan.yaml").write_text(out)
+        recipe, _, _ = resolve(
+            recipes.read(tmp_path / "plan.yaml", ["batch.tokens=6400", "data.sequence=64"]), 257
+        )
+        assert (
+            Path(recipe.data.train) == tmp_path / "corpus" / "train" and recipe.stages[-1].trainable == "all"
+        )
+
+
+def test_layers_of_unlike_kv_groups_have_no_neighbour_average(tmp_path: Path, capsys) -> None:
+    text = write_texts(tmp_path / "text", TEXTS)
+    one, other = LayerShape(4, 2, 64), LayerShape(4, 4, 64)
+    model = save_model(untrained(dataclasses.replace(SHAPE, layers=(one, one, other))), tmp_path / "some")
+    code, out, errors = anatomy(capsys, model, text, "--measures", "ablation", "--json")
+    rows = [row for row in json.loads(out)["values"] if row["quantity"] == "neighbour_average"]
+    assert code == 0 and not errors and [row["layer"] for row in rows] == [0]
+    model = save_model(untrained(dataclasses.replace(SHAPE, layers=(one, other, one))), tmp_path / "none")
+    code, out, errors = anatomy(capsys, model, text, "--measures", "ablation", "--json")
+    assert code == 0 and "neighbour_average is left out: no layer has neighbours whose KV groups" in errors
+    found = {row["quantity"] for row in json.loads(out)["values"]}
+    assert {"skip", "noise"} <= found and "neighbour_average" not in found
+    code, _, errors = anatomy(capsys, model, text, "--measures", "skip,neighbour_average")
+    assert code == 2 and "--measures neighbour_average: no layer has neighbours" in errors
+    with pytest.raises(UserError, match="--measures neighbour_average"):
+        dissect(model, TEXTS, measures=["neighbour_average"], sequence=64)
+
+
+def test_masking_that_is_not_kept_is_said(folder: Path, capsys) -> None:
+    text = folder.parent / "text.jsonl"
+    assert "document_masking" not in anatomy(capsys, folder, text, "--measures", "loss")[2]
+    (folder / "recipe.yaml").write_text("data: {document_masking: true}\n")
+    assert (
+        "document_masking, which anatomy does not know"
+        in anatomy(capsys, folder, text, "--measures", "loss")[2]
+    )

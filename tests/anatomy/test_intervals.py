@@ -12,14 +12,12 @@ def uncollected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_value_is_the_mean_per_token() -> None:
-    clean, changed = np.array([10.0, 20.0]), np.array([[11.0, 23.0], [10.0, 20.0]])
-    found = loss_change(changed, clean, np.array([5, 15]))
-    assert found.value.tolist() == [4 / 20, 0.0]
-    assert (found.low[1], found.high[1], found.p[1]) == (
-        0.0,
-        0.0,
-        1.0,
-    )  # a change of nothing is certain to be nothing
+    clean = np.array([10.0, 20.0, 5.0, 5.0])
+    changed = np.array([[11.0, 23.0, 5.0, 5.0], clean])
+    found = loss_change(changed, clean, np.array([5, 15, 10, 10]))
+    assert found.value.tolist() == [4 / 40, 0.0]
+    # A change of nothing is certain to be nothing.
+    assert (found.low[1], found.high[1], found.p[1]) == (0.0, 0.0, 1.0)
 
 
 def test_intervals_hold_the_truth_with_few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,9 +48,18 @@ def test_a_layer_without_a_value_is_left_out_of_the_family() -> None:
     assert found.value[0] == 1.0 and np.isnan(found.value[1]) and np.isnan(found.p[1])
 
 
-def test_one_document_has_no_interval() -> None:
-    found = loss_change(np.array([[2.0]]), np.array([1.0]), np.array([10]))
-    assert found.value[0] == 0.1 and np.isnan(found.low[0]) and np.isnan(found.p[0])
+@pytest.mark.parametrize("documents", [1, 2, 3, 4])
+def test_below_four_documents_there_is_no_interval(documents: int) -> None:
+    changed = np.arange(1.0, 1 + documents)
+    found = loss_change(changed[None], np.zeros(documents), np.full(documents, 10))
+    assert found.value[0] == pytest.approx(changed.mean() / 10)
+    numbers = np.array([found.low[0], found.high[0], found.p[0]])
+    assert np.isfinite(numbers).all() if documents == 4 else np.isnan(numbers).all()
+
+
+def test_documents_without_a_token_make_no_interval() -> None:
+    found = loss_change(np.array([[1.0, 2.0, 0.0, 0.0]]), np.zeros(4), np.array([10, 10, 0, 0]))
+    assert np.isnan([found.low[0], found.high[0], found.p[0]]).all()
 
 
 def test_harm_must_be_certain_and_beyond_chance() -> None:

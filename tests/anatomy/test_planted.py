@@ -57,7 +57,16 @@ def test_a_noisy_layer_is_harmful_and_the_trained_ones_are_not(trained, make_sub
     frame = measured(make_subject(trained), "skip")
     found = select_ablations(frame)["skip"]
     assert found["harmful"].tolist() == [False, False, False, True, False]
-    assert "Harmful, beyond chance and after Holm: 3" in state_finding(frame)
+    assert "Harmful, beyond chance and after Holm: 3" in state_finding(frame, 40)
+
+
+def test_a_layer_that_changes_nothing_is_not_said_to_be_missed(trained, make_subject) -> None:
+    """As a layer that `llama_pro` has just added."""
+    found = measured(make_subject(trained), "skip")
+    assert "the loss rose for each of them" in state_finding(found, 40)
+    kill(trained.model.blocks[2])
+    found = measured(make_subject(trained), "skip")
+    assert "the loss did not fall for any of them" in state_finding(found, 40)
 
 
 def test_a_duplicate_is_found(trained, make_subject) -> None:

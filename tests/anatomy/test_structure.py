@@ -36,6 +36,14 @@ def test_spectra_of_known_matrices() -> None:
     assert describe_spectrum(torch.zeros(3, 3))["stable_rank"] == 0
 
 
+def test_the_exponent_of_a_matrix_of_lower_rank_is_not_that_of_its_rounding() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(64, 8, dtype=torch.float64), torch.randn(8, 96, dtype=torch.float64)
+    exact = torch.linalg.svdvals(left @ right).square()[:8]
+    found = describe_spectrum((left @ right).float())["spectral_exponent"]
+    assert found == pytest.approx(estimate_exponent(exact), rel=1e-4)
+
+
 def test_hill_finds_the_exponent_of_a_power_law() -> None:
     uniform = torch.arange(1, 4001, dtype=torch.float64) / 4001
     assert estimate_exponent(uniform ** (-1 / 1.5)) == pytest.approx(2.5, rel=0.02)  # density λ^-(1 + 1.5)

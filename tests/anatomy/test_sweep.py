@@ -121,6 +121,33 @@ def test_documents_are_cut_alike_and_their_ends_not_counted() -> None:
     assert whole.tokens == 5 and (whole.owner >= 0).all()  # both ends are the documents' own
 
 
+@pytest.mark.parametrize("n", range(1, 10))
+def test_few_long_documents_are_all_read(n: int) -> None:
+    read = texts.read(
+        [f"{i} " + "word " * 4000 for i in range(n)], tokenizer.from_bytes(), tokens=2000, sequence=64
+    )
+    assert len(read.names) == n and 2000 - n < read.tokens <= 2000
+    assert len(set(read.document_tokens)) == 1
+
+
+@pytest.mark.parametrize("names", [("a-note", "book"), ("novel", "note")])
+def test_a_note_beside_a_book(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text("word " * (80 if "note" in name else 20_000))
+    read = texts.read(tmp_path, tokenizer.from_bytes(), tokens=4000, sequence=64)
+    assert read.tokens == 4000 and sorted(read.document_tokens) == [401, 3599]
+    prepare([tmp_path], tmp_path / "corpus", tokenizer="bytes", validation=0)
+    again = texts.read(tmp_path / "corpus" / "train", None, tokens=4000, sequence=64)
+    assert again.tokens == 4000 and sorted(again.document_tokens) == [401, 3599]
+
+
+def test_of_many_documents_a_fair_share_is_read() -> None:
+    """What earlier versions read of them, so that what was measured with one can be compared."""
+    many = [f"{i} " + "word " * (20 + i % 40) for i in range(100)]
+    read = texts.read(many, tokenizer.from_bytes(), tokens=12_000, sequence=64)
+    assert (read.tokens, read.fingerprint) == (11_828, "c9a5e1d7ea41999bca1acec6cd43eee8")
+
+
 def test_every_target_is_in_one_batch(make_subject, trained) -> None:
     subject = make_subject(trained)
     stream = torch.cat([b.tokens_BT.flatten() for b in subject.batches()])

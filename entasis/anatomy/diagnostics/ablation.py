@@ -9,9 +9,10 @@ from torch import nn
 
 from entasis.anatomy.interventions import Change, Layer, intervention
 from entasis.anatomy.layer_sweep import walk_layers
-from entasis.anatomy.layer_weights import average_neighbours
+from entasis.anatomy.layer_weights import average_neighbours, have_neighbours
 from entasis.anatomy.subject import Subject
 from entasis.model.rotary import Rotation
+from entasis.shape.shapes import ModelShape
 
 
 @intervention("skip", kind="ablation", says="the layer is left out")
@@ -49,12 +50,22 @@ def half_ffn(layer: Layer) -> Change:
     return {"feedforward.down.weight": down}
 
 
+def lacks_neighbours(shape: ModelShape) -> str | None:
+    """Why no layer of the shape can be the mean of its neighbours; None where one can."""
+    if any(have_neighbours(shape, i) for i in range(shape.n_layers)):
+        return None
+    return "no layer has neighbours whose KV groups are of its own size"
+
+
 @intervention(
-    "neighbour_average", kind="ablation", says="the layer's weights are the mean of its neighbours'"
+    "neighbour_average",
+    kind="ablation",
+    says="the layer's weights are the mean of its neighbours'",
+    lacks=lacks_neighbours,
 )
 def neighbour_average(layer: Layer) -> Change:
-    """The paper's ablation (2603.19348); at either end the one neighbour. A single layer has none."""
-    return average_neighbours(layer.model, layer.index) if layer.subject.n_layers > 1 else None
+    """The paper's ablation (2603.19348); at either end the one neighbour."""
+    return average_neighbours(layer.model, layer.index)
 
 
 def mean_updates(subject: Subject) -> torch.Tensor:

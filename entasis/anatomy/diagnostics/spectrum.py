@@ -18,7 +18,8 @@ from entasis.anatomy.subject import Subject
         "weight_rms": "root mean square of a matrix's entries",
         "stable_rank": "squared Frobenius norm / squared spectral norm",
         "effective_rank": "exp of the entropy of the singular values as shares (Roy & Vetterli 2007)",
-        "spectral_exponent": "Hill estimate of the tail of the squared singular values, upper half (2410.10912)",
+        "spectral_exponent": "Hill estimate of the tail of the squared singular values, upper half of those above "
+        "fp32 rounding (2410.10912)",
     },
 )
 def spectrum(subject: Subject) -> Iterable[Row]:
@@ -48,15 +49,20 @@ def describe_spectrum(w: torch.Tensor) -> dict[str, float]:
         "weight_rms": rms,
         "stable_rank": float(power.sum() / power[0]),
         "effective_rank": float((-(share * share.log()).sum()).exp()),
-        "spectral_exponent": estimate_exponent(power),
+        "spectral_exponent": estimate_exponent(power[sigma > _rounding(sigma, w)]),
     }
 
 
+def _rounding(sigma: torch.Tensor, w: torch.Tensor) -> float:
+    """Singular values up to it are rounding of fp32: those that a matrix of lower rank does not have."""
+    return float(sigma[0]) * torch.finfo(torch.float32).eps * max(w.shape)
+
+
 def estimate_exponent(eigenvalues: torch.Tensor) -> float:
-    """1 + k / Σ ln(λ_i / λ_k) over the k largest, k half of them; NaN without a spread."""
-    positive = eigenvalues[eigenvalues > 0].sort(descending=True).values
-    k = len(positive) // 2
+    """1 + k / Σ ln(λ_i / λ_k) over the k largest, k half of them, all above 0; NaN without a spread."""
+    largest = eigenvalues.sort(descending=True).values
+    k = len(largest) // 2
     if k < 2:
         return float("nan")
-    spread = float((positive[:k] / positive[k - 1]).log().sum())
+    spread = float((largest[:k] / largest[k - 1]).log().sum())
     return 1 + k / spread if spread > 0 else float("nan")
