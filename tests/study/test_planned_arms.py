@@ -16,7 +16,7 @@ from entasis.errors import UserError
 from entasis.study import analysis, cost_estimate, machine, plan, runner, study_files, throughput
 from entasis.study.arms import Findings
 from entasis.study.executors import launchers
-from entasis.train import step_timing
+from entasis.train import stages, step_timing
 from entasis.train.candidates import Measured, Settings
 
 TIMED = "{uniform: {}, freezeout: {training_plan: {freezeout: {spend: flops}}}, lisa: {training_plan: {lisa: {layers: 4, always: [head], every: 25%}}}}"
@@ -133,7 +133,7 @@ def test_the_flops_of_a_verdict_are_those_that_the_runs_took(tmp_path: Path):
 
 
 def test_a_prediction_is_by_the_stage_that_was_timed(monkeypatch, tmp_path: Path):
-    """Planted: a step of each job takes a picosecond for each FLOP of the first stage of its first arm."""
+    """Planted: a step of each job takes a picosecond for each FLOP of the costliest stage of its first arm."""
     study = read(
         arms="""{uniform: {}, freezeout: {training_plan: {freezeout: {}}},
             grown: {shape.layers: 6, stages: [{tokens: 25%, batch: {tokens: 2048}}, {transition: {grow: {operator: stack, times: 2}}}]},
@@ -147,8 +147,8 @@ def test_a_prediction_is_by_the_stage_that_was_timed(monkeypatch, tmp_path: Path
     settings = Settings("fp32", "sdpa", False)
 
     def told(names):
-        first = arms[names[0]].stages[0]
-        seconds = 1e-12 * first.batch_tokens * first.flops_per_token
+        timed = stages.costliest(arms[names[0]].stages)
+        seconds = 1e-12 * timed.batch_tokens * timed.flops_per_token
         return Measured(settings=settings, fastest=seconds, median=seconds, compilation=0.0, rounds=3).plain()
 
     answer = {
