@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import random
 import subprocess
 import sys
@@ -232,7 +233,8 @@ _SPACED = decoders.Sequence(
 
 
 def _unigram(text: list[str], size: int, *, fallback: bool) -> Tokenizer:
-    library = Tokenizer(models.Unigram())
+    """Pieces of a BPE's vocabulary, likelier the earlier they were merged: the library's own trainer draws anew each time."""
+    library = Tokenizer(models.BPE())
     library.normalizer = normalizers.Sequence(
         [
             normalizers.NFKC(),
@@ -241,16 +243,17 @@ def _unigram(text: list[str], size: int, *, fallback: bool) -> Tokenizer:
     )
     library.pre_tokenizer = pre_tokenizers.Metaspace()
     library.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+    library.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
     )
-    library.train_from_iterator(text, trainer)
+    vocabulary = sorted(library.get_vocab().items(), key=lambda entry: entry[1])
+    pieces = [(piece, -math.log(i + 1)) for piece, i in vocabulary]
     if fallback:
-        vocabulary = json.loads(library.to_str())["model"]["vocab"]
         byte_tokens = [(b, -20.0) for b in _BYTES]
-        pieces = [tuple(p) for p in vocabulary]
         library.model = models.Unigram([*pieces[:3], *byte_tokens, *pieces[3:]], 0, byte_fallback=True)
         library.decoder = _SPACED
+    else:
+        library.model = models.Unigram(pieces, 0)
     return library
 
 
