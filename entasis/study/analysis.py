@@ -36,7 +36,8 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
     pairs = comparisons.pairs_of(study, plan, done)
     compared = plan.comparisons(study)
     found, standings = comparisons.compare(study, plan, pairs)
-    controls = comparisons.controls(study, plan, pairs)
+    of_protocol = {p: comparisons.controls(study, plan, pairs, p) for p in study.protocols}
+    controls = of_protocol[next(iter(plan.grid))]
     asked = rounds.wanted(study, plan, folder, lost=failed)
     protocols = {}
     for p in study.protocols:
@@ -49,7 +50,7 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
                 c: _at_equal_time(d, _speed(plan, folder, done, c.arm, c.against), study.margin)
                 for c, d in differences.items()
             }
-        here = comparisons.controls(study, plan, pairs, p)
+        here = of_protocol[p]
         if p == "time":
             here = {
                 arm: dataclasses.replace(

@@ -103,9 +103,9 @@ class Control:
 
 
 def controls(
-    study: Study, plan: Plan, pairs: Mapping[Comparison, Pairs], protocol: Protocol | None = None
+    study: Study, plan: Plan, pairs: Mapping[Comparison, Pairs], protocol: Protocol
 ) -> dict[str, Control]:
-    """What is known of each positive control, by its arm, under one protocol; the first, if none is given."""
+    """What is known of each positive control under one protocol, by its arm."""
     found: dict[str, Control] = {}
     for name, c in plan.controls(study, protocol).items():
         own = pairs[c]

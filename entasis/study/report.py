@@ -14,17 +14,13 @@ from entasis.progress import duration
 from entasis.report import charts, silhouettes
 from entasis.report.page import Page
 from entasis.report.tables import Column, Table
-from entasis.study import downstream, results, trajectory, validation_curves, verdict_tables
+from entasis.study import downstream, results, training_curves, trajectory, validation_curves, verdict_tables
 from entasis.study import verdict as verdicts
 from entasis.study.config import Study
-from entasis.study.equal_cost import before_run
 from entasis.study.plan import Plan, PlannedRun
 from entasis.study.results import Outcome
 from entasis.study.verdict import ProtocolVerdict, Verdict, plain
 from entasis.study.verdict_text import EQUAL
-
-_POINTS = 150
-"""Points a curve keeps; each is the mean over its stretch of steps, so that no step is left out."""
 
 
 def write(
@@ -39,8 +35,11 @@ def write(
         heading = f"Differences: {EQUAL[protocol][0].lower()}{EQUAL[protocol][1:]}"
         page.section(heading, *_differences(page, study, verdict, protocol, folder))
     if done:
-        page.section("Loss as training goes", *_curves(page, study, plan, done, folder))
-        held_out = validation_curves.section(page, done, _order(study, done), folder)
+        order = _order(study, done)
+        page.section(
+            "Loss as training goes", *training_curves.section(page, study.baseline, plan, done, order, folder)
+        )
+        held_out = validation_curves.section(page, done, order, folder)
         if study.downstream:
             held_out += _downstream(page, study, plan, folder)
         if held_out:
@@ -189,47 +188,6 @@ def _noise(page: Page, study: Study, part: ProtocolVerdict, comparisons: int) ->
     return [page.note(text)]
 
 
-def _curves(page: Page, study: Study, plan: Plan, done: list[Outcome], folder: Path) -> list[str]:
-    rows: list[dict[str, Any]] = []
-    losses: dict[tuple[str, int], dict[int, float]] = {}
-    for o in done:
-        metrics = o.metrics()
-        rows += _curve(plan, o, metrics)
-        losses[o.label, o.run.seed] = {m["tokens"]: m["loss"] for m in metrics}
-    # The first steps fall from the logarithm of the vocabulary; what differs comes after.
-    settled = [row["loss"] for row in rows if row["place"] > 0.1]
-    order = _order(study, done)
-    kinds = {"tokens": "tokens", "FLOPs": "training FLOPs", "seconds": "seconds of training"}
-    shown = {}
-    for name, title in kinds.items():
-        shown[name] = charts.lines(
-            rows, x=name.lower(), x_title=title, y="loss", y_title="training loss, nats per token",
-            series="arm", repeat="seed", order=order, top=float(np.max(settled)),
-        )  # fmt: skip
-        charts.save(shown[name], folder / "charts" / f"loss-{name.lower()}")
-    blocks: list[str] = [
-        page.switch(shown),
-        page.note(
-            "Every seed is drawn; each point is the mean over its stretch of steps. Click a name to bring its curves "
-            "forward. Seconds are of this device, so their ranking holds for it alone."
-        ),
-    ]
-    gaps = _gaps(study.baseline, losses)
-    if gaps:
-        chart = charts.lines(
-            gaps, x="tokens", x_title="tokens", y="gap", y_title=f"training loss minus {study.baseline}'s, nats",
-            series="arm", repeat="seed", order=order, zero=True, focus=0.1,
-        )  # fmt: skip
-        charts.save(chart, folder / "charts" / "loss-difference")
-        blocks += [
-            page.chart(chart),
-            page.note(
-                "The same curves as differences within a seed: as the data order is the same, its noise cancels."
-            ),
-        ]
-    return blocks
-
-
 def _order(study: Study, done: list[Outcome]) -> list[str]:
     """Labels of runs, in the order of the arms."""
     labels = dict.fromkeys(o.label for o in done)
@@ -242,71 +200,6 @@ def _downstream(page: Page, study: Study, plan: Plan, folder: Path) -> list[str]
         return [page.note(f"Downstream tasks are not scored yet. {downstream.MISSING}")]
     said = "Downstream tasks, by lm-eval. Higher is better for acc, lower for perplexities; no part of the verdict."
     return [page.table(_save(table, folder, "downstream")), page.note(said)]
-
-
-def _curve(plan: Plan, o: Outcome, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The run's training loss, averaged over stretches of steps; tokens, FLOPs and seconds at their ends."""
-    loss = np.array([m["loss"] for m in metrics])
-    seconds = np.cumsum([m["seconds"] for m in metrics])
-    stretches = np.array_split(np.arange(len(metrics)), min(_POINTS, len(metrics)))
-    before = before_run(plan.arms, plan.arms[o.run.arm])[1]  # of its trunks
-    flops = _flops(o, metrics)
-    return [
-        {
-            "arm": o.label,
-            "seed": f"seed {o.run.seed}",
-            "tokens": metrics[s[-1]]["tokens"],
-            "flops": before + flops[s[-1]],
-            "seconds": round(float(seconds[s[-1]]), 3),
-            "loss": round(float(loss[s].mean()), 5),
-            "place": round(float(s[-1] + 1) / len(metrics), 4),
-        }
-        for s in stretches
-    ]
-
-
-def _flops(o: Outcome, metrics: list[dict[str, Any]]) -> list[float]:
-    """Training FLOPs of the run up to each step: each stage at its own price, and what its plan measured before the next."""
-    # A run of an earlier version, which names no stages, is one.
-    stages = o.result.get("stages", [o.result])
-    measured = o.result.get("importance", {"layers": [], "flops": 0.0})
-    times = len(measured["layers"])
-    begun_tokens, begun_flops = [0], [0.0]
-    for i, stage in enumerate(stages):
-        looked = measured["flops"] / times if i < times else 0.0
-        begun_tokens.append(begun_tokens[-1] + stage["tokens"])
-        begun_flops.append(begun_flops[-1] + stage["tokens"] * stage["flops_per_token"] + looked)
-    return [
-        begun_flops[i] + (m["tokens"] - begun_tokens[i]) * stages[i]["flops_per_token"]
-        for m in metrics
-        for i in [m.get("stage", 0)]
-    ]
-
-
-def _gaps(baseline: str, losses: dict[tuple[str, int], dict[int, float]]) -> list[dict[str, Any]]:
-    """Differences to the baseline's loss within a seed, averaged over stretches of the steps that both have.
-
-    `losses` are those after so many tokens, by run. They are subtracted before they are averaged: the stretches of runs
-    of unequal length hold other steps.
-    """
-    rows = []
-    for (label, seed), own in losses.items():
-        base = losses.get((baseline, seed), {})
-        common = [tokens for tokens in own if tokens in base]
-        if label == baseline or not common:
-            continue
-        gaps = np.array([own[tokens] - base[tokens] for tokens in common])
-        for s in np.array_split(np.arange(len(common)), min(_POINTS, len(common))):
-            rows.append(
-                {
-                    "arm": label,
-                    "seed": f"seed {seed}",
-                    "tokens": common[s[-1]],
-                    "place": round(float(s[-1] + 1) / len(common), 4),
-                    "gap": round(float(gaps[s].mean()), 5),
-                }
-            )
-    return rows
 
 
 def _cost(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Path) -> list[str]:

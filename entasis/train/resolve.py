@@ -165,9 +165,8 @@ def with_mup_scales(solution: Solution, wanted: Mapping[str, Any], optimizer: Op
     """The shape with muP's part of the function, but for fields that the specification `wanted` names itself.
 
     Logits shrink with the width. Products of queries and keys shrink with head_dim instead of its root, and are as
-    ever at the base's head_dim; norms on queries and keys bound them already. Raises `UserError`.
+    ever at the base's head_dim; norms on queries and keys bound them already.
     """
-    check_parametrisation(optimizer)
     shape, width, head_dim = solution.shape, optimizer.base_width, optimizer.base_head_dim
     assert width is not None
     scales: dict[str, float | None] = {"logit_scale": width / shape.d_model}

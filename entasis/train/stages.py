@@ -186,7 +186,7 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
 def flops_per_token(spans: Sequence[StageSpan]) -> int:
     """Training FLOPs per token of a whole run: its FLOPs over its tokens."""
     total = sum(span.steps * span.batch_tokens for span in spans)
-    return round(sum(s.steps * s.batch_tokens * s.flops_per_token for s in spans) / total)
+    return round(sum(span.flops for span in spans) / total)
 
 
 def _optimizer_of(recipe: ResolvedRecipe, stage: ResolvedStage, where: str) -> Optimizer:

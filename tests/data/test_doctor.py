@@ -251,26 +251,14 @@ def test_documents_of_a_megatron_file_without_end_of_text_are_those_of_its_index
     corpus = Corpus(tmp_path / "o")
     assert np.diff(corpus.document_offsets()).tolist() == [len(p) for p in parts]
     assert corpus.document_bytes().tolist() == [len(t.encode()) for t in texts]
-    import_tokens(
-        tmp_path / "mega.bin",
-        tmp_path / "small",
-        format="megatron",
-        dtype=None,
-        tokenizer=tmp_path / "t.json",
-        shard_tokens=30_000,
-    )
+    told = {"format": "megatron", "dtype": None, "tokenizer": tmp_path / "t.json"}
+    import_tokens(tmp_path / "mega.bin", tmp_path / "small", shard_tokens=30_000, **told)
     small = Corpus(tmp_path / "small")
     assert len(small.shards) > 1
     assert small.document_offsets().tolist() == corpus.document_offsets().tolist()
     (tmp_path / "mega.idx").write_bytes(index[:-8])
     with pytest.raises(UserError, match="cut short"):
-        import_tokens(
-            tmp_path / "mega.bin",
-            tmp_path / "p",
-            format="megatron",
-            dtype=None,
-            tokenizer=tmp_path / "t.json",
-        )
+        import_tokens(tmp_path / "mega.bin", tmp_path / "p", **told)
 
 
 @pytest.mark.parametrize("stored", ["<i4", "<u4", "<i8"])
