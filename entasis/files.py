@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from entasis.errors import Damaged, DiskFull
+from entasis.errors import Damaged, DiskFull, UserError
 
 SEAL = "hash"
 """The key of a sealed JSON file that holds the hash of the others."""
@@ -60,8 +60,11 @@ def new_folder(path: Path, *, need: int | None = None) -> Iterator[Path]:
     """Gives an empty folder to fill, which becomes `path` when the block ends well and is removed when it does not.
 
     An empty folder at `path` is replaced; one that is not makes it fail. `need` is the size in bytes, for the message.
-    Raises `DiskFull`.
+    Raises `DiskFull`, and `UserError` for the folder that the process is in.
     """
+    path = path.resolve()
+    if path == Path.cwd():
+        raise UserError(f"{path}: is the folder you are in; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.partial")
     try:

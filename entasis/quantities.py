@@ -52,7 +52,9 @@ def tokens(value: object, total: int | None, batch: int, where: str) -> int:
         return count(value, where)
     if total is None:
         raise UserError(f"{where} is {value!r}, a share of tokens, which says nothing; give tokens a number")
-    return max(1, round(share(value, where) * total / batch)) * batch
+    if not (part := share(value, where)):
+        raise UserError(f"{where} is {value!r}, which is no step; leave the stage out")
+    return max(1, round(part * total / batch)) * batch
 
 
 def share(value: object, where: str) -> float:

@@ -8,7 +8,9 @@ and removed.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +46,8 @@ class Growth:
     lineage: Lineage
     bytes: int
     """Of the written weights."""
+    on_disk: int
+    """The most bytes of weights that lie in the new folder at once: those of one operator's model beside the next one's."""
     memory: int
     """About the most bytes of tensors held at once: one, its sources and their sum, or what an operator fits."""
     temporary: int
@@ -76,7 +80,8 @@ def plan_growth(source: str | Path, operators: Sequence[Operator]) -> Growth:
     if fresh := frozenset(lineage.ids) - frozenset(before.ids):
         lineage = replace(lineage, added=fresh)
     width = stored.dtypes["norm.weight"].itemsize
-    sizes = [width * torch.Size(size).numel() for size in layout.sizes(shapes[-1]).values()]
+    sizes = [[width * math.prod(size) for size in layout.sizes(shape).values()] for shape in shapes]
+    written = [0, *map(sum, sizes[1:])]
     fits = [operator.memory(shape) for operator, shape in zip(operators, shapes, strict=False)]
     filed = [operator.temporary(shape) for operator, shape in zip(operators, shapes, strict=False)]
     narrow = any(dtype.itemsize < 4 for dtype in stored.dtypes.values())
@@ -84,8 +89,9 @@ def plan_growth(source: str | Path, operators: Sequence[Operator]) -> Growth:
         shapes=tuple(shapes),
         operators=tuple(operators),
         lineage=lineage,
-        bytes=sum(sizes),
-        memory=max(4 * max(sizes), *fits),
+        bytes=written[-1],
+        on_disk=max(a + b for a, b in itertools.pairwise(written)),
+        memory=max(4 * max(map(max, sizes[1:])), *fits),
         temporary=max(filed, default=0),
         rounded=narrow and _compute_the_same(operators, shapes) and any(map(resize.rounds, plans)),
     )
@@ -115,7 +121,7 @@ def grow_folder(
     planned = plan_growth(source, operators)
     check_new(folder)
     StoredWeights(source).verify()
-    with files.new_folder(folder, need=planned.bytes) as aside:
+    with files.new_folder(folder, need=planned.on_disk) as aside:
         _refuse_too_small(folder, aside, planned)
         diagnostics: dict[str, Any] = {}
         before = source
@@ -197,7 +203,7 @@ def _watched(
 
 def _refuse_too_small(folder: Path, aside: Path, planned: Growth) -> None:
     """Raises `DiskFull` before the work where the room does not suffice, for the model or for temporary files."""
-    need = planned.bytes
+    need = planned.on_disk
     if planned.temporary:
         files.check_temporary(planned.temporary)
         if files.on_temporary_disk(aside):

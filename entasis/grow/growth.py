@@ -190,12 +190,12 @@ def compose(
     new = dataclasses.replace(shape, layers=tuple(drawn))
     parameters: dict[str, ParameterMap] = {}
     for i, grown in enumerate(layers):
+        if len({shape.layers[source] for source, _ in grown.sources}) > 1 and grown.made != "all":
+            raise UserError(f"{where}: {_differ(shape, grown)}")
         found = [
             resize.map_layer(shape, source, new, i, (orders or {}).get(source, Order()), new_units)
             for source, _ in (grown.sources if grown.made != "all" else ())
         ]
-        if len({shape.layers[source] for source, _ in grown.sources}) > 1 and grown.made != "all":
-            raise UserError(f"{where}: {_differ(shape, grown)}")
         for p in layout.layer_parameters(new, i):
             parameters[p.name] = _map(shape, grown, p, [maps[p.name] for maps in found])
     origins = tuple(
@@ -223,9 +223,11 @@ def _differ(shape: ModelShape, grown: GrownLayer) -> str:
     """Which sources cannot be mixed, in words."""
     (first, _), *rest = grown.sources
     other = next(i for i, _ in rest if shape.layers[i] != shape.layers[first])
+    two = [(i, shape.layers[i], layout.ffn_kind(shape, shape.layers[i]).name) for i in (first, other)]
+    differ = len({kind for *_, kind in two}) > 1
     a, b = (
-        f"layer {i} has {x.n_heads} heads on {x.n_kv_heads} KV heads and d_ff {x.d_ff}"
-        for i, x in ((first, shape.layers[first]), (other, shape.layers[other]))
+        f"layer {i} has {x.n_heads} heads on {x.n_kv_heads} KV heads and d_ff {x.d_ff}{f' of {kind}' if differ else ''}"
+        for i, x, kind in two
     )
     return (
         f"{a}, {b}; only equal layers can be mixed: choose other places, or duplicate, llama_pro or half_step"

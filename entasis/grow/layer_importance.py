@@ -31,9 +31,12 @@ def measure_gradients(model: Transformer, batches: Batches) -> list[float]:
 
     layers = [list(block.parameters()) for block in model.blocks]
     asked = [p for parameters in layers for p in parameters]
-    learning = [p.requires_grad for p in asked]
+    learning = {p: p.requires_grad for p in model.parameters()}
     totals = [torch.zeros_like(p, dtype=torch.float32) for p in asked]
     tokens = _count(batches)
+    # The loss in chunks makes the gradients of whatever requires one, asked or not.
+    for p in learning:
+        p.requires_grad_(False)
     for p in asked:
         p.requires_grad_(True)
     try:
@@ -42,7 +45,7 @@ def measure_gradients(model: Transformer, batches: Batches) -> list[float]:
             for total, gradient in zip(totals, torch.autograd.grad(loss, asked), strict=True):
                 total += gradient
     finally:
-        for p, learns in zip(asked, learning, strict=True):
+        for p, learns in learning.items():
             p.requires_grad_(learns)
     squares = iter([float(total.square().sum()) for total in totals])
     return [sum(next(squares) for _ in parameters) ** 0.5 for parameters in layers]

@@ -115,7 +115,9 @@ def _train(
 def _loss(
     network: nn.Module, rows_LCN: np.memmap, layer: torch.Tensor, row: torch.Tensor, settings: NetworkSettings
 ) -> torch.Tensor:
-    below, target, above = (torch.from_numpy(rows_LCN[layer + d, row]) for d in (-1, 0, 1))
+    # As arrays: a tensor of one number would be taken for that number, and a row come without its axis.
+    i, r = layer.numpy(), row.numpy()
+    below, target, above = (torch.from_numpy(rows_LCN[i + d, r]) for d in (-1, 0, 1))
     out = network(torch.cat([below, above], dim=1))
     error = (out - target).square().mean()
     if settings.norm_loss == "none":

@@ -145,8 +145,9 @@ def _read_layers(path: Path, n_layers: int) -> list[dict[str, Any]] | None:
     None in any other, and where there is no record of so many layers: the weights can be used without.
     """
     try:
-        told = read_json(find_member(path, "entasis.json")).get("layers")
-        return provenance.parse(told, n_layers, path).to_list()
+        told: Any = read_json(find_member(path, "entasis.json")).get("layers")
+        found = provenance.parse(told, n_layers, path)
+        return found.to_list(frozen=[i for i, row in enumerate(told) if row.get("frozen")])
     except (UserError, OSError):
         return None
 

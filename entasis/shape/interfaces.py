@@ -188,7 +188,8 @@ class Codes(Interface):
         values = codes if self.values == "bits" else 2 * codes - 1
         spread = self.spread(shape)
         rank = int(np.linalg.matrix_rank(values.T @ values))
-        if shape.norm_placement != "pre":
+        # Reordered norms do not read the table, and learned positions are added before a norm reads it.
+        if shape.norm_placement != "pre" or shape.positions == "learned":
             return Insight(rank, False, len(codes), len(codes))
         if shape.norm == "layernorm":
             spread = spread - spread.mean(0)

@@ -30,15 +30,20 @@ class Rounding:
     """Whether the multipliers are first rounded to two decimals."""
 
 
-def policy(name: str, *, head_dim: int, group: int, ffn_multiple: int | None, device: str) -> Rounding:
+def policy(name: str, *, head_dim: int, group: int, ffn_multiple: int | None, device: str | None) -> Rounding:
     """The policy called `name`. `group` is the step in query heads that grouped-query attention demands.
 
-    Raises `UserError` for an unknown name or device.
+    `device` is for tensor-core rounding; None is any but a Hopper GPU. Raises `UserError` for an unknown name or device,
+    and for a device beside a policy that knows none.
     """
     rule = POLICIES.find(name)
-    if device not in _TILES:
+    if device is not None and device not in _TILES:
         raise UserError(f"shape: device is {device!r}; tensor-core rounding knows {', '.join(_TILES)}")
-    return rule(head_dim=head_dim, group=group, ffn_multiple=ffn_multiple, device=device)
+    if device is not None and rule is not tensor_core:
+        raise UserError(
+            f"shape: device is {device!r}, which is for rounding: tensor-core; rounding is {name}"
+        )
+    return rule(head_dim=head_dim, group=group, ffn_multiple=ffn_multiple, device=device or "other")
 
 
 def make_divisible(value: float, divisor: int, *, strict: bool) -> int:

@@ -299,7 +299,7 @@ def isotropic_of_equal_cost(
             return solution
         note = f"misses {kind} {budget.value:,} by {solution.miss:+.2%}: {kv} in every layer is the nearest number of KV heads"
         return replace(solution, notes=(note,))
-    rounding = policy("exact", head_dim=shape.head_dim, group=kv, ffn_multiple=None, device="other")
+    rounding = policy("exact", head_dim=shape.head_dim, group=kv, ffn_multiple=None, device=None)
     silhouette = Silhouette(
         [1.0] * n, [heads * shape.head_dim / shape.d_model] * n, rounding, kv, template=shape
     )

@@ -66,7 +66,7 @@ class _Design(Settings):
     head_multipliers: Numbers = None
     scale: Literal["ffn", "heads", "both"] | None = None
     rounding: str = "exact"
-    device: str = "other"
+    device: str | None = None
     ffn_multiple: Whole = None
     q_per_kv: Whole = None
     n_kv_heads: Whole = None
@@ -129,7 +129,10 @@ def _design(source: Mapping[str, Any]) -> Solution:
     if budget is None and "scale" in source:
         raise UserError(f"shape: scale is {source['scale']!r}, and there is no budget to meet with it")
     scale = source.get("scale", "heads" if budget and budget.kind == "kv_bytes_per_token" else "ffn")
-    silhouettes = [_silhouette(source, n, d) for n, d in _candidates(source, depth, width)]
+    if "aspect" in source and (depth is not None or width is not None):
+        given = "layers" if depth is not None else "d_model"
+        raise UserError(f"shape: aspect is for a budget that finds layers and d_model; {given} is given")
+    silhouettes = _silhouettes(source, _candidates(source, depth, width))
     if budget is None:
         shape = silhouettes[0].shape()
         return Solution(
@@ -186,6 +189,19 @@ def _candidates(source: Mapping[str, Any], depth: Any, width: Any) -> list[tuple
     return [(n, max(1, round(aspect * n / head_dim)) * head_dim) for n in range(2, 129)]
 
 
+def _silhouettes(source: Mapping[str, Any], candidates: list[tuple[int, int]]) -> list[Silhouette]:
+    """Those of the candidates (layers, d_model) that can be. Raises the `UserError` of the last where none can."""
+    found, complaint = [], None
+    for n, d_model in candidates:
+        try:
+            found.append(_silhouette(source, n, d_model))
+        except UserError as error:  # a width may be none for the interface
+            complaint = error
+    if not found and complaint:
+        raise complaint
+    return found
+
+
 def _silhouette(source: Mapping[str, Any], n: int, d_model: int) -> Silhouette:
     names = _profiles_of(source)
     ratio, fixed = source.get("q_per_kv"), source.get("n_kv_heads")
@@ -208,7 +224,7 @@ def _silhouette(source: Mapping[str, Any], n: int, d_model: int) -> Silhouette:
             head_dim=template.head_dim,
             group=fixed or ratio or 1,
             ffn_multiple=source.get("ffn_multiple"),
-            device=source.get("device", "other"),
+            device=source.get("device"),
         ),
         fixed,
         ratio or 1,

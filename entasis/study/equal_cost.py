@@ -134,6 +134,11 @@ def check_length(study: Study, arms: Mapping[str, Arm], arm: Arm) -> None:
                 f"{where}: its training plan goes by what it measures as it trains, so how fast it will be is not known "
                 f"beforehand, as {protocol} needs; use flops, or give it numbers"
             )
+        elif arm.plan is not None and _draws(study, arm):
+            raise UserError(
+                f"{where}: its training plan draws layers so that seeds differ in cost, and {protocol} knows one speed of an "
+                "arm; use flops, or leave embedding in always"
+            )
         elif arm.plan is None and (
             len(arm.stages) > 1 or any(stage.get("tokens") for stage in arm.recipe.get("stages") or [])
         ):
@@ -167,8 +172,13 @@ def _check_cost_is_known(study: Study, arms: Mapping[str, Arm], arm: Arm) -> Non
 
 
 def _draws(study: Study, arm: Arm) -> bool:
-    """Whether the arm's plan costs something else under another seed."""
+    """Whether a token of the arm's plan costs something else under another seed."""
     recipe, sequence, prices = recipes.from_dict(arm.recipe), arm.stages[0].data.sequence, set()
+    assert recipe.training_plan is not None
+    # Where FLOPs are spent the total is the budget's, but for rounding.
+    recipe = recipe.replaced(
+        training_plan={k: {**(v or {}), "spend": "tokens"} for k, v in recipe.training_plan.items()}
+    )
     for seed in study.seeds:
         stages = resolved_stages_of_plan(recipe.replaced(seed=seed), arm.shape, ())
         learning = [selectors.select(arm.shape, stage.trainable) for stage in stages]

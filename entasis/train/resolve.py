@@ -102,12 +102,13 @@ def _with_plan(recipe: Recipe, shape: ModelShape) -> Recipe:
     name = next(iter(recipe.training_plan))
     if plan.spend == "flops":
         # Stretches differ in their steps' price, so numbers of steps would be another length in each.
-        nominal = steps(recipe.tokens, recipe.batch.tokens)
-        shares = {
-            key: f"{100 * value / nominal:.6f}%"
-            for key in ("warmup", "decay")
-            if isinstance(value := getattr(recipe.schedule, key), int) and value
-        }
+        nominal, shares = steps(recipe.tokens, recipe.batch.tokens), {}
+        for key in ("warmup", "decay"):
+            if not isinstance(value := getattr(recipe.schedule, key), int) or not value:
+                continue
+            if value > nominal:
+                raise UserError(f"recipe: schedule.{key} is {value}, more than the {nominal} steps")
+            shares[key] = f"{100 * value / nominal:.6f}%"
         recipe = recipe.replaced(schedule=recipe.schedule.replaced(**shares))
     return recipe.replaced(training_plan={name: plan.model_dump()}, stages=stages)
 

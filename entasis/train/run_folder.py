@@ -21,6 +21,7 @@ from entasis import files
 from entasis.data import glyphs
 from entasis.data.corpus import Corpus
 from entasis.errors import Damaged, UserError
+from entasis.grow import provenance
 from entasis.model import weights
 from entasis.shape.interfaces import Glyph
 from entasis.shape.shapes import ModelShape
@@ -141,6 +142,7 @@ def _settle(
                 f"damaged: {folder / ENVIRONMENT} is missing; restore it, or choose another --output"
             )
         environment = _begin(folder, wanted, shape, corpus, device, auto)
+    _check_start(folder, wanted, environment)
     notes += _restore(folder, wanted, shape, corpus)
     return OpenedFolder(wanted, shape, notes, environment, None, last)
 
@@ -270,11 +272,24 @@ def _begin(
     if isinstance(shape.interface, Glyph) and recipe.start is None:
         environment["interface"] = glyphs.describe(shape.interface, shape, corpus.tokenizer_path)
     if recipe.start is not None:
-        environment["start"] = {
-            "from": recipe.start.folder,
-            "weights": weights.fingerprint(recipe.start.folder),
-        }
+        environment["start"] = {"from": recipe.start.folder, **_describe_start(recipe.start.folder)}
     return files.write_json(folder / ENVIRONMENT, environment, locked=True)
+
+
+def _describe_start(start: str) -> dict[str, Any]:
+    """What a run takes from the model that it starts from: weights, and the record of the layers, which says what is newest."""
+    return {"weights": weights.fingerprint(start), "layers": provenance.read_rows(start)}
+
+
+def _check_start(folder: Path, recipe: SettledRecipe, environment: dict[str, Any]) -> None:
+    """Refuses to go on where another model stands by now where the run started from. Raises `UserError`."""
+    if recipe.start is None:
+        return
+    told, start = environment.get("start", {}), recipe.start.folder
+    if any(told.get(key, now) != now for key, now in _describe_start(start).items()):
+        raise UserError(
+            f"{folder}: the model in {start} has changed since this run began; put it back, or choose another --output"
+        )
 
 
 def _is_last(path: Path, recipe: SettledRecipe, shape: ModelShape) -> bool:

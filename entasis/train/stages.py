@@ -148,10 +148,15 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
         batch = (stage.batch or recipe.batch).tokens
         changed = None
         if stage.transition is not None:
-            transition = transitions.read(stage.transition, f"{where}.transition")
             if index == 0 and recipe.start is None:
                 raise UserError(f"{where}.transition: there is no model before it; draw the shape instead")
-            plan = transition.plan(shape)
+            try:
+                transition = transitions.read(stage.transition, f"{where}.transition")
+                plan = transition.plan(shape)
+            except UserError as error:
+                if str(error).startswith(where):
+                    raise
+                raise UserError(f"{where}.transition: {error}") from error
             changed = (transition, plan, shape)
             shape, lineage = plan.shape, lineage.after(plan)
         _check_lengths(batch, data.sequence, shape, "recipe" if len(recipe.stages) == 1 else where)
@@ -159,14 +164,15 @@ def lay_out(recipe: ResolvedRecipe, shape: ModelShape, lineage: Lineage | None =
         _check_schedule(stage, steps, where)
         names = selectors.select(shape, stage.trainable, newest=lineage.newest, where=f"{where}.trainable")
         adapted = _adapted(stage, shape, lineage, names, where)
-        beside = layout.adapters(shape, dict.fromkeys(adapted, stage.lora.rank if stage.lora else 0))
+        ranks = dict.fromkeys(adapted, stage.lora.rank if stage.lora else 0)
+        beside = layout.adapters(shape, ranks)
         names += [p.name for p in beside]
         optimizer = _optimizer_of(recipe, stage, where)
         result.append(
             StageSpan(
                 index, stage, data, batch, optimizer, start, start + steps, tokens, shape, lineage, tuple(names), changed,
                 _optimizer_state(recipe, stage, changed, optimizer, result, where), adapted,
-                _warmup_new(stage, steps, lineage, where), _annealed(stage, shape, lineage, names, where),
+                _warmup_new(stage, steps, lineage, where), _annealed(stage, shape, lineage, names, ranks, where),
             )
         )  # fmt: skip
         _check_trainable(result[-1], where)
@@ -258,15 +264,23 @@ def _warmup_new(stage: ResolvedStage, steps: int, lineage: Lineage, where: str) 
 
 
 def _annealed(
-    stage: ResolvedStage, shape: ModelShape, lineage: Lineage, learning: Sequence[str], where: str
+    stage: ResolvedStage,
+    shape: ModelShape,
+    lineage: Lineage,
+    learning: Sequence[str],
+    ranks: Mapping[str, int],
+    where: str,
 ) -> dict[str, int]:
-    """The entry of `anneal` for each parameter that has one. Raises `UserError`."""
+    """The entry of `anneal` for each parameter that has one, an adapter's that of its matrix. Raises `UserError`."""
     found: dict[str, int] = {}
     for i, entry in enumerate(stage.anneal):
         here = f"{where}.anneal[{i}]"
         if entry.part[0] >= entry.part[1]:
             raise UserError(f"{here}.part is {list(entry.part)}; write [begin, end], as in [0, 0.5]")
         meant = set(selectors.select(shape, entry.on, newest=lineage.newest, where=f"{here}.on"))
+        meant |= {
+            p.name for p in layout.adapters(shape, {name: ranks[name] for name in ranks if name in meant})
+        }
         if not meant & set(learning):
             raise UserError(f"{here}.on: nothing of what it means learns in this stage")
         found |= {name: i for name in learning if name in meant and name not in found}
@@ -293,12 +307,16 @@ def _adapted(
     """The matrices of the layers that get a LoRA adapter. Raises `UserError`."""
     if stage.lora is None:
         return ()
-    meant = set(selectors.select(shape, stage.lora.on, newest=lineage.newest, where=f"{where}.lora.on"))
-    found = [
-        p.name for p in layout.parameters(shape) if p.name in meant and p.is_matrix and p.layer is not None
-    ]
+    on, here = stage.lora.on, f"{where}.lora.on"
+    matrices = [p.name for p in layout.parameters(shape) if p.is_matrix and p.layer is not None]
+    for term in [on] if isinstance(on, str) else on:
+        alone = selectors.select(shape, term, newest=lineage.newest, where=here)
+        if not term.startswith("not ") and set(matrices).isdisjoint(alone):
+            raise UserError(f"{here}: an adapter stands beside a matrix of a layer, and {term} has none")
+    meant = set(selectors.select(shape, on, newest=lineage.newest, where=here))
+    found = [name for name in matrices if name in meant]
     if not found:
-        raise UserError(f"{where}.lora.on: there is no matrix of a layer among what it means")
+        raise UserError(f"{here}: there is no matrix of a layer among what it means")
     theirs = {name.removesuffix("weight") + end for name in found for end in ("weight", "bias")}
     if both := [name for name in learning if name in theirs]:
         raise UserError(

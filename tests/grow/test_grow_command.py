@@ -12,11 +12,12 @@ from entasis.cli import main
 from entasis.cli.shape import read_pairs, split_pairs
 from entasis.data import tokenizer
 from entasis.evaluate import scoring
+from entasis.grow import folder, growth
 from entasis.interop.importing import import_model
 from entasis.model import weights
 from entasis.model.transformer import Transformer
 from entasis.shape.presets import PRESETS
-from entasis.shape.shapes import LayerShape, ModelShape
+from entasis.shape.shapes import LayerFFN, LayerShape, ModelShape
 from tests.grow.test_resize import random_model
 from tests.interop import tiny_checkpoints as tiny
 
@@ -578,3 +579,37 @@ def test_a_grown_model_opens_in_llama_cpp(model, tmp_path, shape):
     theirs = llama_cpp.log_probabilities(server, ids[0].tolist(), 5)
     assert len(set(theirs) & set(ours.topk(5).indices.tolist())) >= 4
     assert max(abs(ours[i].item() - value) for i, value in theirs.items()) < 5e-3
+
+
+def test_the_folder_one_is_in_is_no_place_for_a_model_and_a_link_to_an_empty_one_is(
+    model, tmp_path, capsys, monkeypatch
+):
+    source, words = model(), ("--operator", "average", "--after", "0")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    grow(source, ".", *words, code=2)
+    assert "is the folder you are in; name another" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to("there")
+    grow(source, tmp_path / "link", *words)
+    assert weights.read_shape(tmp_path / "there").n_layers == 5 and (tmp_path / "link").is_symlink()
+
+
+def test_layers_of_other_ffn_kinds_are_told_apart_by_the_operator(model, tmp_path, capsys):
+    layers = (LayerShape(4, 2, 64), LayerShape(4, 2, 64, ffn=LayerFFN("gelu")))
+    source = model(replace(EQUAL, layers=layers))
+    grow(source, tmp_path / "grown", "--operator", "average", "--after", "0", code=2)
+    error = capsys.readouterr().err
+    assert (
+        "grow: average: layer 0 has" in error and "d_ff 64 of swiglu" in error and "d_ff 64 of gelu" in error
+    )
+
+
+def test_room_is_looked_for_also_for_the_model_between_two_operators(model):
+    source = model()
+    operators = [
+        growth.read_operator(name, options, "grow")
+        for name, options in (("duplicate", {"after": [0]}), ("widen", {"d_ff": 128}))
+    ]
+    between, planned = (folder.plan_growth(source, operators[:n]) for n in (1, 2))
+    assert planned.on_disk == between.bytes + planned.bytes and between.on_disk == between.bytes

@@ -75,3 +75,18 @@ def test_the_price_is_what_torch_counts(model, batches, measure):
     with FlopCounterMode(display=False) as counter:
         layer_importance.MEASURES[measure](model, batches[:1])
     assert counter.get_total_flops() == 3 * 16 * layer_importance.flops_per_token(measure, SHAPE, 16)
+
+
+def test_nothing_but_layers_is_asked_for_a_gradient(model, batches, monkeypatch):
+    """A loss in chunks makes the gradient of a head that requires one, whoever asked for which."""
+    asked = []
+    loss = model.loss
+
+    def watched(*args, **kwargs):
+        asked.append({name for name, p in model.named_parameters() if p.requires_grad})
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(model, "loss", watched)
+    layer_importance.MEASURES["gradient"](model, batches)
+    assert asked == [{name for name, _ in model.named_parameters() if name.startswith("blocks")}] * 2
+    assert all(p.requires_grad for p in model.parameters())

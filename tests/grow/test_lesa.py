@@ -162,3 +162,12 @@ def test_the_memory_that_is_told_is_that_of_eight_billion_parameters_within_eigh
     shape = ModelShape(d_model=4096, head_dim=128, vocabulary=128256, layers=(layer,) * 32)
     assert 6e9 < read_operator("lesa_ridge", {"after": "15..30"}, "grow").memory(shape) < 8e9
     assert read_operator("average", {"after": "15..30"}, "grow").memory(shape) == 0
+
+
+def test_a_batch_of_one_row_is_learnt_from_like_any_other():
+    """Nine triples of nine rows and batches of 64 leave one; that one has an axis too."""
+    layers = [torch.randn(9, 9, generator=torch.Generator().manual_seed(i)) for i in range(L)]
+    left = fit_network(layers, NetworkSettings(epochs=1, batch=len(triples.split(L, 0).train) * 9 - 1))
+    assert left(layers[0], layers[1]).shape == (9, 9)
+    alone = fit_network(layers, NetworkSettings(epochs=1, batch=1))
+    assert alone(layers[0], layers[1]).isfinite().all()

@@ -8,6 +8,7 @@ import torch
 
 from entasis.errors import UserError
 from entasis.grow import transitions
+from entasis.grow.operators import widths
 from entasis.grow.transitions import Init
 from entasis.model.initialisation import draw
 from entasis.model.transformer import Transformer
@@ -174,3 +175,19 @@ def test_copies_in_a_silent_layer_part_too(source, dtype):
     first, second = down[:, :24], down[:, 24:]
     torch.testing.assert_close(first, -second, rtol=0, atol=1e-8)
     assert 0.003 < first.float().std() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_worked_on_at_a_time_change_nothing(dtype, monkeypatch):
+    def widened():
+        model = random_model(EQUAL).to(dtype)
+        transition = transitions.read({"grow": {"operator": "widen", "d_ff": 48}}, "here")
+        tensors = {n: p.detach() for n, p in model.named_parameters()}
+        return dict(transition.weights(transition.plan(EQUAL), tensors.__getitem__, Init()))
+
+    whole = widened()
+    monkeypatch.setattr(widths, "_ROWS", 5)
+    for name, found in widened().items():
+        # The deviation of a column is known to the rounding of its sum.
+        scale = 1e-6 * whole[name].abs().max().item() if dtype == torch.float32 else 0
+        torch.testing.assert_close(found, whole[name], rtol=0, atol=scale)

@@ -57,6 +57,9 @@ def test_what_was_grown_is_still_the_newest_after_export_and_import(exported, tm
     assert [(row["new"], row["frozen"]) for row in rows] == [
         (False, True), (False, True), (True, False), (False, True),
     ]  # fmt: skip
+    run("export", tmp_path / "run", "--to", "hf", "--output", tmp_path / "again")
+    run("import", tmp_path / "again", tmp_path / "once-more")
+    assert provenance.read_rows(tmp_path / "once-more") == rows
 
 
 BROKEN = [

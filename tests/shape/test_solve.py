@@ -212,6 +212,11 @@ def test_five_arms_of_a_study_cost_the_same():
         ({"profile": "crown", "layers": 4}, "budget that finds them"),
         ({**SMALL, "profile": "crown", "q_per_kv": 2, "n_kv_heads": 2}, "not both"),
         ({**SMALL, "profile": "crown", "device": "hoper"}, "device is 'hoper'; tensor-core rounding knows"),
+        (
+            {**SMALL, "profile": "crown", "device": "hopper"},
+            "is for rounding: tensor-core; rounding is exact",
+        ),
+        ({**SMALL, "profile": "crown", "budget": "5M", "aspect": 32}, "aspect is for a budget that finds"),
         ({**SMALL, "profile": "crown", "scale": "both"}, "scale is 'both', and there is no budget"),
         (
             {**SMALL, "profile": "crown", "budget": {"flops_per_token": 1, "sequence": None}},
@@ -284,3 +289,25 @@ def test_ffn_and_heads_have_profiles_of_their_own():
     shape = resolve({**SMALL, "profile": {"ffn": "crown", "heads": "isotropic"}}).shape
     assert len({x.n_heads for x in shape.layers}) == 1
     assert len({x.d_ff for x in shape.layers}) > 2
+
+
+@pytest.mark.parametrize(
+    ("interface", "asked", "widths"),
+    [
+        ({"kind": "random_codes"}, {"layers": 4, "head_dim": 8, "budget": "1M"}, range(64, 4096)),
+        (
+            {"kind": "glyph", "font": "pillow"},
+            {"layers": 9, "vocabulary": 8192, "budget": "30M"},
+            range(1, 1025),
+        ),
+        (
+            {"kind": "binary", "order": "interleaved"},
+            {"head_dim": 64, "budget": "30M"},
+            range(320, 4096, 320),
+        ),
+    ],
+)
+def test_a_width_that_the_interface_cannot_have_is_passed_over(interface, asked, widths):
+    """64 bits take 64 channels, 32 × 32 pixels are good for 1,024 of them, and interleaved ten bits divide them."""
+    solution = resolve({"profile": "isotropic", "vocabulary": 1024, "interface": interface, **asked})
+    assert solution.shape.d_model in widths and abs(solution.miss) < 0.01

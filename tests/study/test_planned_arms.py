@@ -19,7 +19,7 @@ from entasis.study.executors import launchers
 from entasis.train import stages, step_timing
 from entasis.train.candidates import Measured, Settings
 
-TIMED = "{uniform: {}, freezeout: {training_plan: {freezeout: {spend: flops}}}, lisa: {training_plan: {lisa: {layers: 4, always: [head], every: 25%}}}}"
+TIMED = "{uniform: {}, freezeout: {training_plan: {freezeout: {spend: flops}}}, lisa: {training_plan: {lisa: {layers: 4, always: [embedding, head], every: 25%}}}}"
 """Arms whose plans are known before they are trained."""
 
 
@@ -130,6 +130,16 @@ def test_the_flops_of_a_verdict_are_those_that_the_runs_took(tmp_path: Path):
     arms = analysis.judge(study, laid, tmp_path).protocols["unmatched"].arms
     assert arms["uniform"].training_flops == 100_000
     assert (arms["freezes"].training_flops, arms["freezes"].flops_per_token) == (75_500, 75)
+
+
+@pytest.mark.parametrize("spend", ["tokens", "flops"])
+def test_equal_time_is_refused_where_seeds_differ_in_cost(spend):
+    lisa = f"{{training_plan: {{lisa: {{layers: 1, spend: {spend}, always: [final_norm, head]}}}}}}"
+    study = read(protocols="[time]", arms=f"{{uniform: {{}}, lisa: {lisa}}}", sweep="null")
+    with pytest.raises(
+        UserError, match="arm lisa: its training plan draws layers so that seeds differ in cost"
+    ):
+        plan.solve(study, 1024)
 
 
 def test_a_prediction_is_by_the_stage_that_was_timed(monkeypatch, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Runs that grow on the way, and runs that start from grown models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -258,3 +259,46 @@ def test_a_mistake_in_the_growth_is_refused_before_the_first_step(growing, tmp_p
         train(growing({"tokens": 512}, {"tokens": 512, **stage}), tmp_path / "run")
     assert says in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_from_another_start(growing, recipe, tmp_path):
+    """What is new in the model that it started from is what `newest` means, so that it must be the same model."""
+    train(growing({"tokens": 512}), tmp_path / "small")
+
+    def grow(after):
+        words = ["grow", tmp_path / "small", tmp_path / "start", "--operator", "llama_pro", "--after", after]
+        shutil.rmtree(tmp_path / "start", ignore_errors=True)
+        assert main([str(word) for word in words]) == 0
+
+    def stop(event):
+        if event["event"] == "checkpoint" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    def attempt(**options):
+        stages = [{"tokens": 512}, {"tokens": 1024, "trainable": "newest"}]
+        wanted = recipe(
+            shape=None,
+            tokens=None,
+            stages=stages,
+            start={"from": str(tmp_path / "start")},
+            checkpoint={"every": 1},
+        )
+        return train(wanted, tmp_path / "run", **options)
+
+    grow(0)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(reporter=stop)
+    grow(2)
+    with pytest.raises(UserError, match=r"the model in .*start has changed since this run began"):
+        attempt()
+    grow(0)
+    assert [row["id"] for row in attempt()["layers"] if row["new"]] == [3]
+
+
+@pytest.mark.parametrize(
+    "options", [{"operator": "average", "after": 3}, {"operator": "avrage"}, {"operator": ["average"]}]
+)
+def test_what_a_growth_gets_wrong_is_told_with_its_stage(growing, tmp_path, options):
+    stages = [{"tokens": 512}, {"tokens": 512, "transition": {"grow": options}}]
+    with pytest.raises(UserError, match=r"^recipe: stages\[1\].transition"):
+        train(growing(*stages), tmp_path / "run")

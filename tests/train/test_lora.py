@@ -122,7 +122,12 @@ def test_a_phase_then_growth_resumes_to_the_bit_from_every_checkpoint(phases, tm
             r"bias learns and has an adapter; adapters stand beside frozen matrices",
         ),
         ({"trainable": "all"}, "learns and has an adapter; adapters stand beside frozen matrices"),
-        ({"lora": {"rank": 3, "on": "norms"}}, r"lora\.on: there is no matrix of a layer"),
+        ({"lora": {"rank": 3, "on": "norms"}}, r"stands beside a matrix of a layer, and norms has none"),
+        ({"lora": {"rank": 3, "on": ["attention", "head"]}}, "matrix of a layer, and head has none"),
+        (
+            {"lora": {"rank": 3, "on": ["not attention", "not ffn"]}},
+            r"lora\.on: there is no matrix of a layer",
+        ),
         ({"lora": {"rank": 3, "on": "atention"}}, "did you mean attention"),
         ({"lora": {"rank": 0}}, "rank is 0; it must be a whole number of at least 1"),
         ({"lora": {}}, "rank is missing"),

@@ -292,3 +292,5 @@ def test_stages_take_shares_of_the_tokens_and_the_last_what_is_left(recipe, corp
         UserError, match="the stages before the last take 5,120 tokens, no fewer than there are"
     ):
         resolve(recipe(tokens=512 * 10, stages=[{"tokens": "100%"}, {}]), 257)
+    with pytest.raises(UserError, match=r"stages\[0\].tokens is '0%', which is no step"):
+        resolve(recipe(tokens=512 * 10, stages=[{"tokens": "0%"}, {}]), 257)

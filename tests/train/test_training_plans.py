@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import pkgutil
 import re
 from collections import Counter
@@ -233,8 +234,21 @@ def test_the_six_phases_of_growth_transformer_training():
     assert [layers(s) for s in found[:-1]] == [[4, 5], [1, 2], [8, 9], [7, 8, 9, 10], [0, 3, 6, 11]]
     assert found[4]["transition"] == {"scale": {"layers": [0, 3, 6, 11], "factor": 0.9}}
     assert found[-1]["trainable"] == "all"
-    left_out = paper(left_out=[6])
-    assert layers(left_out[4]) == [0, 3, 11]
+    left_out = paper(left_out=[6, 8])
+    assert [layers(s) for s in left_out[:-1]] == [[4, 5], [1, 2], [9], [7, 9, 10], [0, 3, 11]]
+    assert lengths(left_out) == lengths(found)
+    written = read({"growth_transformer": {"left_out": [6, 8]}}).model_dump()
+    assert paper(**written) == left_out
+    with pytest.raises(UserError, match="layer 3 is in redundant and in left_out"):
+        paper(redundant=[0, 3], left_out=[3])
+
+
+def test_a_phase_without_a_step_scales_its_layers_all_the_same():
+    found = paper(epochs=[30, 20, 20, 20, 0.1, 30])
+    assert lengths(found) == [30, 20, 20, 20, 30]
+    assert [s["transition"] for s in found] == [None] * 4 + [
+        {"scale": {"layers": [0, 3, 6, 11], "factor": 0.9}}
+    ]
 
 
 def test_lisa_draws_important_layers_more_often_and_each_once_a_period():
@@ -262,6 +276,12 @@ def test_importance_comes_from_a_file(tmp_path):
     path = tmp_path / "importance.json"
     path.write_text(json.dumps({"quantity": "skip", "importance": NUMBERS}))
     assert stages("importance_groups", importance=str(path)) == stages("importance_groups")
+    for wrong in ("high", math.nan, True, None):
+        path.write_text(json.dumps({"importance": [0.5, wrong]}))
+        with pytest.raises(
+            UserError, match=r"importance\.json', whose importance\[1\] is .*must be a finite number"
+        ):
+            stages("importance_groups", importance=str(path))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +290,15 @@ def test_importance_comes_from_a_file(tmp_path):
         ("importance_groups", {"importance": [1.0]}, "importance has 1 numbers; the model has 6 layers"),
         ("importance_groups", {"importance": "no.json"}, "importance is 'no.json', which cannot be read"),
         ("importance_groups", {"importance": [1.0, "x"]}, "importance"),
+        ("importance_groups", {"importance": {"measure": "fisher"}}, "measure is 'fisher'; it must be"),
+        ("importance_groups", {"importance": {"tokens": 0}}, "importance: tokens is 0"),
+        ("lisa", {"importance": None, "spread": 0.9}, "spread is of importance, and lisa was given none"),
+        ("lisa", {"importance": None, "shuffle": 0}, "shuffle is of importance, and lisa was given none"),
+        (
+            "lisa",
+            {"always": ["newest"], "spend": "flops"},
+            "always has newest, whose cost is known to the run",
+        ),
         ("importance_groups", {"groups": 9}, "groups is 9; the model has 6 layers"),
         ("growth_transformer", {"growth": [7]}, "there is no layer 7"),
         ("growth_transformer", {"epochs": [0, 0, 0, 0, 0, 0]}, "epochs are all 0"),

@@ -87,6 +87,10 @@ class Lesa(_Predicted, NetworkSettings):
     """Between layers i and i+1 matrices (U S)·G([Vᵢ; Vᵢ₊₁]): U and S from one SVD of the matrix over all layers, G a network
     that has learnt the rows of Vⱼ from [Vⱼ₋₁; Vⱼ₊₁] (LESA, 2502.13794). Train the new layers only."""
 
+    def held(self, M: int, N: int) -> int:
+        # Every parameter of the network has a gradient and two moments, and a copy of the best so far.
+        return super().held(M, N) + 20 * self.hidden * (3 * N + self.hidden)
+
     def fit(self) -> Fit:
         from entasis.grow import predictor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -93,6 +94,12 @@ class Reshape(Operator):
             shape, self.layers(shape), growth.name_of(self), orders=orders, new_units=self.new_units
         )
 
+    def memory(self, shape: ModelShape) -> int:
+        # The matrix as it is stored, mapped and shared out, its random numbers, and the sums of some rows.
+        entries = self.plan(shape).parameters.values()
+        shared = [x.size for x in entries if x.axes and x.axes[-1] and x.axes[-1].is_shared]
+        return max((10 * math.prod(size) + 64 * _ROWS * size[-1] for size in shared), default=0)
+
     def weights(self, plan: ResizePlan, read: Read, init: Init) -> Iterator[tuple[str, torch.Tensor]]:
         return carry_out(plan, read, init, self.noise)
 
@@ -147,6 +154,8 @@ def carry_out(plan: ResizePlan, read: Read, init: Init, noise: float) -> Iterato
 
 _SILENT = 0.02
 """The size of weights that shares of zeros are like: a usual initial deviation."""
+_ROWS = 64
+"""Of a matrix, worked on at a time: sums and shares take about thirty bytes a number in fp32."""
 
 
 def _share_out(
@@ -164,23 +173,43 @@ def _share_out(
 
     assert axis is not None, "its columns have been mapped"
     units_C = torch.from_numpy(np.unique(axis.source, return_inverse=True)[1]).to(whole_RC.device)
-    wide_RC = whole_RC.to(torch.promote_types(whole_RC.dtype, torch.float32))
-    shares_RC = wide_RC * torch.from_numpy(axis.factor).to(wide_RC)
-    if noise:
-        counts_U = torch.bincount(units_C)
-        drawn_RC = draw_normal(tuple(whole_RC.shape), seed, f"{name}/copies").to(wide_RC)
-        size_C = shares_RC.square().mean(dim=0).sqrt()
-        drawn_RC *= torch.where(size_C == 0, _SILENT, size_C) * noise
-        total_RU = wide_RC.new_zeros(len(wide_RC), len(counts_U)).index_add_(1, units_C, drawn_RC)
-        # Alone, a unit's random numbers are their own mean: nothing is added.
-        shares_RC = shares_RC + (drawn_RC - (total_RU / counts_U)[:, units_C])
-    if whole_RC.dtype == wide_RC.dtype:
-        return shares_RC
-    return _adding_up(shares_RC, wide_RC, units_C, whole_RC.dtype, even=not noise)
+    wide = torch.promote_types(whole_RC.dtype, torch.float32)
+    factor_C = torch.from_numpy(axis.factor).to(whole_RC.device, wide)
+    counts_U = torch.bincount(units_C)
+    rows = range(0, len(whole_RC), _ROWS)
+
+    def shares(start: int) -> torch.Tensor:
+        """The even ones of some rows."""
+        return whole_RC[start : start + _ROWS].to(wide) * factor_C
+
+    squares_C = sum((shares(r).square().sum(dim=0) for r in rows), start=torch.zeros_like(factor_C))
+    size_C = (squares_C / len(whole_RC)).sqrt()
+    silent_C = ~whole_RC.any(dim=0)
+    drawn_RC = draw_normal(tuple(whole_RC.shape), seed, f"{name}/copies") if noise else None
+    result_RC = torch.empty_like(whole_RC)
+    for r in rows:
+        shares_rC = shares(r)
+        if drawn_RC is not None:
+            drawn_rC = drawn_RC[r : r + _ROWS].to(shares_rC)
+            drawn_rC *= torch.where(size_C == 0, _SILENT, size_C) * noise
+            total_rU = shares_rC.new_zeros(len(shares_rC), len(counts_U)).index_add_(1, units_C, drawn_rC)
+            # Alone, a unit's random numbers are their own mean: nothing is added.
+            shares_rC += drawn_rC - (total_rU / counts_U)[:, units_C]
+        if whole_RC.dtype != wide:
+            whole_rC = whole_RC[r : r + _ROWS].to(wide)
+            shares_rC = _adding_up(shares_rC, whole_rC, silent_C, units_C, whole_RC.dtype, even=not noise)
+        result_RC[r : r + _ROWS] = shares_rC
+    return result_RC
 
 
 def _adding_up(
-    shares_RC: torch.Tensor, whole_RC: torch.Tensor, units_C: torch.Tensor, dtype: torch.dtype, *, even: bool
+    shares_RC: torch.Tensor,
+    whole_RC: torch.Tensor,
+    silent_C: torch.Tensor,
+    units_C: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    even: bool,
 ) -> torch.Tensor:
     """The shares in a dtype narrower than theirs; those of one number add up to it to the bit.
 
@@ -195,8 +224,9 @@ def _adding_up(
     starts_U = counts_U.cumsum(0) - counts_U
     place_C = torch.empty_like(order_C)
     place_C[order_C] = torch.arange(len(order_C), device=order_C.device) - starts_U[units_C[order_C]]
-    whole_RU = whole_RC[:, order_C[starts_U]]
-    step_RU = _power_below(torch.where((whole_RU == 0).all(0), _SILENT, whole_RU)) * info.eps
+    first_U = order_C[starts_U]
+    whole_RU = whole_RC[:, first_U]
+    step_RU = _power_below(torch.where(silent_C[first_U], _SILENT, whole_RU)) * info.eps
     if even:
         step_RU = step_RU / _power_below(counts_U.to(step_RU))
     step_RU = step_RU.clamp(min=info.tiny * info.eps)

@@ -32,7 +32,7 @@ class GrowthTransformer(TrainingPlan):
     redundant: list[Layer] | None = None
     """Null: every layer that no other phase names."""
     left_out: list[Layer] = Field(default_factory=list)
-    """Layers that learn in the last phase only ("anti-layers")."""
+    """Layers that learn in the last phase only ("anti-layers"); the other groups' defaults lose them."""
     redundant_scale: Annotated[float, Field(gt=0, le=10)] = 0.9
     epochs: list[Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: [30.0, 20.0, 20.0, 20.0, 15.0, 15.0], min_length=6, max_length=6
@@ -41,9 +41,11 @@ class GrowthTransformer(TrainingPlan):
     """A control: the positions are shuffled by this number and the run's seed."""
 
     def phases(self, n_layers: int, steps: int, seed: int, measured: Measured = ()) -> list[Phase]:
-        named = [self.first_core, self.early, self.second_core, self.growth]
+        named = [self._without_left_out(name) for name in ("first_core", "early", "second_core", "growth")]
         taken = set().union(*named, self.left_out)
-        rest = [i for i in range(n_layers) if i not in taken] if self.redundant is None else self.redundant
+        rest = [i for i in range(n_layers) if i not in taken]
+        if self.redundant is not None:
+            rest = self._without_left_out("redundant")
         for layer in (*taken, *rest):
             if layer >= n_layers:
                 raise UserError(
@@ -64,3 +66,14 @@ class GrowthTransformer(TrainingPlan):
                 result.append(Phase(layers, epochs / total, transition=transition))
         # Maturation has its own epochs and those of groups without a layer.
         return [*result, Phase((), 1 - sum(phase.share for phase in result), everything=True)]
+
+    def _without_left_out(self, name: str) -> list[int]:
+        """The layers of a group. Raises `UserError` where the user put one of them into `left_out` too."""
+        group = getattr(self, name)
+        both = set(group) & set(self.left_out)
+        if both and group != type(self).model_fields[name].get_default(call_default_factory=True):
+            raise UserError(
+                f"recipe: training_plan: layer {min(both)} is in {name} and in left_out, whose layers learn in the last "
+                "phase only; name it once"
+            )
+        return [layer for layer in group if layer not in both]

@@ -27,10 +27,15 @@ class Lisa(ImportancePlan):
     layers: Annotated[int, Field(ge=1, le=1000)] = 2
     """How many learn at a time."""
     every: Steps = "5%"
-    """Length of a period."""
+    """Length of a period, in steps that train everything where `spend` is `flops`; after a measurement a share is of what is left."""
 
     def phases(self, n_layers: int, steps: int, seed: int, measured: Measured = ()) -> list[Phase]:
         if self.importance is None:
+            for name in ("spread", "shuffle"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise UserError(
+                        f"recipe: training_plan: {name} is of importance, and lisa was given none"
+                    )
             return self.spread_over([1.0] * n_layers, steps, seed)
         return super().phases(n_layers, steps, seed, measured)
 

@@ -11,6 +11,7 @@ a plan keep the optimizer's moments and share one learning-rate schedule. A plan
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +109,10 @@ class ImportancePlan(TrainingPlan):
 
     @field_validator("importance", mode="before")
     @classmethod
-    def _read_file(cls, value: object) -> object:
+    def _read(cls, value: object) -> object:
+        """By what it is written as, so that a mistake is told as one of that kind."""
+        if isinstance(value, Mapping):
+            return parse(Measurement, value, HERE)
         return read_importance(value) if isinstance(value, str) else value
 
     @property
@@ -154,6 +158,11 @@ def read_importance(path: str) -> list[float]:
         raise UserError(f"{HERE} is {path!r}, which cannot be read: {error.strerror}") from error
     if not isinstance(found, dict) or not isinstance(found.get("importance"), list):
         raise UserError(f'{HERE} is {path!r}, which holds no {{"importance": [a number for each layer]}}')
+    for i, value in enumerate(found["importance"]):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(
+                f"{HERE} is {path!r}, whose importance[{i}] is {value!r}; it must be a finite number"
+            )
     return found["importance"]
 
 
@@ -201,7 +210,12 @@ def lay_out(
     # Also where everything learns until a measurement. What is newest is known to the run alone.
     if known := [term for term in always if "newest" not in term]:
         selectors.select(shape, known, where="recipe: training_plan: always")
+    if plan.spend == "flops" and len(known) < len(always):
+        raise UserError(
+            "recipe: training_plan: always has newest, whose cost is known to the run alone; name the layers, or spend tokens"
+        )
     result: list[dict[str, Any]] = []
+    transition: Mapping[str, Any] | None = None
     done = share = 0.0
     for phase in plan.phases(shape.n_layers, steps, seed, measured):
         layers = [f"blocks[{','.join(map(str, phase.layers))}]"] if phase.layers else []
@@ -215,6 +229,8 @@ def lay_out(
             names = selectors.select(shape, trainable, where="recipe: training_plan: always")
             each, end = batch_tokens * cost.stage_flops_per_token(shape, names, sequence), budget
         share += phase.share
+        # That of a stretch without a step is made before the next.
+        transition = phase.transition or transition
         length = max(0, round((share * end - done) / each))
         if not length:
             continue
@@ -229,11 +245,12 @@ def lay_out(
                 "trainable": trainable,
                 "tokens": length * batch_tokens,
                 "optimizer_state": "keep" if result else "reset",
-                "transition": phase.transition,
+                "transition": transition,
                 "schedule_part": [start / end, min(1.0, done / end)],
                 "anneal": rates,
             }
         )
+        transition = None
     if not result:
         raise UserError(
             f"recipe: training_plan: none of {steps} steps falls on its first stretch; train longer, or plan fewer stretches"
