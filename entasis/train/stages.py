@@ -310,8 +310,10 @@ def _adapted(
     on, here = stage.lora.on, f"{where}.lora.on"
     matrices = [p.name for p in layout.parameters(shape) if p.is_matrix and p.layer is not None]
     for term in [on] if isinstance(on, str) else on:
+        if term.startswith("not "):
+            continue
         alone = selectors.select(shape, term, newest=lineage.newest, where=here)
-        if not term.startswith("not ") and set(matrices).isdisjoint(alone):
+        if not set(matrices).intersection(alone):
             raise UserError(f"{here}: an adapter stands beside a matrix of a layer, and {term} has none")
     meant = set(selectors.select(shape, on, newest=lineage.newest, where=here))
     found = [name for name in matrices if name in meant]
