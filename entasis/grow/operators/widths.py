@@ -154,7 +154,7 @@ def carry_out(plan: ResizePlan, read: Read, init: Init, noise: float) -> Iterato
 
 _SILENT = 0.02
 """The size of weights that shares of zeros are like: a usual initial deviation."""
-_ROWS = 64
+_ROWS = 16
 """Of a matrix, worked on at a time: sums and shares take about thirty bytes a number in fp32."""
 
 
