@@ -56,6 +56,15 @@ def test_a_phase_trains_adapters_only_and_leaves_a_plain_model(phases, tmp_path)
     assert load(tmp_path / "run").logits([1, 2, 3]).isfinite().all()
 
 
+def test_a_rate_that_falls_for_matrices_falls_for_their_adapters(phases):
+    resolved, shape, _ = resolve(phases({"anneal": [{"on": "blocks[0].attention"}]}), 257)
+    span = lay_out(resolved, shape)[1]
+    assert set(span.annealed) == {
+        n for n in span.trainable if n.startswith("blocks.0.attention") and "lora" in n
+    }
+    assert len(span.annealed) == 2 * 4
+
+
 @pytest.mark.parametrize("on", [["attention", "ffn"], ["query", "blocks[1].ffn"], ["blocks[1].down"]])
 def test_counts_flops_and_memory_of_a_phase_are_those_of_the_built_one(phases, on):
     resolved, shape, _ = resolve(phases({"lora": {"rank": 3, "on": on}}), 0)

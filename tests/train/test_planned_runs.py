@@ -222,3 +222,10 @@ def shape_of(folder):
     from entasis.model.weights import read_shape
 
     return read_shape(folder)
+
+
+def test_a_warm_up_longer_than_the_run_is_told_in_the_user_s_own_number(recipe, tmp_path):
+    plan = {"freezeout": {"spend": "flops"}}
+    wanted = recipe(tokens=512 * 10, training_plan=plan, schedule={"name": "constant", "warmup": 20})
+    with pytest.raises(UserError, match=r"schedule.warmup is 20, more than the 10 steps"):
+        train(wanted, tmp_path / "run")
