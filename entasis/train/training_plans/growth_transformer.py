@@ -71,7 +71,7 @@ class GrowthTransformer(TrainingPlan):
         """The layers of a group. Raises `UserError` where the user put one of them into `left_out` too."""
         group = getattr(self, name)
         both = set(group) & set(self.left_out)
-        if both and group != type(self).model_fields[name].get_default(call_default_factory=True):
+        if both and not self.is_default(name):
             raise UserError(
                 f"recipe: training_plan: layer {min(both)} is in {name} and in left_out, whose layers learn in the last "
                 "phase only; name it once"

@@ -32,7 +32,7 @@ class Lisa(ImportancePlan):
     def phases(self, n_layers: int, steps: int, seed: int, measured: Measured = ()) -> list[Phase]:
         if self.importance is None:
             for name in ("spread", "shuffle"):
-                if getattr(self, name) != type(self).model_fields[name].default:
+                if not self.is_default(name):
                     raise UserError(
                         f"recipe: training_plan: {name} is of importance, and lisa was given none"
                     )

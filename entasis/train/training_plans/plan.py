@@ -74,6 +74,10 @@ class TrainingPlan(Settings):
     """`tokens`: the recipe's tokens, whatever they cost; shares are of steps. `flops`: as many FLOPs as training everything on
     the recipe's tokens would take, measurements included; shares are of FLOPs, and the plan sees more tokens."""
 
+    def is_default(self, name: str) -> bool:
+        """Whether an option is what it is when nobody says it; in a resolved recipe all of them are written down."""
+        return getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True)
+
     @property
     def measurement(self) -> Measurement | None:
         """What the plan measures as it goes."""
