@@ -17,6 +17,7 @@ import torch
 from entasis.anatomy import text as texts
 from entasis.anatomy.measures import Measure, choose, leave_out_impossible
 from entasis.anatomy.subject import Subject
+from entasis.data.sources import COLUMN
 from entasis.errors import UserError
 from entasis.evaluate.loading import Loaded, load
 from entasis.files import write_text
@@ -37,6 +38,7 @@ def dissect(
     *,
     tokens: int = TOKENS,
     sequence: int | None = None,
+    column: str = COLUMN,
     seed: int = 0,
     layers: Sequence[int] | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
@@ -46,7 +48,7 @@ def dissect(
     """One row for each value: measure, quantity, layer (NA: the whole model), target, value, low, high, p.
 
     `measures` are names of measures or of kinds of them, or `all`; the loss is always among them. `text` is a corpus,
-    a file, a folder, or a list of documents. `low` and `high` are 95 % intervals over documents, `p` is adjusted by
+    a file, a folder, or a list of documents; `column` is the text's key in JSONL and Parquet. `low` and `high` are 95 % intervals over documents, `p` is adjusted by
     Holm over the layers. `layers` are those that are ablated, manipulated and trained, without it all. With `precision`
     bf16 the text goes through bf16 products. With an `output` folder each measure is stored as it is done, and not
     done again. Raises `UserError` for measures that are unknown or have no value for any layer, unreadable input, and a
@@ -56,7 +58,14 @@ def dissect(
     loaded = model if isinstance(model, Loaded) else load(model, dtype=torch.float32)
     chosen = leave_out_impossible(chosen, measures, loaded.shape)
     subject = prepare_subject(
-        loaded, text, tokens=tokens, sequence=sequence, seed=seed, layers=layers, precision=precision
+        loaded,
+        text,
+        tokens=tokens,
+        sequence=sequence,
+        column=column,
+        seed=seed,
+        layers=layers,
+        precision=precision,
     )
     return run_measures(subject, chosen, output=output, progress=progress)
 
@@ -67,6 +76,7 @@ def prepare_subject(
     *,
     tokens: int = TOKENS,
     sequence: int | None = None,
+    column: str = COLUMN,
     seed: int = 0,
     layers: Sequence[int] | None = None,
     precision: str = "fp32",
@@ -80,7 +90,7 @@ def prepare_subject(
         raise UserError(
             f"--sequence is {sequence}; it must be at least 1 and at most the model's {longest or 'context'}"
         )
-    read = texts.read(text, loaded.tokenizer, tokens=tokens, sequence=sequence)
+    read = texts.read(text, loaded.tokenizer, tokens=tokens, sequence=sequence, column=column)
     if int(read.stream.max()) >= loaded.shape.vocabulary:
         raise UserError(
             f"{text}: has token {int(read.stream.max())}, the model's vocabulary is {loaded.shape.vocabulary}"

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from entasis.data import left_out
-from entasis.data.corpus import INDEX, Corpus
+from entasis.data.corpus import Corpus
 from entasis.data.readers import Document, Losses
-from entasis.data.sources import TextSources
+from entasis.data.sources import COLUMN, TextSources, is_corpus
 from entasis.data.tokenizer import Tokenizer
 from entasis.errors import UserError
 
@@ -94,12 +94,14 @@ class Text:
         )
 
 
-def read(source: TextInput, tokenizer: Tokenizer | None, *, tokens: int, sequence: int) -> Text:
+def read(
+    source: TextInput, tokenizer: Tokenizer | None, *, tokens: int, sequence: int, column: str = COLUMN
+) -> Text:
     """At most about `tokens` tokens of `source`; what of it cannot be read is said on stderr.
 
     Raises `UserError` where there is no text or no tokenizer for it.
     """
-    if isinstance(source, str | Path) and (Path(source) / INDEX).is_file():
+    if isinstance(source, str | Path) and is_corpus(source, column):
         corpus = Corpus(source)
         corpus.verify()
         if tokenizer is not None and corpus.tokenizer_hash != tokenizer.hash:
@@ -107,17 +109,19 @@ def read(source: TextInput, tokenizer: Tokenizer | None, *, tokens: int, sequenc
         return _concatenate(*_from_corpus(corpus, tokens), corpus.end_of_text, sequence)
     if tokenizer is None:
         raise UserError(f"{source}: the model has no tokenizer.json; give a corpus made with its tokenizer")
-    return _concatenate(*_from_texts(source, tokenizer, tokens), tokenizer.end_of_text, sequence)
+    return _concatenate(*_from_texts(source, tokenizer, tokens, column), tokenizer.end_of_text, sequence)
 
 
 Excerpts = tuple[list[np.ndarray], list[bool], list[int], list[str]]
 """Ids, whether the document was cut, UTF-8 bytes and name of each document."""
 
 
-def _from_texts(source: TextInput, tokenizer: Tokenizer, tokens: int) -> Excerpts:
+def _from_texts(source: TextInput, tokenizer: Tokenizer, tokens: int, column: str) -> Excerpts:
     losses = Losses()
     if isinstance(source, str | Path):
-        found: Iterator[Document] = TextSources((str(source),)).documents(losses)
+        found: Iterator[Document] = TextSources((str(source),), column).documents(losses)
+    elif column != COLUMN:
+        raise UserError(f"--column {column}: a list of documents has no columns")
     else:
         found = (Document(f"document {i}", text) for i, text in enumerate(source) if text)
     most = tokens * _CHARACTERS_PER_TOKEN

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="PATH", required=True, help="a corpus, a text file or a folder of them"
     )
+    parser.add_argument("--column", default="text", help="the text's key in jsonl and parquet (text)")
     parser.add_argument(
         "--measures",
         default="structure,skip",
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         args.text,
         tokens=args.tokens,
         sequence=args.sequence,
+        column=args.column,
         seed=args.seed,
         layers=None if args.layers is None else _layers(args.layers),
         precision=args.precision,

@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the text whole documents, at most so many tokens, such as 20k; a single one is cut there (all)",
     )
     parser.add_argument("--sequence", type=whole(1), help="tokens read at once (the context, at most 1024)")
+    parser.add_argument("--column", help="the text's key in jsonl and parquet (text)")
     parser.add_argument("--seed", type=seed, default=0, help="of what is drawn (0)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and write nothing")
     parser.add_argument("--json", action="store_true", help="print what was done as JSON")
@@ -105,7 +106,7 @@ def _check_text(args: argparse.Namespace) -> None:
     """Raises `UserError` for options that would come to nothing."""
     if args.text and args.dry_run:
         raise UserError("--text measures a model that is made; leave out --dry-run")
-    for name in ("tokens", "sequence"):
+    for name in ("tokens", "sequence", "column"):
         if getattr(args, name) is not None and not args.text:
             raise UserError(f"--{name} is of the text to measure the loss on; name one with --text")
     if args.text and not _tokenizer_of(args.model).is_file():
@@ -231,12 +232,13 @@ def _checked(target: ModelShape, shape: ModelShape, free: Sequence[str] = ()) ->
 
 def _measuring(args: argparse.Namespace, held: contextlib.ExitStack) -> Callable[[str, str], dict[str, Any]]:
     """What tells bits per byte and nats per token of a model's folder on the text, which is read once."""
+    from entasis.data.sources import COLUMN
     from entasis.data.tokenizer import load as load_tokenizer
     from entasis.evaluate.loading import load
     from entasis.evaluate.scoring import corpus_of, score
 
     tokenizer = load_tokenizer(_tokenizer_of(args.model))
-    corpus = held.enter_context(corpus_of(args.text, tokenizer))
+    corpus = held.enter_context(corpus_of(args.text, tokenizer, column=args.column or COLUMN))
 
     def loss(folder: str, when: str) -> dict[str, Any]:
         with progress.bars("tokens") as advance:

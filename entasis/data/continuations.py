@@ -19,10 +19,10 @@ from typing import Any
 import yaml
 
 from entasis.data import left_out, tokenizer
-from entasis.data.corpus import INDEX, Corpus
+from entasis.data.corpus import Corpus
 from entasis.data.held_out import Part, choose_documents
 from entasis.data.readers import Losses
-from entasis.data.sources import COLUMN, TextSources
+from entasis.data.sources import COLUMN, TextSources, is_corpus
 from entasis.errors import UserError
 from entasis.files import write_text
 
@@ -46,14 +46,12 @@ def texts_of(source: str | Path, part: Part = "all", column: str = COLUMN) -> It
 
     What is left out of text is said on stderr after its last document. Raises `UserError`.
     """
-    if not (Path(source) / INDEX).is_file():
+    if not is_corpus(source, column):
         losses = Losses()
         for document in TextSources((str(source),), column).documents(losses):
             yield document.text
         left_out.tell(losses.reasons)
         return
-    if column != COLUMN:
-        raise UserError(f"--column {column}: {source} is a prepared corpus, which has no columns")
     corpus = Corpus(source)
     reader, offsets = tokenizer.load(corpus.tokenizer_path), corpus.document_offsets()
     for i in choose_documents(corpus, part=part):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from entasis.data.corpus import INDEX
 from entasis.data.readers import (
     UNREADABLE,
     Document,
@@ -32,6 +33,14 @@ UNKNOWN_SUFFIX, HIDDEN, EXCLUDED, NO_FILE = (
 COLUMN = "text"
 """The column that is read where none is named."""
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+
+
+def is_corpus(source: str | Path, column: str = COLUMN) -> bool:
+    """Whether it is a prepared corpus. Raises `UserError` for a column of one, which has none."""
+    found = (Path(source) / INDEX).is_file()
+    if found and column != COLUMN:
+        raise UserError(f"--column {column}: {source} is a prepared corpus, which has no columns")
+    return found
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from entasis.data import left_out
-from entasis.data.corpus import INDEX, Corpus
+from entasis.data.corpus import Corpus
 from entasis.data.prepare import prepare
-from entasis.data.sources import COLUMN
+from entasis.data.sources import COLUMN, is_corpus
 from entasis.data.tokenizer import Tokenizer
 from entasis.errors import UserError
 from entasis.evaluate.bits_per_byte import Score, evaluate
@@ -24,9 +24,7 @@ def corpus_of(text: str | Path, tokenizer: Tokenizer, *, column: str = COLUMN) -
 
     What is left out of the text, and what of it the tokenizer loses, is said on stderr.
     """
-    if (Path(text) / INDEX).is_file():
-        if column != COLUMN:
-            raise UserError(f"--column {column}: {text} is a prepared corpus, which has no columns")
+    if is_corpus(text, column):
         corpus = Corpus(str(text))
         corpus.verify()
         if corpus.tokenizer_hash != tokenizer.hash:

@@ -350,5 +350,10 @@ def _check_schedule(stage: ResolvedStage, steps: int, where: str) -> None:
         steps = round(steps / (end - begin))
     warmup = quantities.steps(schedule.warmup, steps, "recipe: schedule.warmup")
     decay = quantities.steps(schedule.decay, steps, "recipe: schedule.decay")
-    if schedule.name == "warmup-stable-decay" and warmup + decay > steps:
+    # By the shares as they are written: of an odd number of steps the halves are rounded up to more than all.
+    given = [
+        quantities.share(value, "") if quantities.is_share(value, "") else int(value) / steps
+        for value in (schedule.warmup, schedule.decay)
+    ]
+    if schedule.name == "warmup-stable-decay" and sum(given) > 1 + 1e-6:
         raise UserError(f"recipe: schedule.warmup {warmup} and decay {decay} exceed the {steps} steps")

@@ -227,6 +227,20 @@ def test_long_documents_are_all_read(folder: Path, tmp_path: Path, capsys) -> No
     assert all(row["low"] < row["value"] < row["high"] for row in answer["values"])
 
 
+def test_the_column_of_a_text_in_rows_is_told(folder: Path, tmp_path: Path, capsys) -> None:
+    rows = tmp_path / "rows" / "text.jsonl"  # documents are drawn by their names
+    rows.parent.mkdir()
+    rows.write_text((folder.parent / "text.jsonl").read_text().replace('{"text":', '{"body":'))
+    _, told, _ = anatomy(capsys, folder, folder.parent / "text.jsonl", "--measures", "loss", "--json")
+    answer = json.loads(told)
+    _, told, _ = anatomy(capsys, folder, rows, "--measures", "loss", "--json", "--column", "body")
+    assert json.loads(told) == answer
+    code, _, said = anatomy(capsys, folder, rows, "--measures", "loss")
+    assert code == 2 and "name the right one with --column" in said
+    with pytest.raises(UserError, match="a list of documents has no columns"):
+        dissect(folder, TEXTS, column="body")
+
+
 def test_too_few_documents_for_intervals(folder: Path, tmp_path: Path, capsys) -> None:
     """Nothing is said to be tested, and nothing that was measured is missing."""
     two = write_texts(tmp_path / "two", TEXTS[:2])

@@ -154,6 +154,10 @@ def test_the_loss_is_measured_before_and_after(model, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "a"), "--text", str(text), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["text"]
     assert told["bits_per_byte"] == losses["after"]["bits_per_byte"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "some more words and some words\n" * 40}))
+    growth = ("--operator", "half_step", "--after", "1", "--text", tmp_path / "rows.jsonl")
+    grow(source, tmp_path / "rows", *growth, "--column", "body", "--json")
+    assert json.loads(capsys.readouterr().out)["loss"] == losses
     grow(source, tmp_path / "b", "--operator", "llama_pro", "--after", "1", "--text", text)
     said = capsys.readouterr().out
     assert "loss on" in said and "computes something else" not in said
@@ -231,6 +235,8 @@ def test_from_one_list_of_layers_to_another(model, tmp_path, capsys):
         (["--operator", "average", "--after", "1", "after=0"], "give --after or after=, not both"),
         (["--operator", "average", "--after", "1", "--tokens", "20"], "--tokens is of the text"),
         (["--operator", "average", "--after", "1", "--sequence", "20"], "--sequence is of the text"),
+        (["--operator", "average", "--after", "1", "--column", "body"], "--column is of the text"),
+        (["--operator", "average", "--after", "1", "--text", __file__, "--column", "body"], "no source has columns"),
         (["--operator", "average", "--after", "1", "--dry-run", "--text", "README"], "leave out --dry-run"),
         (["--operator", "average", "--after", "1", "--text", "nothing-there"], "nothing-there"),
     ],

@@ -1,8 +1,11 @@
+import itertools
+
 import pytest
 
 from entasis import quantities
 from entasis.errors import UserError
 from entasis.train import recipe as recipes
+from entasis.train import schedule
 from entasis.train.resolve import resolve
 from entasis.train.resolved_recipe import difference
 
@@ -116,6 +119,20 @@ def test_what_cannot_be_resolved_is_refused(path, override, says):
         resolve(recipes.read(path, [override]), 256)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("plan", [None, {"freezeout": {"spend": "flops"}}])
+def test_warmup_and_decay_may_be_all_of_an_odd_number_of_steps(path, plan):
+    """Their halves are rounded up."""
+    halves = recipes.read(path, ["tokens=502_784", "schedule.warmup=50%", "schedule.decay=50%"])
+    halves = halves.replaced(training_plan=plan)
+    resolved, _, _ = resolve(halves, 256)
+    assert resolved.tokens == 491 * 1024 or plan
+    rates = [schedule.factor(resolved.schedule, step, 491) for step in range(491)]
+    assert rates.index(max(rates)) == 245 and max(rates) == 1
+    assert all(0.003 < abs(b - a) < 0.005 for a, b in itertools.pairwise(rates))
+    with pytest.raises(UserError, match="exceed the"):
+        resolve(halves.replaced(schedule=halves.schedule.replaced(decay="50.1%")), 256)
 
 
 def test_resolved_recipe_is_explicit_and_reads_back_equal(path, tmp_path):
