@@ -317,13 +317,24 @@ def _of_recipe(recipe: dict[str, Any], path: Path) -> Solution:
 
     Without a corpus to take the vocabulary from, it is assumed, and that is said.
     """
-    from entasis.data.corpus import INDEX, Corpus
     from entasis.train import recipe as recipes
-    from entasis.train.resolve import shape_of
+    from entasis.train.resolve import shape_of, with_mup_scales
+    from entasis.train.stages import check_parametrisation
 
     wanted: Any = recipe.get("shape")
     if wanted is None and recipe.get("start") is not None:
         return Solution(shape_of(parse(recipes.Start, recipe["start"], f"{path}: start")))
+    optimizer = parse(recipes.Optimizer, recipe.get("optimizer") or {}, f"{path}: optimizer")
+    check_parametrisation(optimizer)
+    solution = _drawn(recipe, wanted, path)
+    return with_mup_scales(solution, wanted, optimizer) if optimizer.parametrisation == "mup" else solution
+
+
+def _drawn(recipe: dict[str, Any], wanted: Any, path: Path) -> Solution:
+    """The shape that a recipe's specification draws, with the vocabulary of its corpus. Raises `UserError`."""
+    from entasis.data.corpus import INDEX, Corpus
+    from entasis.train import recipe as recipes
+
     if not isinstance(wanted, dict) or wanted.keys() & {"vocabulary", "preset"}:
         return specification.resolve(wanted)
     assumed = f"the vocabulary is assumed to be {specification.DEFAULT_VOCABULARY:,} rows: {path} names none"

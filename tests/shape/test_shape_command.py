@@ -306,6 +306,13 @@ def test_a_recipe_is_priced_as_the_model_that_it_trains(capsys, monkeypatch, cor
     trained = preflight.resolve_with_data(recipe.read("tiny.yaml"))[1]
     assert answer["shape"] == json.loads(json.dumps(trained.to_dict()))
     assert trained.vocabulary < 1000
+    scaled = TINY.replace(
+        "name: adamw,", "name: adamw, parametrisation: mup, base_width: 32, base_head_dim: 16,"
+    )
+    Path("mup.yaml").write_text(scaled)
+    trained = preflight.resolve_with_data(recipe.read("mup.yaml"))[1]
+    assert told(capsys, "mup.yaml")["shape"] == json.loads(json.dumps(trained.to_dict()))
+    assert trained.logit_scale == 32 / 128 and trained.attention_scale == 4 / 32
     mixture = TINY.replace(
         "train: corpora/stdlib/train", "train: {a: {path: corpora/stdlib/train, weight: 1}}"
     )
