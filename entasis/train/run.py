@@ -389,7 +389,7 @@ class Run:
                 "tokens": self.span.tokens(self.step),
             }
             if "seconds" in what:
-                what["eta_seconds"] = what["seconds"] * (self.steps - self.step)
+                what["eta_seconds"] = what["seconds"] * self.timeline.steps_left(self.step, self.span)
             self.reporter({"event": event, **place, **what})
 
     def close(self) -> None:

@@ -50,6 +50,11 @@ class Timeline:
             return known
         return max(known + 1, count_steps(self.recipe.tokens, self.recipe.batch.tokens))
 
+    def steps_left(self, step: int, span: stages.StageSpan) -> float:
+        """What is left of the run after `step`, in steps of this stage: others may cost more or less."""
+        known = sum(s.flops * (s.stop - max(s.start, step)) / s.steps for s in self.spans if s.stop > step)
+        return known * span.steps / span.flops + self.steps - self.spans[-1].stop
+
     def after(self, measured: list[float]) -> Timeline:
         """What is known after one more measurement."""
         return Timeline(self.recipe, self.shape, [*self.measured, measured])

@@ -51,6 +51,10 @@ def test_only_the_newest_layer_and_what_is_above_learn(grown, tmp_path):
     assert [e["active_parameters"] for e in told] == [LAYER_COUNT + HEAD_COUNT] * 3
     assert [e["frozen_parameters"] for e in told] == [0, LAYER_COUNT, 2 * LAYER_COUNT]
     assert [s["tokens"] for s in result["stages"]] == [1024] * 3
+    # The time left knows what the stages to come cost.
+    price = [e["flops_per_token"] for e in told for _ in range(2)]
+    left = [e["eta_seconds"] / e["seconds"] for e in events if e["event"] == "step"]
+    assert left == pytest.approx([sum(price[i + 1 :]) / price[i] for i in range(6)])
     scores = [s["bits_per_byte"] for s in result["stages"]]
     assert all(scores) and scores[-1] == result["validation"]["bits_per_byte"]
     # What AdamW remembers are two numbers of each parameter that learns, and its step.
