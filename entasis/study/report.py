@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -300,20 +301,34 @@ def _flips(study: Study, rows: list[dict[str, Any]]) -> list[str]:
 def _repeat(page: Page, study: Study, done: list[Outcome]) -> list[str]:
     blocks: list[str] = [page.command("entasis study run study.yaml")]
     if done:
-        environment = done[0].environment()
         seconds = sum(o.result["seconds"] for o in done)
-        facts = {
-            "device": environment["device"],
-            "threads of one run": environment["threads"],
-            "precision": environment["precision"],
-            "compiled": "yes" if environment["compile"] else "no",
-            "platform": environment["platform"],
-            "versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items()),
-            **{f"{k} fingerprint": v for k, v in environment["data"].items()},
-            "training time, all runs": duration(seconds),
-        }
-        blocks.append(page.facts(facts))
+        facts = _differing([_surroundings(o.environment()) for o in done])
+        blocks.append(page.facts({**facts, "training time, all runs": duration(seconds)}))
     return [*blocks, page.folded("study.yaml", page.command(study.to_yaml()))]
+
+
+def _surroundings(environment: dict[str, Any]) -> dict[str, str]:
+    return {
+        "device": environment["device"],
+        "threads of one run": str(environment["threads"]),
+        "precision": environment["precision"],
+        "compiled": "yes" if environment["compile"] else "no",
+        "platform": environment["platform"],
+        "versions": ", ".join(f"{k} {v}" for k, v in environment["versions"].items()),
+        **{f"{k} fingerprint": v for k, v in environment["data"].items()},
+    }
+
+
+def _differing(runs: list[dict[str, str]]) -> dict[str, str]:
+    """Each fact of the runs, with the number of runs for each value where they differ."""
+    result = {}
+    for name in dict.fromkeys(name for run in runs for name in run):
+        values = Counter(run.get(name, "none") for run in runs)
+        several = len(values) > 1
+        result[name] = "; ".join(
+            f"{value} ({n} of {len(runs)} runs)" if several else value for value, n in values.items()
+        )
+    return result
 
 
 def _save(table: Table, folder: Path, name: str) -> Table:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from entasis import files
 from entasis.errors import UserError
 from entasis.files import SEAL
 from entasis.study import compare, runner, study_files
@@ -146,7 +147,12 @@ def test_a_finished_study_answers_from_what_is_there_even_when_moved(
     moved = tmp_path / "moved"
     shutil.copytree(finished[0], moved)
     began = {p: p.stat().st_mtime_ns for p in moved.rglob("result.json")}
+    elsewhere = moved / "runs/slope/seed-1/environment.json"
+    there = {k: v for k, v in json.loads(elsewhere.read_text()).items() if k != SEAL}
+    files.write_json(elsewhere, there | {"device": "another card"}, locked=True)
     verdict = runner.report(moved, Console(file=io.StringIO()))
+    page = (moved / "report.html").read_text(encoding="utf-8")
+    assert f"<dd>{there['device']} (3 of 4 runs); another card (1 of 4 runs)</dd>" in page
     before = finished[1].protocols["params"].arms["slope"]
     assert plain(verdict.protocols["params"].arms["slope"]) == plain(before)
     assert {p: p.stat().st_mtime_ns for p in moved.rglob("result.json")} == began
