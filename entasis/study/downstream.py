@@ -242,6 +242,7 @@ def table(plan: Plan, done: Mapping[str, Outcome], baseline: str) -> Table:
             Column("metric", "metric"),
             Column("arm", "arm"),
             Column("mean", "score", ".4f", "mean of seeds"),
+            Column("seeds", "seeds"),
             Column("difference", "difference", "+.4f", f"to {baseline}"),
             Column("low", "95 % from", "+.4f", "paired by seed"),
             Column("high", "to", "+.4f"),
@@ -251,7 +252,11 @@ def table(plan: Plan, done: Mapping[str, Outcome], baseline: str) -> Table:
 
 
 def _row(arm: str, scores: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any]:
-    row: dict[str, Any] = {"arm": arm, "mean": float(np.mean(list(scores.values())))}
+    row: dict[str, Any] = {
+        "arm": arm,
+        "mean": float(np.mean(list(scores.values()))),
+        "seeds": len(scores),
+    }
     if pairs := [scores[s] - baseline[s] for s in scores if s in baseline]:
         mean, low, high, _ = statistics.paired_interval(pairs)
         row["difference"] = mean

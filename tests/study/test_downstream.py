@@ -145,7 +145,8 @@ def test_seeds_that_agree_to_the_last_item_have_no_interval(corpus, tmp_path):
 
 def test_the_table_pairs_scores_by_seed(corpus, tmp_path):
     a, b = scored(corpus, tmp_path, {"a": [0.5, 0.7, 0.6], "b": [0.6, 0.82, 0.71]})
-    assert a == {"protocol": "params", "task": "t", "metric": "acc", "arm": "a", "mean": pytest.approx(0.6)}
+    mean = {"mean": pytest.approx(0.6), "seeds": 3}
+    assert a == {"protocol": "params", "task": "t", "metric": "acc", "arm": "a", **mean}
     # Differences 0.10, 0.12, 0.11: far less spread than the scores. t at 0.975 with two degrees of freedom is 4.303.
     half = 4.303 * 0.01 / 3**0.5
     assert b["difference"] == pytest.approx(0.11)
