@@ -68,7 +68,7 @@ def read_tokenizer(file: GGUFFile) -> TokenizerFiles:
     config = _config(settings, tokens)
     if around := _around(settings, config, tokens, begins=False):
         tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), around])
-    return with_config(tokenizer.to_str(pretty=False).encode(), config)
+    return with_config(tokenizer.to_str(pretty=False).encode(), config, ends=_ends(settings, tokens))
 
 
 def _sentencepiece(file: GGUFFile, settings: ConfigReader) -> TokenizerFiles:
@@ -105,7 +105,7 @@ def _sentencepiece(file: GGUFFile, settings: ConfigReader) -> TokenizerFiles:
     config = _config(settings, tokens)
     if around := _around(settings, config, tokens, begins=True):
         tokenizer.post_processor = around
-    return with_config(tokenizer.to_str(pretty=False).encode(), config)
+    return with_config(tokenizer.to_str(pretty=False).encode(), config, ends=_ends(settings, tokens))
 
 
 def _around(settings: ConfigReader, config: Mapping[str, Any], tokens: list[str], *, begins: bool) -> Any:
@@ -180,15 +180,29 @@ def _config(settings: ConfigReader, tokens: list[str]) -> Mapping[str, Any]:
     """`tokenizer_config.json`: the special tokens by name, and the chat template."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        key = f"tokenizer.ggml.{theirs}_token_id"
-        if settings.get(key) is not None:
-            index = settings.integer(key)
-            if index >= len(tokens):
-                raise settings.wrong(key, index, f"below {len(tokens)}, the number of tokens")
+        if (index := _id(settings, theirs, tokens)) is not None:
             config[f"{ours}_token"] = tokens[index]
     if settings.get("tokenizer.chat_template") is not None:
         config["chat_template"] = settings.text("tokenizer.chat_template")
     return config
+
+
+def _ends(settings: ConfigReader, tokens: list[str]) -> list[int]:
+    """What ends an answer where that is more than `eos_token`: llama.cpp stops at the ends of a turn and of a message too."""
+    found = dict.fromkeys(_id(settings, name, tokens) for name in ("eos", "eot", "eom"))
+    ends = [index for index in found if index is not None]
+    return ends if len(ends) > 1 else []
+
+
+def _id(settings: ConfigReader, name: str, tokens: list[str]) -> int | None:
+    """A special token's id, None where the file names none."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    if settings.get(key) is None:
+        return None
+    index = settings.integer(key)
+    if index >= len(tokens):
+        raise settings.wrong(key, index, f"below {len(tokens)}, the number of tokens")
+    return index
 
 
 def write_tokenizer(

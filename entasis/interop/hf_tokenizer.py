@@ -64,12 +64,16 @@ def read_folder(folder: Path, family: str) -> TokenizerFiles:
     return with_config(content, config, sources)
 
 
-def with_config(tokenizer: bytes, config: Mapping[str, Any], sources: Sequence[Path] = ()) -> TokenizerFiles:
-    """`tokenizer.json` with its `tokenizer_config.json`, if that says anything."""
+def with_config(
+    tokenizer: bytes, config: Mapping[str, Any], sources: Sequence[Path] = (), ends: Sequence[int] = ()
+) -> TokenizerFiles:
+    """`tokenizer.json` with its `tokenizer_config.json`, if that says anything, and the ids in `ends`, which end an answer."""
     contents = {"tokenizer.json": tokenizer}
     if config:
         encoded = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         contents["tokenizer_config.json"] = encoded.encode("utf-8", "surrogatepass")
+    if ends:
+        contents[GENERATION] = _generation(ends)
     return TokenizerFiles(contents, chat_template=bool(config.get("chat_template")), sources=tuple(sources))
 
 
@@ -87,8 +91,11 @@ def with_generation_ends(files: TokenizerFiles, folder: Path, config: Mapping[st
             where, found = GENERATION, told
     if not (ends := _ids(found, where)):
         return files
-    content = (json.dumps({"eos_token_id": list(ends)}) + "\n").encode()
-    return replace(files, contents={**files.contents, GENERATION: content}, sources=sources)
+    return replace(files, contents={**files.contents, GENERATION: _generation(ends)}, sources=sources)
+
+
+def _generation(ends: Sequence[int]) -> bytes:
+    return (json.dumps({"eos_token_id": list(ends)}) + "\n").encode()
 
 
 def read_generation_ends(folder: Path) -> tuple[int, ...]:

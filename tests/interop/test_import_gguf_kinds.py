@@ -11,6 +11,7 @@ from tokenizers.implementations import SentencePieceBPETokenizer
 
 from entasis.data import tokenizer as tokenizers
 from entasis.errors import UserError
+from entasis.evaluate.loading import load
 from entasis.interop.importing import import_model
 from entasis.model import weights
 
@@ -76,6 +77,7 @@ def test_a_sentencepiece_tokenizer_reads_text_as_llama_cpp_does(prefix, tmp_path
         writer.add_token_types(kinds)
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
+        writer.add_eot_token_id(3)
         writer.add_unk_token_id(0)
         writer.add_add_bos_token(False)
         writer.add_add_space_prefix(prefix)
@@ -100,6 +102,7 @@ def test_a_sentencepiece_tokenizer_reads_text_as_llama_cpp_does(prefix, tmp_path
         mine = ours(torch.tensor([ids]))[0, -1].float().log_softmax(-1)
         assert max(abs(mine[i].item() - value) for i, value in theirs.items()) < 2e-4
     assert read.end_of_text == 2
+    assert load(tmp_path / "out").stop == {2, 3}
 
 
 def test_pieces_without_scores(tmp_path):
