@@ -168,7 +168,7 @@ def _layers(text: str) -> list[int]:
 
 def _check_suggestion(args: argparse.Namespace) -> None:
     """Refuses options that the suggestion does not know, or lacks. Raises `UserError`."""
-    from entasis.data.corpus import INDEX
+    from entasis.data.sources import is_corpus
 
     for option in TAKES["profile"]:
         if getattr(args, option) is not None and option not in TAKES.get(args.suggest, ()):
@@ -179,7 +179,7 @@ def _check_suggestion(args: argparse.Namespace) -> None:
         raise UserError(f"--suggest {args.suggest} needs --budget: a number of {what}")
     if args.suggest and args.layers:
         raise UserError("--suggest needs the importance of every layer; leave out --layers")
-    if args.suggest == "plan" and not (Path(args.text) / INDEX).is_file():
+    if args.suggest == "plan" and not is_corpus(args.text):
         raise UserError(
             f"--suggest plan: {args.text} is no corpus, and nothing else can be trained on; make one with "
             "`entasis data prepare`"

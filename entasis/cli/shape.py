@@ -332,7 +332,8 @@ def _of_recipe(recipe: dict[str, Any], path: Path) -> Solution:
 
 def _drawn(recipe: dict[str, Any], wanted: Any, path: Path) -> Solution:
     """The shape that a recipe's specification draws, with the vocabulary of its corpus. Raises `UserError`."""
-    from entasis.data.corpus import INDEX, Corpus
+    from entasis.data.corpus import Corpus
+    from entasis.data.sources import is_corpus
     from entasis.train import recipe as recipes
 
     if not isinstance(wanted, dict) or wanted.keys() & {"vocabulary", "preset"}:
@@ -341,7 +342,7 @@ def _drawn(recipe: dict[str, Any], wanted: Any, path: Path) -> Solution:
     if recipe.get("data") is not None:
         text = recipes.mixture_of(parse(recipes.Data, recipe["data"], f"{path}: data").train)
         corpus = next(iter(text.values())).path
-        if (Path(corpus) / INDEX).is_file():
+        if is_corpus(corpus):
             return specification.resolve({**wanted, "vocabulary": Corpus(corpus).vocabulary})
         assumed += f", and its data.train, {corpus}, is not prepared here"
     try:
