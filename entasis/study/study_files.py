@@ -80,9 +80,38 @@ def from_dict(
     parse(_Frame, {key: source[key] for key in _Frame.model_fields if key in source}, where)
     own = {"name": name, **copy.deepcopy(dict(source))}
     plain = _extended(own, size, where) if "extends" in own else _at_size(own, size, where)
-    plain = changed(plain, changes or {})
+    for key, value in (changes or {}).items():
+        plain = _overridden(plain, key, value)
     _check_keys(plain, _KEYS, where)
     return parse(Study, plain, where)
+
+
+def _overridden(plain: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The study with one dot-key set. What an arm, a trunk or the sweep changes is dot-keys itself: what follows stays one."""
+    head, _, rest = key.partition(".")
+    if head in ("arms", "trunks") and "." in rest:
+        # Names may hold dots.
+        known = [name for name in plain.get(head) or {} if rest.startswith(f"{name}.")]
+        name = max(known, key=len, default=rest.partition(".")[0])
+        rest = rest[len(name) + 1 :]
+    elif key.startswith("sweep.changes."):
+        name, rest = "changes", key.removeprefix("sweep.changes.")
+        if isinstance(plain.get("sweep"), list):
+            plain = {**plain, "sweep": {"multipliers": plain["sweep"]}}
+    else:
+        return changed(plain, {key: value})
+    holder = plain.get(head) or {}
+    changes = (holder.get(name) or {}) if isinstance(holder, Mapping) else holder
+    if not isinstance(changes, Mapping):
+        raise UserError(f"override {key}: what it is set in is {changes!r}; it must be a mapping")
+    changes = dict(changes)
+    if around := next((k for k in changes if rest.startswith(f"{k}.")), None):
+        changes[around] = changed({"": changes[around]}, {rest[len(around) :]: value})[""]
+    else:
+        # Last, so that nothing that is there undoes it.
+        changes.pop(rest, None)
+        changes[rest] = copy.deepcopy(value)
+    return {**plain, head: {**holder, name: changes}}
 
 
 def _at_size(source: dict[str, Any], size: str | None, where: str) -> dict[str, Any]:

@@ -104,6 +104,33 @@ def test_the_wrongly_typed_study_is_the_paper_s_but_for_its_data() -> None:
         study_files.from_dict(source() | {"extends": "quickstrat"}, name="s")
 
 
+def test_an_override_inside_an_arm_changes_that_key_alone(tmp_path: Path) -> None:
+    """Through the recipe that the arm's runs get: the rest of the base's block stays."""
+    file = tmp_path / "s.yaml"
+    optimizer = {"lr": 3e-3, "betas": [0.8, 0.9]}
+    base = source()["base"] | {"optimizer": optimizer}
+    arms = {"a": {}, "b.2": {"optimizer": {"lr": 1e-3}}, "c": {"optimizer.weight_decay": 0.5}}
+    file.write_text(yaml.safe_dump(source(base=base, arms=arms, baseline="a", sweep=[0.5, 1])))
+    overrides = [
+        "arms.a.optimizer.lr=5e-3",
+        "arms.b.2.optimizer.lr=6e-3",
+        "arms.c.optimizer.weight_decay=0.2",
+    ]
+    overrides += ["arms.d.optimizer.lr=7e-3", "sweep.changes.optimizer.eps=1e-9"]
+    study = study_files.read(file, overrides=overrides)
+    found = {n: config.changed(study.base, study.changes_of(n))["optimizer"] for n in study.arms}
+    assert found == {
+        "a": optimizer | {"lr": 5e-3},
+        "b.2": {"lr": 6e-3},
+        "c": optimizer | {"weight_decay": 0.2},
+        "d": optimizer | {"lr": 7e-3},
+    }
+    assert study.sweep is not None
+    assert study.sweep.multipliers == [0.5, 1] and study.sweep.changes == {"optimizer.eps": 1e-9}
+    with pytest.raises(UserError, match="arms"):
+        study_files.from_dict(source(arms={"a": 3}), name="s", changes={"arms.a.optimizer.lr": 1})
+
+
 def test_dot_keys_change_a_copy() -> None:
     base = {"shape": {"profile": "isotropic", "layers": 8}}
     out = config.changed(base, {"shape.profile": "crown", "optimizer.lr": 1e-3})
