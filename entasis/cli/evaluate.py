@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from entasis.evaluate.loading import Loaded
 
 
+TAKES = {
+    "text": ("sequence", "tokens", "column", "document_masking"),
+    "tasks": ("include_path", "limit", "fewshot"),
+}
+"""Which options are of which of the two."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--text", metavar="PATH", help="a corpus, a text file or a folder of them")
@@ -32,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=amount(1),
         help="whole documents up to so many tokens, such as 100k; a single one is cut there",
     )
-    parser.add_argument("--column", default="text", help="the text's key in jsonl and parquet (text)")
+    parser.add_argument("--column", help="the text's key in jsonl and parquet (text)")
     parser.add_argument(
         "--document-masking",
         action=argparse.BooleanOptionalAction,
@@ -51,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.text and not args.tasks:
         raise UserError("say what to score: --text PATH, --tasks NAME, or both")
+    for scored, options in TAKES.items():
+        for option in options if getattr(args, scored) is None else ():
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} belongs to --{scored}")
     loaded = load(args.model, device=args.device)
     answer: dict[str, Any] = {"model": args.model}
     if args.text:
@@ -92,6 +103,7 @@ def _interval(score: dict[str, Any]) -> str:
 
 def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     from entasis import progress
+    from entasis.data.sources import COLUMN
     from entasis.evaluate.bits_per_byte import interval
     from entasis.evaluate.scoring import corpus_of, score
 
@@ -99,7 +111,7 @@ def _text(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.model}: has no tokenizer.json, so no text can be scored")
     masking = loaded.document_masking if args.document_masking is None else args.document_masking
     with (
-        corpus_of(args.text, loaded.tokenizer, column=args.column) as corpus,
+        corpus_of(args.text, loaded.tokenizer, column=args.column or COLUMN) as corpus,
         progress.bars("tokens") as advance,
     ):
         found = score(

@@ -58,14 +58,16 @@ def run(args: argparse.Namespace) -> int:
         whole = [loaded.chat.render([*system, {"role": "user", "content": text}]) for text in texts]
     else:
         whole = texts
-    prompts = [chosen.encode(text) or [chosen.end_of_text or 0] for text in whole]
+    # A template writes what stands in front itself.
+    encode = chosen.encode if args.chat else loaded.encode
+    prompts = [encode(text) or [chosen.end_of_text or 0] for text in whole]
     answers: list[list[int]] = [[] for _ in prompts]
     stream = len(prompts) == 1 and not args.json
     before = [] if args.chat else prompts[0]  # an answer is shown alone, a continuation with its beginning
     shown = chosen.decode(before)
     steps = generate(loaded.model, prompts, tokens=args.tokens, sampling=sampling, stop=loaded.stop)
     if stream:
-        print(shown, end="", flush=True)
+        print("" if args.chat else chosen.decode(chosen.encode(texts[0])), end="", flush=True)
     begun = time.perf_counter()
     for step in steps:
         for answer, token in zip(answers, step, strict=True):

@@ -114,7 +114,7 @@ def _check_text(args: argparse.Namespace) -> None:
 
 
 def _tokenizer_of(model: str) -> Path:
-    from entasis.grow.folder import home_of
+    from entasis.model.weights import home_of
 
     return home_of(Path(model)) / "tokenizer.json"
 
@@ -122,8 +122,8 @@ def _tokenizer_of(model: str) -> Path:
 def _init(args: argparse.Namespace) -> Init:
     """As the model's own run draws initial values, or that of the model it was grown from; by the seed given."""
     from entasis.grow import provenance
-    from entasis.grow.folder import home_of
     from entasis.grow.transitions import Init
+    from entasis.model.weights import home_of
     from entasis.train.resolved_recipe import read_stored
 
     file = home_of(Path(args.model)) / "recipe.yaml"

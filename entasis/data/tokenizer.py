@@ -47,6 +47,17 @@ class Tokenizer:
         with _named():
             return self.library.encode(text, add_special_tokens=False).ids
 
+    @functools.cached_property
+    def prefix(self) -> list[int]:
+        """What its own settings put in front of a text, such as `<s>`; corpora are made without."""
+        try:
+            with _named():
+                plain, whole = (self.library.encode("a", add_special_tokens=own).ids for own in (False, True))
+        except UserError:
+            return []  # it has no letters
+        starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[: next(starts, 0)]
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, on all cores. Raises `UserError` where the tokenizer itself gives up."""
         with _named():

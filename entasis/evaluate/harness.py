@@ -35,18 +35,26 @@ class Harness(TemplateLM):
 
     def __init__(self, loaded: Loaded, max_length: int | None = None) -> None:
         super().__init__()
-        if loaded.tokenizer is None or loaded.tokenizer.end_of_text is None:
+        if loaded.tokenizer is None or not loaded.stop:
             raise UserError("lm-eval needs a tokenizer with an end-of-text token; this model has none")
         self.loaded, self.tokenizer_ours = loaded, loaded.tokenizer
         self.max_length = max_length or loaded.shape.context
 
     @property
     def eot_token_id(self) -> int:
-        assert self.tokenizer_ours.end_of_text is not None
-        return self.tokenizer_ours.end_of_text
+        end = self.tokenizer_ours.end_of_text
+        return min(self.loaded.stop) if end is None else end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands for an empty context."""
+        return self.eot_token_id if self.loaded.first is None else self.loaded.first
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        return self.tokenizer_ours.encode(string)
+        """Ids with what the model wants in front, as lm-eval's own model has them, unless lm-eval says otherwise."""
+        return (
+            self.tokenizer_ours.encode(string) if add_special_tokens is False else self.loaded.encode(string)
+        )
 
     @torch.no_grad()
     def _loglikelihood_tokens(

@@ -20,7 +20,7 @@ from entasis.errors import Damaged, UserError
 from entasis.evaluate import chat
 from entasis.evaluate.chat import Chat
 from entasis.evaluate.generation import Sampling, generate
-from entasis.interop.hf_tokenizer import GENERATION, read_generation_ends
+from entasis.interop.hf_tokenizer import GENERATION, read_ends, read_generation_ends
 from entasis.model import weights
 from entasis.model.transformer import Transformer
 from entasis.shape.shapes import ModelShape
@@ -37,6 +37,11 @@ class Loaded:
     """Ids that end an answer by the settings of the model it was imported from."""
     recipe: Path | None = None
     """Of the run that it comes from; None where it comes from elsewhere."""
+    prefix: tuple[int, ...] = ()
+    """Ids that stand in front of every text: those of its tokenizer, but for a model trained here from the start, on
+    corpora that are made without."""
+    first: int | None = None
+    """Stands before a text where nothing else does."""
 
     @property
     def shape(self) -> ModelShape:
@@ -72,12 +77,16 @@ class Loaded:
         return masked
 
     def encode(self, text: str | Iterable[int]) -> list[int]:
-        """Ids of a text; ids are returned as they are. Raises `UserError` without a tokenizer."""
+        """Ids of a text behind `prefix`, if it does not begin with that; ids are returned as they are.
+
+        Raises `UserError` without a tokenizer.
+        """
         if not isinstance(text, str):
             return [int(i) for i in text]
         if self.tokenizer is None:
             raise UserError("the model has no tokenizer.json; give ids instead of text")
-        return self.tokenizer.encode(text)
+        ids, prefix = self.tokenizer.encode(text), list(self.prefix)
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
 
     @torch.no_grad()
     def logits(self, text: str | Iterable[int]) -> torch.Tensor:
@@ -172,10 +181,13 @@ def _only_gguf(path: Path) -> Path:
     return found[0] if found else path
 
 
-def _recipe_of(folder: Path) -> Path | None:
-    """The recipe of a run, or of the run that a checkpoint is of."""
-    recipe = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "recipe.yaml"
-    return recipe if recipe.is_file() else None
+def _is_from_scratch(recipe: Path) -> bool:
+    if not recipe.is_file():
+        return False
+    try:
+        return yaml.safe_load(recipe.read_text(encoding="utf-8"))["start"] is None
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        return True
 
 
 def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
@@ -187,13 +199,17 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
     path, device = _only_gguf(Path(path)), choose_device(device)
     if (path / "shape.json").is_file():
         model = weights.load(path, device=device, dtype=dtype)
-        named = path / "tokenizer.json"
+        home = weights.home_of(path)
+        named, recipe = home / weights.TOKENIZER, home / "recipe.yaml"
+        tokenizer = load_tokenizer(named) if named.is_file() else None
         return Loaded(
             model.eval(),
-            load_tokenizer(named) if named.is_file() else None,
-            chat.load(path),
-            read_generation_ends(path),
-            _recipe_of(path),
+            tokenizer,
+            chat.load(home),
+            read_generation_ends(home),
+            recipe if recipe.is_file() else None,
+            () if tokenizer is None or _is_from_scratch(recipe) else tuple(tokenizer.prefix),
+            read_ends(home, tokenizer).begin,
         )
     if (path / "config.json").is_file() or path.suffix == ".gguf":
         from entasis.interop.importing import import_model

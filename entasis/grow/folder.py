@@ -131,7 +131,7 @@ def grow_folder(
             last = number == len(operators) - 1
             target = aside if last else aside / f"step-{number}"
             target.mkdir(exist_ok=True)
-            _apply(before, target, operator, init, home_of(source), progress)
+            _apply(before, target, operator, init, weights.home_of(source), progress)
             if operator.diagnostics:
                 diagnostics[growth.name_of(operator)] = operator.diagnostics
             if before != source:
@@ -165,16 +165,6 @@ def _apply(
     total = sum(torch.Size(size).numel() for _, size in described.values())
     tensors = _watched(operator.weights(plan, stored.read, init), growth.name_of(operator), total, progress)
     weights_writer.write(target / weights.WEIGHTS, described, tensors, weights.hashes_beside(target))
-
-
-def home_of(source: Path) -> Path:
-    """Where the tokenizer and the recipe of a model lie: those of a checkpoint, and of a run's raw weights, with the run."""
-    folder = source.resolve()
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    # Any model may be called so, and lie beside a recipe; only a run has an environment.json.
-    if (folder.name == "raw" or run != folder.parent) and (run / "environment.json").is_file():
-        return run
-    return source
 
 
 def _describe(stored: StoredWeights, plan: ResizePlan) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

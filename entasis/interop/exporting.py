@@ -42,12 +42,17 @@ class ExportRequest:
     dtype: str
 
     @property
+    def home(self) -> Path:
+        """Where its tokenizer lies."""
+        return weights.home_of(self.folder)
+
+    @property
     def tokenizer(self) -> Path:
-        return self.folder / "tokenizer.json"
+        return self.home / weights.TOKENIZER
 
     @functools.cached_property
     def ends(self) -> Ends:
-        return read_ends(self.folder)
+        return read_ends(self.home)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def write_gguf(request: ExportRequest, folder: Path) -> dict[str, Any]:
     writer = gguf.GGUFWriter(path, arch)
     try:
         _write_metadata(writer, request, weights.shape, arch)
-        write_tokenizer(writer, request.folder, shape.vocabulary, lambda reason: _refusal(shape, reason))
+        write_tokenizer(writer, request.home, shape.vocabulary, lambda reason: _refusal(shape, reason))
         held, kept = _write_tensors(writer, weights, arch, request.dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

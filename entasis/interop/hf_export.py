@@ -213,7 +213,7 @@ def _write(
     weights_writer.write(folder / "model.safetensors", described, rounded)
     if request.tokenizer.is_file():
         shutil.copyfile(request.tokenizer, folder / "tokenizer.json")
-        config_file = request.folder / "tokenizer_config.json"
+        config_file = request.home / "tokenizer_config.json"
         if config_file.is_file():
             shutil.copyfile(config_file, folder / "tokenizer_config.json")
         else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from entasis.data.tokenizer import from_gpt2, load
+from entasis.data.tokenizer import Tokenizer, from_gpt2, load
 from entasis.errors import UserError
 from entasis.interop.config_reader import shorten
 from entasis.interop.hf_folder import find_member, read_json
@@ -130,15 +130,15 @@ class Ends:
         return ids if len(ids) > 1 else self.end
 
 
-def read_ends(folder: Path) -> Ends:
+def read_ends(folder: Path, tokenizer: Tokenizer | None = None) -> Ends:
     """The `bos_token` and `eos_token` of a folder's tokenizer_config.json, else what ends a document in its tokenizer.
 
     Where neither says what ends an answer, it is the first id of generation_config.json.
-    Raises `UserError` where one of the files cannot be read.
+    `tokenizer` is the folder's, where it is open. Raises `UserError` where one of the files cannot be read.
     """
     if not (folder / "tokenizer.json").is_file():
         return Ends()
-    tokenizer, config = load(folder / "tokenizer.json"), read_config(folder)
+    tokenizer, config = tokenizer or load(folder / "tokenizer.json"), read_config(folder)
     ids = tokenizer.library.get_vocab(with_added_tokens=True)
 
     def find(name: str) -> int | None:

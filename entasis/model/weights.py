@@ -40,6 +40,16 @@ def save(model: Transformer, folder: str | Path) -> None:
         save_file(tensors, partial, metadata=metadata)
 
 
+def home_of(source: Path) -> Path:
+    """Where the tokenizer and the recipe of a model lie: those of a checkpoint, and of a run's raw weights, with the run."""
+    folder = source.resolve()
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    # Any model may be called so, and lie beside a recipe; only a run has an environment.json.
+    if (folder.name == "raw" or run != folder.parent) and (run / "environment.json").is_file():
+        return run
+    return source
+
+
 def hashes_beside(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that the weights in `folder` belong to, by name."""
     return {name: files.hash_of(folder / name) for name in (SHAPE, TOKENIZER) if (folder / name).is_file()}

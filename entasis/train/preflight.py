@@ -17,7 +17,6 @@ from entasis.data.held_out import choose_documents
 from entasis.data.mixture import whole_shares
 from entasis.data.tokenizer import load as load_tokenizer
 from entasis.errors import UserError
-from entasis.grow.folder import home_of
 from entasis.model import weights
 from entasis.shape.shapes import ModelShape
 from entasis.train import device as devices
@@ -111,7 +110,7 @@ def _check_mixture(mixed: dict[str, WeightedCorpus], corpora: dict[str, Corpus],
 
 def _tokenizer_of(start: Path) -> Path:
     """The tokenizer of a model to start from; a checkpoint's is its run's. Raises `UserError`."""
-    tokenizer = home_of(start) / weights.TOKENIZER
+    tokenizer = weights.home_of(start) / weights.TOKENIZER
     if not (start / weights.WEIGHTS).is_file() or not tokenizer.is_file():
         raise UserError(
             f"recipe: start.from is {start}, which holds no model; name a finished run, a checkpoint that was kept "

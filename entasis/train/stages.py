@@ -355,5 +355,5 @@ def _check_schedule(stage: ResolvedStage, steps: int, where: str) -> None:
         quantities.share(value, "") if quantities.is_share(value, "") else int(value) / steps
         for value in (schedule.warmup, schedule.decay)
     ]
-    if schedule.name == "warmup-stable-decay" and sum(given) > 1 + 1e-6:
+    if schedule.name == "warmup-stable-decay" and warmup + decay > steps and sum(given) > 1 + 1e-6:
         raise UserError(f"recipe: schedule.warmup {warmup} and decay {decay} exceed the {steps} steps")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import entasis
 from entasis import cli
@@ -155,6 +156,72 @@ def test_a_run_trained_with_documents_masked_is_scored_so_and_says_it(model, tmp
     (run / "recipe.yaml").write_text("data: [")
     assert "recipe.yaml does not say data.document_masking; give --document" in refused(capsys, *command)
     assert scored(capsys, *command, "--document-masking") == masked
+
+
+def test_options_of_what_is_not_scored_are_refused(model, capsys):
+    text = ["evaluate", model, "--text", STDLIB / "struct.py"]
+    for option, value in (("--limit", 3), ("--fewshot", 2), ("--include-path", "nowhere")):
+        assert f"{option} belongs to --tasks" in refused(capsys, *text, option, value)
+    tasks = ["evaluate", model, "--tasks", "some"]
+    for option in (["--sequence", 8], ["--tokens", 10], ["--column", "body"], ["--no-document-masking"]):
+        said = option[0].replace("--no-", "--")
+        assert f"{said} belongs to --text" in refused(capsys, *tasks, *option)
+
+
+def test_raw_weights_and_kept_checkpoints_are_read_as_their_run_is(tmp_path, capsys):
+    """With its tokenizer and its masking; exported too."""
+    (tmp_path / "text").mkdir()
+    for name in ("struct", "token", "stat"):
+        shutil.copy(STDLIB / f"{name}.py", tmp_path / "text")
+    corpus, run = tmp_path / "corpus", tmp_path / "run"
+    command = ["data", "prepare", tmp_path / "text", "--tokenizer", "bytes", "--output", corpus]
+    assert cli.main([*map(str, command), "--validation", "0"]) == 0
+    recipe = {
+        "shape": {"profile": "isotropic", "layers": 1, "d_model": 16, "head_dim": 8, "context": 64},
+        "data": {"train": str(corpus / "train"), "sequence": 64, "document_masking": True},
+        "batch": {"tokens": 256},
+        "tokens": 1024,
+        "average": {"ema": 0.5},
+        "checkpoint": {"keep_every": 2},
+        **{"compile": False, "precision": "fp32", "attention": "sdpa"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert cli.main(["train", str(tmp_path / "recipe.yaml"), "--output", str(run)]) == 0
+    for folder in (run, run / "raw", run / "checkpoints" / "step-00000002"):
+        capsys.readouterr()
+        assert scored(capsys, "evaluate", folder, "--text", tmp_path / "text")["document_masking"]
+        out = tmp_path / f"exported-{folder.name}"
+        assert cli.main(["export", str(folder), "--to", "hf", "--output", str(out)]) == 0
+        assert (out / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()
+
+
+def test_what_a_tokenizer_begins_texts_with_stands_before_a_prompt_as_in_transformers(tmp_path, capsys):
+    """Not where a model was trained here from the start, on corpora without it."""
+    library = tokenizer.train([(STDLIB / "argparse.py").read_text()], 300).library
+    library.add_special_tokens(["<s>"])
+    begins = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 300)])
+    library.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begins])
+    model = made_with(tmp_path, tokenizer.Tokenizer(library))
+    export(model, tmp_path / "hf", to="padded")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = reader("import sys", return_tensors="pt").input_ids
+    assert ids[0, 0] == 300
+    wanted = theirs.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
+    command = ["generate", str(model), "--prompt", "import sys", "--tokens", "8", "--temperature", "0"]
+
+    def tokens() -> list[int]:
+        capsys.readouterr()
+        assert cli.main([*command, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["continuations"][0]["tokens"]
+
+    assert tokens() == wanted.tolist()
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith("import sys")
+    assert entasis.load(model).encode("<s>a") == entasis.load(model).encode("a")
+    (model / "recipe.yaml").write_text("start: null\n")
+    alone = entasis.load(model)
+    assert alone.encode("a") == alone.tokenizer.encode("a") and tokens() != wanted.tolist()
 
 
 def test_a_continuation_keeps_the_space_before_it(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """lm-eval over our models gives what lm-eval gives over the exported ones."""
 
+import dataclasses
 import json
 import sysconfig
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 import entasis
 from entasis.cli import main
@@ -72,6 +74,21 @@ def model(tmp_path_factory):
     weights.save(made, folder / "ours")
     chosen.save(folder / "ours" / "tokenizer.json")
     export(folder / "ours", folder / "hf", to="padded")
+    # The same with a tokenizer that begins every text, as Llama's do.
+    begins = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 400)])
+    chosen.library.add_special_tokens(["<s>"])
+    chosen.library.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begins])
+    made = Transformer(dataclasses.replace(shape, vocabulary=401))
+    init_weights(made, 1)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.mul_(3)
+    (folder / "begun-ours").mkdir()
+    weights.save(made, folder / "begun-ours")
+    chosen.save(folder / "begun-ours" / "tokenizer.json")
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    (folder / "begun-ours" / "tokenizer_config.json").write_text(json.dumps(told))
+    export(folder / "begun-ours", folder / "begun-hf", to="padded")
     return folder
 
 
@@ -91,7 +108,8 @@ def tasks(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_scores_equal_lm_evals_own_model(model, tasks, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("kind", ["", "begun-"])
+def test_scores_equal_lm_evals_own_model(model, tasks, kind, tmp_path, monkeypatch, capfd):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -99,10 +117,12 @@ def test_scores_equal_lm_evals_own_model(model, tasks, tmp_path, monkeypatch, ca
 
     names = ["next_line", "whole_text", "go_on"]
     monkeypatch.chdir(tmp_path)  # which is no repository, and nobody need hear of it
-    ours = harness.run(entasis.load(model / "ours"), names, include_path=str(tasks))
+    ours = harness.run(entasis.load(model / f"{kind}ours"), names, include_path=str(tasks))
     assert "fatal" not in capfd.readouterr().err
     theirs = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=str(model / "hf"), device="cpu", dtype="float32", batch_size=4, max_length=256),
+        model=HFLM(
+            pretrained=str(model / f"{kind}hf"), device="cpu", dtype="float32", batch_size=4, max_length=256
+        ),
         tasks=names,
         task_manager=TaskManager(include_path=str(tasks)),
         log_samples=False,
