@@ -22,7 +22,7 @@ from entasis.shape import fields, specification
 from entasis.shape.shapes import ModelShape
 from entasis.shape.solve import Solution
 from entasis.train import recipe as recipes
-from entasis.train.recipe import Data, Recipe
+from entasis.train.recipe import BatchSize, Data, Recipe
 
 SPREAD = 0.3
 SMALLEST_LOSS = 1e-4
@@ -107,15 +107,21 @@ def _kv(shape: ModelShape) -> dict[str, int]:
 
 
 def suggest_plan(shape: ModelShape, values: np.ndarray, *, tokens: str | int, data: Data) -> str:
-    """A recipe as YAML whose training plan trains the most important third of the layers first, then the next, then all."""
+    """A recipe as YAML whose training plan trains the most important third of the layers first, then the next, then all.
+
+    A step has about 65,536 tokens, or fewer, so that there are a hundred steps for the plan to share out.
+    """
     plan: dict[str, Any] = {"importance": [float(f"{v:.6g}") for v in values]}
     if shape.n_layers < 3:
         plan["groups"] = shape.n_layers
+    count = quantities.count(tokens, "--budget")
+    rows = max(1, round(min(BatchSize().tokens, count / 100) / data.sequence))
     return recipes.to_yaml(
         Recipe(
             shape=shape.to_dict(),
             data=data,
-            tokens=quantities.count(tokens, "--budget"),
+            batch=BatchSize(tokens=rows * data.sequence),
+            tokens=count,
             training_plan={"importance_groups": plan},
         )
     )

@@ -26,7 +26,7 @@ from entasis.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from entasis.shape.shapes import ModelShape
+    from entasis.evaluate.loading import Loaded
 
 TAKES = {
     "profile": ("budget", "importance", "spread", "scale"),
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.suggest:
         quantity = suggest.choose_quantity(measures, args.importance)
         # What does not depend on the importance is refused before it is measured.
-        _suggest(args, quantity, np.zeros(loaded.shape.n_layers), loaded.shape)
+        _suggest(args, quantity, np.zeros(loaded.shape.n_layers), loaded)
     subject = runner.prepare_subject(
         loaded,
         args.text,
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     suggestion, notes = "", list[str]()
     if args.suggest:
         importance = suggest.rank_importance(frame, quantity, loaded.shape.n_layers)
-        suggestion, notes = _suggest(args, quantity, importance, loaded.shape)
+        suggestion, notes = _suggest(args, quantity, importance, loaded)
         if args.output:
             write_text(Path(args.output) / FILES[args.suggest], suggestion)
     if args.json:
@@ -187,7 +187,7 @@ def _check_suggestion(args: argparse.Namespace) -> None:
 
 
 def _suggest(
-    args: argparse.Namespace, quantity: str, values: np.ndarray, shape: ModelShape
+    args: argparse.Namespace, quantity: str, values: np.ndarray, loaded: Loaded
 ) -> tuple[str, list[str]]:
     """YAML for a recipe, or JSON for a training plan, and remarks on it. Raises `UserError`."""
     import yaml
@@ -195,6 +195,7 @@ def _suggest(
     from entasis.anatomy import suggest
     from entasis.train.recipe import Data
 
+    shape = loaded.shape
     if args.suggest == "importance":
         return suggest.write_importance(quantity, values), []
     notes = [f"follows {quantity}; a suggestion to be tried against equal layers in a study"]
@@ -213,8 +214,11 @@ def _suggest(
         train, validation = Path(args.text), None
         if train.name == "validation" and (train.parent / "train").is_dir():
             train, validation = train.parent / "train", str(train)
-        text = suggest.suggest_plan(
-            shape, values, tokens=args.budget,
-            data=Data(train=str(train), validation=validation, sequence=min(1024, shape.context)),
-        )  # fmt: skip
+        data = Data(
+            train=str(train),
+            validation=validation,
+            sequence=min(1024, shape.context),
+            document_masking=loaded.document_masking,
+        )
+        text = suggest.suggest_plan(shape, values, tokens=args.budget, data=data)
     return text, notes

@@ -67,6 +67,14 @@ def _with_table(model: Transformer) -> ShapedWeights:
     return ShapedWeights(replace(model.shape, interface=LEARNED), tensors)
 
 
+def _check_range(request: ExportRequest) -> None:
+    """Raises `UserError` for weights that the dtype has no numbers for. What q8_0 cannot hold in blocks becomes f16."""
+    most = torch.finfo(DTYPES.get(request.dtype, torch.float16)).max
+    for name, tensor in request.weights.tensors.items():
+        if tensor.numel() and tensor.abs().max() > most:
+            raise UserError(f"{name} has numbers too large for {request.dtype}; choose another --dtype")
+
+
 def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32") -> dict[str, Any]:
     """Writes the model in `source` (a finished run or an imported model) to the new folder `output`.
 
@@ -90,6 +98,7 @@ def export(source: str | Path, output: str | Path, *, to: str, dtype: str = "f32
     request = ExportRequest(source, fold_scales(unfolded), dtype)
     own = cost.parameters(unfolded.shape)
     need = None if to == "padded" else own * DTYPES.get(dtype, torch.int8).itemsize
+    _check_range(request)
     with new_folder(output, need=need) as aside:
         written = write(request, aside)
         rows = provenance.read_rows(source)

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 
 from entasis.errors import UserError
 from entasis.interop.gguf_reader import GGUFFile, Strings
-from entasis.interop.hf_tokenizer import TokenizerFiles, read_config, read_ends, with_config
+from entasis.interop.hf_tokenizer import TokenizerFiles, read_config, read_ends, read_given, with_config
 
 if TYPE_CHECKING:
     import gguf
@@ -52,9 +52,18 @@ _LLAMA3 = {"llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"}
 _QWEN2 = {"qwen2", "deepseek-r1-qwen"}
 
 
-def read_tokenizer(file: GGUFFile) -> TokenizerFiles:
-    """The tokenizer of a GGUF file; with a note instead where its kind cannot be rebuilt."""
+def read_tokenizer(file: GGUFFile, given: Path | None = None) -> TokenizerFiles:
+    """The tokenizer of a GGUF file, or the `given` tokenizer.json with the file's special tokens and chat template.
+
+    With a note instead where its kind cannot be rebuilt.
+    """
     settings = ConfigReader(file.metadata, file.path.name)
+    if given is not None:
+        content = read_given(given)
+        if settings.get("tokenizer.ggml.tokens") is None:
+            return with_config(content, {}, [given])
+        tokens = file.strings("tokenizer.ggml.tokens")
+        return with_config(content, _config(settings, tokens), [given], _ends(settings, tokens))
     model = settings.text("tokenizer.ggml.model", "none")
     pre = settings.text("tokenizer.ggml.pre", "default")
     if model == "llama":
@@ -240,6 +249,11 @@ def write_tokenizer(
         writer.add_bos_token_id(ends.begin)
     if ends.end is not None:
         writer.add_eos_token_id(ends.end)
+    others = [i for i in dict.fromkeys(ends.others) if i not in (ends.end, ends.document)]
+    if len(others) > 2:
+        raise refuse(f"{len(others) + 1} tokens end an answer, and GGUF names three")
+    for add, other in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add(other)
     # What transformers puts around a text by the same tokenizer.json.
     around = load(path).library.encode("a").ids
     writer.add_add_bos_token(around[:1] == [ends.begin])

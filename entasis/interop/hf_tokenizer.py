@@ -31,21 +31,25 @@ class TokenizerFiles:
     """The files that were read."""
 
 
-def read_given(path: Path) -> TokenizerFiles:
+def read_given(path: Path) -> bytes:
     """The tokenizer.json that the user named."""
     if not path.is_file():
         raise UserError(f"{path}: is not a tokenizer.json")
     read_json(path)
-    return TokenizerFiles({"tokenizer.json": path.read_bytes()}, sources=(path,))
+    return path.read_bytes()
 
 
-def read_folder(folder: Path, family: str) -> TokenizerFiles:
-    """The tokenizer of a Hugging Face folder. A chat template of its own file is put into the config.
+def read_folder(folder: Path, family: str, given: Path | None = None) -> TokenizerFiles:
+    """The tokenizer of a Hugging Face folder, its tokenizer.json replaced by the `given` one, if there is one.
+
+    A chat template of its own file is put into the config.
 
     Old GPT-2 checkpoints have a vocabulary and merges instead of a tokenizer.json; it is made of them. Other
     families' merges do not say how text is split before merging.
     """
-    if (folder / "tokenizer.json").exists():
+    if given is not None:
+        sources, content = [given], read_given(given)
+    elif (folder / "tokenizer.json").exists():
         sources = [find_member(folder, "tokenizer.json")]
         content = sources[0].read_bytes()
     elif family == "gpt2" and (folder / "vocab.json").exists():

@@ -29,7 +29,6 @@ from entasis.interop.hf_tokenizer import (
     TokenizerFiles,
     check_vocabulary,
     read_folder,
-    read_given,
     with_generation_ends,
 )
 from entasis.interop.name_map import NameMap, StoredTensor
@@ -131,7 +130,7 @@ def _open_folder(path: Path, tokenizer: Path | None) -> _Opened:
     name_map.check(tensors, sizes, path.name, names.ignored)
     if tied is not None:
         _check_tied(source, names)
-    files = read_given(tokenizer) if tokenizer else read_folder(path, family.name)
+    files = read_folder(path, family.name, tokenizer)
     files = with_generation_ends(files, path, source.config.values)
     check_vocabulary(files, description.shape.vocabulary)
     paths = [path / "config.json", *source.files]
@@ -169,7 +168,7 @@ def _open_gguf(path: Path, tokenizer: Path | None) -> _Opened:
         names = gguf_families.ARCHITECTURES[family].names
         tensors = name_map.list_tensors(names, description.shape, description.layers)
         name_map.check(tensors, source.sizes, path.name, names.ignored)
-        files = read_given(tokenizer) if tokenizer else read_tokenizer(source)
+        files = read_tokenizer(source, tokenizer)
         check_vocabulary(files, description.shape.vocabulary)
     except BaseException:
         source.close()

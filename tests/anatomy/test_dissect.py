@@ -352,12 +352,14 @@ def test_a_suggested_plan_can_be_trained(layers: int, tmp_path: Path, capsys) ->
         )
         assert code == 0
         (tmp_path / "plan.yaml").write_text(out)
-        recipe, _, _ = resolve(
-            recipes.read(tmp_path / "plan.yaml", ["batch.tokens=6400", "data.sequence=64"]), 257
-        )
+        recipe, _, _ = resolve(recipes.read(tmp_path / "plan.yaml"), 257)
         assert (
             Path(recipe.data.train) == tmp_path / "corpus" / "train" and recipe.stages[-1].trainable == "all"
         )
+        assert 90 < recipe.tokens / recipe.batch.tokens < 110 and not recipe.data.document_masking
+    (model / "recipe.yaml").write_text("data: {document_masking: true}")
+    _, out, _ = anatomy(capsys, model, tmp_path / "corpus" / "train", "--suggest", "plan", "--budget", "20k")
+    assert yaml.safe_load(out)["data"]["document_masking"] is True
 
 
 def test_layers_of_unlike_kv_groups_have_no_neighbour_average(tmp_path: Path, capsys) -> None:

@@ -3,14 +3,18 @@
 import json
 
 import pytest
+import torch
 from gguf import GGUFReader
 from test_export import EQUAL, made
 from tokenizers import AddedToken, Regex, pre_tokenizers, processors
 
+from entasis import cli
 from entasis.data import tokenizer
 from entasis.errors import UserError
+from entasis.evaluate.loading import load
 from entasis.interop.exporting import export
 from entasis.interop.importing import import_model
+from entasis.model import weights
 from entasis.shape import LayerShape
 
 
@@ -72,6 +76,61 @@ def test_transformers_stops_where_the_model_does(tmp_path, chat):
     export(tmp_path / "model", tmp_path / "hf", to="hf")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert opened.generation_config.eos_token_id == [258, 256]
+
+
+def test_all_that_ends_an_answer_comes_back_from_gguf(tmp_path, chat):
+    made(tmp_path / "model", chat, EQUAL, {})
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    settings = tmp_path / "model" / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [258, 10, 11]}))
+    export(tmp_path / "model", tmp_path / "gguf", to="gguf")
+    import_model(tmp_path / "gguf" / "model-f32.gguf", tmp_path / "back")
+    assert load(tmp_path / "back").stop == load(tmp_path / "model").stop == {256, 258, 10, 11}
+    settings.write_text(json.dumps({"eos_token_id": [258, 10, 11, 12]}))
+    with pytest.raises(UserError, match="4 tokens end an answer, and GGUF names three"):
+        export(tmp_path / "model", tmp_path / "more", to="gguf")
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_a_tokenizer_that_is_given_replaces_the_tokenizer_alone(tmp_path, chat, to):
+    made(tmp_path / "model", chat, EQUAL, {})
+    told = {"chat_template": "{{ messages[0].content }}", "eos_token": "<|im_end|>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(told))
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 10]}))
+    export(tmp_path / "model", tmp_path / "out", to=to)
+    given = tmp_path / "given.json"
+    given.write_text((tmp_path / "model" / "tokenizer.json").read_text())
+    (tmp_path / "out" / "tokenizer.json").unlink(missing_ok=True)
+    source = tmp_path / "out" if to == "hf" else tmp_path / "out" / "model-f32.gguf"
+    assert import_model(source, tmp_path / "back", tokenizer=given).chat_template
+    back = load(tmp_path / "back")
+    assert back.chat.template == told["chat_template"] and back.stop == {256, 258, 10}
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_weights_that_a_dtype_cannot_hold_are_refused(tmp_path, chat, to, dtype, capsys):
+    made(tmp_path / "model", chat, EQUAL, {})
+    model = weights.load(tmp_path / "model")
+    with torch.no_grad():
+        model.blocks[1].feedforward.down.weight[3, 4] = 1e5
+    weights.save(model, tmp_path / "model")
+    command = [
+        "export",
+        str(tmp_path / "model"),
+        "--to",
+        to,
+        "--dtype",
+        dtype,
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    if dtype == "bf16":
+        assert cli.main(command) == 0
+        return
+    assert cli.main(command) == 2
+    said = "blocks.1.feedforward.down.weight has numbers too large for f16; choose another --dtype"
+    assert capsys.readouterr().err == f"entasis: {said}\n" and not (tmp_path / "o").exists()
 
 
 def test_a_damaged_tokenizer_config_is_named(tmp_path, chat):
