@@ -79,9 +79,9 @@ def _table(rows: list[dict[str, Any]], same_tokenizer: bool) -> Table:
 
 def _differences(studies: list[Study], finished: list[Runs]) -> Iterator[dict[str, Any]]:
     """What differs: `what`, its values `a` and `b`, and `arms`, those in which it does (null: it is the study's)."""
-    asked = [study.model_dump(exclude=_ELSEWHERE) for study in studies]
-    for key in asked[0]:
-        theirs = [of[key] for of in asked]
+    asked = [{**study.model_dump(exclude=_ELSEWHERE), **_trunks(study)} for study in studies]
+    for key in {**asked[0], **asked[1]}:
+        theirs = [of.get(key) for of in asked]
         if theirs[0] != theirs[1]:
             yield {"what": key, "a": theirs[0], "b": theirs[1], "arms": None}
     arms = [list(runs) for runs in finished]
@@ -99,6 +99,15 @@ def _differences(studies: list[Study], finished: list[Runs]) -> Iterator[dict[st
                 told["arms"].append(arm)
     for told in found.values():
         yield {**told, "arms": "all" if told["arms"] == shared else told["arms"]}
+
+
+def _trunks(study: Study) -> dict[str, Any]:
+    """What trunks change, by dot-keys: of their runs an arm's recipe has nothing but the folder."""
+    return {
+        f"trunks.{name}.{key}": value
+        for name, changes in study.trunks.items()
+        for key, value in _flat(changes).items()
+    }
 
 
 def _settings(folder: Path, result: dict[str, Any]) -> dict[str, Any]:

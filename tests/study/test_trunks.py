@@ -208,3 +208,19 @@ def test_an_interrupted_study_goes_on_and_trunks_are_trained_only_where_they_are
     rows = json.loads(capsys.readouterr().out)
     assert (rows["trunk_runs"], rows["runs"]) == (2, 6)
     assert [r["arm"] for r in rows["rows"] if r["protocol"] == "trunk"] == ["small"]
+
+
+@pytest.mark.slow
+def test_compare_names_what_a_trunk_changes(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    plain = yaml.safe_load((other / "study.yaml").read_text())
+    plain["trunks"]["small"] = {"tokens": "4k", "optimizer.lr": 1e-3}
+    (other / "study.yaml").write_text(yaml.safe_dump(plain))
+    assert cli.main(["study", "compare", str(finished), str(other)]) == 0
+    told = capsys.readouterr().out
+    assert "trunks.small.tokens: 2,048 in A, 4k in B" in told
+    assert "trunks.small.optimizer.lr: None in A, 0.001 in B" in told
+    assert "Both say the same" not in told
