@@ -172,19 +172,23 @@ def _interval(study: Study) -> str:
 
 
 def _noise(page: Page, study: Study, part: ProtocolVerdict, comparisons: int) -> list[str]:
+    found = [arm.difference for arm in part.arms.values() if arm.difference]
     if part.paired_sd is None or part.baseline_sd is None:
-        return [page.note("With one seed there is no interval; give the study two seeds or more.")]
-    detectable = [arm.difference.detectable for arm in part.arms.values() if arm.difference]
-    seen = max((x for x in detectable if math.isfinite(x)), default=0)
+        alone = found and all(d.n == 1 for d in found)
+        said = "With one seed there is no interval; give the study two seeds or more."
+        return [page.note(said)] if alone else []
     noise = (
         f"Noise: sd of {study.baseline} over seeds {part.baseline_sd:.4f}, of a paired difference "
         f"{part.paired_sd:.4f} (pooled over arms)."
     )
-    if study.until:
+    # Of the arm with the fewest pairs, as noise is pooled.
+    known = [d for d in found if math.isfinite(d.detectable)]
+    seen = max(known, key=lambda d: d.detectable, default=None)
+    if study.until or seen is None:
         return [page.note(noise)]
     text = (
-        f"{noise} With {len(study.seeds)} seeds and {comparisons} "
-        f"{'comparison' if comparisons == 1 else 'comparisons'} (Holm), a true difference of {seen:.4f} would be found with probability 0.8."
+        f"{noise} With {seen.n} pairs and {comparisons} "
+        f"{'comparison' if comparisons == 1 else 'comparisons'} (Holm), a true difference of {seen.detectable:.4f} would be found with probability 0.8."
     )
     return [page.note(text)]
 

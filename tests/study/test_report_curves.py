@@ -28,11 +28,11 @@ def study(**changes: Any):
     }, name="s")  # fmt: skip
 
 
-def drawn(folder: Path, runs: dict[str, dict[str, Any]], **changes: Any) -> tuple[list[dict], list[dict]]:
-    """(the curves, the differences) on the page of a study whose runs left these losses and results."""
+def page_of(folder: Path, runs: dict[str, dict[str, Any]], finished: int = 9, **changes: Any) -> str:
+    """The page of a study whose runs, those of the first so many seeds, left these losses and results."""
     made = study(**changes)
     laid = plan.lay_out(made, plan.solve(made, 512), Findings())
-    for run in laid.runs:
+    for run in (run for run in laid.runs if run.seed < finished):
         path = folder / run.folder
         path.mkdir(parents=True)
         planted = dict(runs[run.arm])
@@ -60,7 +60,12 @@ def drawn(folder: Path, runs: dict[str, dict[str, Any]], **changes: Any) -> tupl
         arrays = {"document_nll": np.full(2, 4 * np.log(2)), "document_bytes": np.full(2, 4)}
         save_file(arrays, path / "validation.safetensors")
     report.write(made, laid, folder, analysis.judge(made, laid, folder))
-    found = re.search(r'id="datasets">(.*?)</script>', (folder / "report.html").read_text(), re.S)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def drawn(folder: Path, runs: dict[str, dict[str, Any]], **changes: Any) -> tuple[list[dict], list[dict]]:
+    """(the curves, the differences) on that page."""
+    found = re.search(r'id="datasets">(.*?)</script>', page_of(folder, runs, **changes), re.S)
     assert found is not None
     data = [rows for rows in json.loads(found[1]).values() if rows]
     return tuple(next(rows for rows in data if key in rows[0]) for key in ("flops", "gap"))  # type: ignore[return-value]
@@ -91,3 +96,17 @@ def test_differences_are_of_the_same_steps(steps: int, tmp_path: Path) -> None:
     _, gaps = drawn(tmp_path, {"plain": {"losses": losses[:300]}, "other": {"losses": losses[:steps]}})
     assert {row["gap"] for row in gaps} == {0.0}
     assert gaps[-1]["tokens"] == BATCH * min(300, steps) and gaps[-1]["place"] == 1.0
+
+
+ALONE = "With one seed there is no interval"
+
+
+def test_the_noise_is_of_the_pairs_that_there_are(tmp_path: Path) -> None:
+    runs = {"plain": {"losses": [1.0] * 20}, "other": {"losses": [1.0] * 20}}
+    arms = {"plain": {}, "other": {"optimizer.lr": 1e-3}}
+    page = page_of(tmp_path / "three", runs, finished=3, seeds=8, arms=arms)
+    assert "With 3 pairs and 1 comparison (Holm)" in page and ALONE not in page
+    assert ALONE in page_of(tmp_path / "one", runs, seeds=1, arms=arms)
+    assert ALONE not in page_of(tmp_path / "none", runs, finished=0, seeds=1, arms=arms)
+    control = {"plain": {}, "other": {"control": True}}
+    assert ALONE not in page_of(tmp_path / "control", runs, seeds=3, arms=control)
