@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
@@ -226,6 +226,15 @@ class Study(Settings):
                 raise UserError(f"arm {name!r} names a folder; use letters, digits, - and _")
         if both := self.trunks.keys() & self.arms.keys():
             raise UserError(f"{sorted(both)[0]} is an arm and a trunk; give them different names")
+        for where, changes in self._recipes():
+            if "seed" in changes:
+                seeds = f"{'sweep.' if where == 'sweep.changes' else ''}seeds: [{changes['seed']}]"
+                raise UserError(f"{where}.seed is {changes['seed']!r}, which runs do not go by; use {seeds}")
+        if self.hours is not None and "time" not in self.protocols:
+            raise UserError(
+                f"hours is {self.hours:g}, the length of runs under the protocol time, which is not in protocols; "
+                "leave it out"
+            )
         above: list[str] = []
         for name, corpus in self.corpora.items():
             if corpus.copy_of and corpus.copy_of not in above:
@@ -239,6 +248,14 @@ class Study(Settings):
             )
         trunks.check(list(self.trunks), {name: self.trunk_of(name) for name in [*self.trunks, *self.arms]})
         return self
+
+    def _recipes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Everything that a run's recipe is made of, with its place in the file."""
+        yield "base", self.base
+        for part in ("arms", "trunks"):
+            yield from ((f"{part}.{name}", changes) for name, changes in getattr(self, part).items())
+        if self.sweep:
+            yield "sweep.changes", self.sweep.changes
 
     @property
     def contrasted(self) -> list[tuple[str, str]]:
@@ -267,7 +284,10 @@ class Study(Settings):
 
     def trunk_of(self, name: str) -> str | None:
         """The trunk that an arm or trunk starts from."""
-        return trunks.named_in(changed(self.base_of(name), self.changes_of(name)))
+        try:
+            return trunks.named_in(changed(self.base_of(name), self.changes_of(name)))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
     def to_yaml(self) -> str:
         """What `study.yaml` in the study's folder holds; `entasis.study.study_files.read` reads it back."""
@@ -333,17 +353,29 @@ def _extend_seeds(plain: dict[str, Any]) -> None:
 
 
 def changed(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A deep copy of a recipe's mapping with dot-keys set (`shape.profile: crown`).
+    """A deep copy of a recipe's mapping with dot-keys set (`shape.profile: crown`, `stages.0.tokens: 4k`).
 
-    A change of `shape` itself replaces it whole. Setting `shape.preset` drops a profile, and the other way.
+    A change of `shape` itself replaces it whole. Setting `shape.preset` drops a profile, and the other way. Raises
+    `UserError` for an entry that a list does not have.
     """
     result = copy.deepcopy(dict(recipe))
     for key, value in changes.items():
-        *path, last = str(key).split(".")
-        target = result
-        for part in path:
-            if not isinstance(target.get(part), dict):
-                target[part] = {}
-            target = target[part]
-        target[last] = copy.deepcopy(value)
+        path = str(key).split(".")
+        target: Any = result
+        for part, following in itertools.pairwise(path):
+            place = _place(target, part, key)
+            inside = target[place] if isinstance(target, list) else target.get(place)
+            if not isinstance(inside, dict | list):
+                target[place] = [] if following.isdigit() else {}
+            target = target[place]
+        target[_place(target, path[-1], key)] = copy.deepcopy(value)
     return result
+
+
+def _place(target: Any, part: str, key: object) -> Any:
+    """Where a part of a dot-key stands in a mapping or a list."""
+    if not isinstance(target, list):
+        return part
+    if not part.isdigit() or int(part) >= len(target):
+        raise UserError(f"{key}: there are {len(target)} entries, numbered from 0; {part!r} is not one")
+    return int(part)

@@ -139,13 +139,16 @@ def _order(study: Study) -> list[str]:
 
 
 def preparatory(study: Study, arms: Mapping[str, Arm]) -> list[PlannedRun]:
-    """The runs that must be finished before the main grid can be laid out."""
+    """The runs that must be finished before the main grid can be laid out. Raises `UserError`."""
     runs = []
     if study.sweep:
         for seed in study.sweep.seeds:
             for name in (name for name in study.arms if name not in study.controls):
                 changes = {**study.arms[name], **study.sweep.changes}
-                arm = _arm(study, name, changes, arms[name].shape.vocabulary, arms)
+                try:
+                    arm = _arm(study, name, changes, arms[name].shape.vocabulary, arms)
+                except UserError as error:
+                    raise UserError(f"study {study.name}: sweep of arm {name}: {error}") from error
                 recipe = changed(arm.recipe, {"evaluation.part": "selection"})
                 for multiplier in study.sweep.multipliers:
                     plain = _with_rate(recipe, multiplier)
@@ -181,6 +184,12 @@ def _arm(
 ) -> Arm:
     plain = changed(study.base_of(name), changes)
     if study.learning_rate == "mup":
+        optimizer_keys = plain.get("optimizer")
+        asked = optimizer_keys.get("parametrisation", "mup") if isinstance(optimizer_keys, Mapping) else "mup"
+        if asked != "mup":
+            raise UserError(
+                f"optimizer.parametrisation is {asked!r}, but the study's learning_rate is mup; leave one of them out"
+            )
         plain = changed(plain, {"optimizer.parametrisation": "mup"})
     trunk = solved[found] if (found := trunks.named_in(plain)) else None
     if trunk:
@@ -237,8 +246,9 @@ def _arm(
 
 def _share_tokens(plain: dict[str, Any]) -> None:
     """An arm's own stages take the place of the base's tokens, unless they are parts of them (see `Stage.tokens`)."""
-    last = (plain.get("stages") or [{}])[-1]
-    if last.get("tokens") is not None:
+    stages = plain.get("stages")
+    last = stages[-1] if isinstance(stages, list) and stages else None
+    if isinstance(last, Mapping) and last.get("tokens") is not None:
         plain["tokens"] = None
 
 

@@ -44,7 +44,7 @@ from entasis.study.executors.launchers import Pool
 from entasis.study.plan import Plan, PlannedRun, lay_out, preparatory, solve
 from entasis.study.verdict import Verdict
 
-_PATH = re.compile(r"(stages\.)?data\.(train|validation)(\.[^.]+\.path)?|start\.from")
+_PATH = re.compile(r"(stages\.(\d+\.)?)?data\.(train|validation)(\.[^.]+\.path)?|start\.from")
 """Keys of a recipe that name a folder."""
 _FONT = "shape.interface.font"
 _IMPORTANCE = re.compile(r"training_plan\.[^.]+\.importance")

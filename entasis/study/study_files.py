@@ -116,9 +116,9 @@ def _overridden(plain: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 def _at_size(source: dict[str, Any], size: str | None, where: str) -> dict[str, Any]:
     """The study at one size: `sizes` holds, per name, changes to the base (dot-keys) and other keys replaced."""
-    sizes = source.pop("sizes", None) or {}
-    default = source.pop("size", None)
-    size = size or default
+    # Names may be numbers.
+    sizes = {str(name): over for name, over in (source.pop("sizes", None) or {}).items()}
+    size = _size(source, size)
     if size is None:
         if sizes:
             raise UserError(f"{where}: choose a --size: {', '.join(sizes)}")
@@ -135,6 +135,12 @@ def _at_size(source: dict[str, Any], size: str | None, where: str) -> dict[str, 
     return {**source, **over}
 
 
+def _size(source: dict[str, Any], asked: str | None) -> str | None:
+    """The size that is asked for, or else the file's own, which is taken out of it."""
+    own = source.pop("size", None)
+    return asked or (None if own is None else str(own))
+
+
 def _extended(source: dict[str, Any], size: str | None, where: str) -> dict[str, Any]:
     """A shipped study at one of its sizes, with this one's changes: to the base by dot-keys, corpora added."""
     parent = str(source.pop("extends"))
@@ -142,6 +148,7 @@ def _extended(source: dict[str, Any], size: str | None, where: str) -> dict[str,
         raise UserError(f"{where}: extends is {parent!r}, not a shipped study; {advise(parent, shipped())}")
     text = resources.files("entasis.study").joinpath("studies", f"{parent}.yaml").read_text(encoding="utf-8")
     name = source.pop("name")
+    size = _size(source, size)
     plain = _at_size({"name": name, **load_yaml(text, f"study {parent}")}, size, f"study {parent}")
     plain["base"] = changed(plain["base"], source.pop("base", {}))
     plain["corpora"] = {**plain.get("corpora", {}), **source.pop("corpora", {})}

@@ -42,6 +42,17 @@ def test_defaults() -> None:
         ({"threads": 0}, "threads is 0"),
         ({"tolerance": "wide"}, "tolerance is 'wide'; write a share such as 0.05 or 5%"),
         ({"hours": "2h"}, "hours is '2h'; it must be a number above 0"),
+        ({"hours": 2}, "hours is 2, the length of runs under the protocol time, which is not in protocols"),
+        ({"base": {"seed": 7}}, r"base.seed is 7, which runs do not go by; use seeds: \[7\]"),
+        ({"arms": {"a": {}, "b": {"seed": 7}}}, r"arms.b.seed is 7, .* use seeds: \[7\]"),
+        (
+            {"sweep": {"multipliers": [1, 2], "changes": {"seed": 7}}},
+            r"sweep.changes.seed is 7, .* use sweep.seeds: \[7\]",
+        ),
+        (
+            {"arms": {"one": {}, "two": {"stages.0.tokens": "4k"}}},
+            "two: stages.0.tokens: there are 0 entries, numbered from 0; '0' is not one",
+        ),
         (
             {"corpora": {"c": {"sources": ["x"], "tokenizer": "t", "limit": "lots"}}},
             "corpora.c.limit is 'lots'; write a num",
@@ -136,6 +147,22 @@ def test_dot_keys_change_a_copy() -> None:
     out = config.changed(base, {"shape.profile": "crown", "optimizer.lr": 1e-3})
     assert out == {"shape": {"profile": "crown", "layers": 8}, "optimizer": {"lr": 1e-3}}
     assert base == {"shape": {"profile": "isotropic", "layers": 8}}
+
+
+def test_dot_keys_count_the_entries_of_a_list() -> None:
+    base = {"stages": [{"tokens": "1k"}, {"tokens": "2k"}]}
+    out = config.changed(base, {"stages.1.tokens": "4k", "stages.0.optimizer.lr": 1e-3})
+    assert out == {"stages": [{"tokens": "1k", "optimizer": {"lr": 1e-3}}, {"tokens": "4k"}]}
+
+
+def test_sizes_may_be_numbers_and_be_chosen_in_a_file_that_extends_another() -> None:
+    sizes = {64: {"base": {"tokens": "10k"}}, 32: {"base": {"tokens": "5k"}}}
+    with pytest.raises(UserError, match="choose a --size: 64, 32"):
+        read(sizes=sizes)
+    assert read(sizes=sizes, size=32).name == "s-32"
+    assert study_files.from_dict(source(sizes=sizes), name="s", size="64").base["tokens"] == "10k"
+    small = study_files.from_dict({"extends": "budgets", "size": "nano", "seeds": 1}, name="s")
+    assert small.base == study_files.read("budgets", size="nano").base and small.name == "s-nano"
 
 
 def test_sizes_change_the_base_and_replace_the_rest() -> None:

@@ -50,6 +50,18 @@ def test_an_impossible_arm_is_named() -> None:
         plan.solve(study(arms={"plain": {}, "bad": {"optimizer.rl": 1}}))
 
 
+def test_an_arm_s_own_parametrisation_is_not_overruled() -> None:
+    standard = {"optimizer.parametrisation": "standard"}
+    with pytest.raises(UserError, match=r"arm b: optimizer.parametrisation is 'standard', but .* is mup"):
+        plan.solve(study(learning_rate="mup", arms={"a": {}, "b": standard}))
+
+
+def test_a_mistake_in_a_sweep_s_changes_names_the_arm() -> None:
+    s = study(sweep={"multipliers": [1, 2], "changes": {"batch.tokens": 1000}})
+    with pytest.raises(UserError, match=r"^study s: sweep of arm plain: .*1,?000"):
+        plan.preparatory(s, plan.solve(s))
+
+
 def test_pairs_differ_in_shape_alone() -> None:
     s = study()
     layout = plan.lay_out(s, plan.solve(s), Findings())
