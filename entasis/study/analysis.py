@@ -68,7 +68,7 @@ def judge(study: Study, plan: Plan, folder: Path) -> Verdict:
     parts = [
         *unseen,
         *(part.sentence for part in protocols.values()),
-        *_how(study, plan, first, asked, found, controls),
+        *_how(study, plan, first, asked, found, of_protocol),
         *(text for text in sentences.values() if text not in unseen),
         *_read_again(done),
     ]
@@ -130,7 +130,7 @@ def _how(
     first: Study | None,
     asked: rounds.Wanted,
     found: Mapping[str, statistics.Difference],
-    controls: Mapping[str, Control],
+    controls: Mapping[Protocol, Mapping[str, Control]],
 ) -> list[str]:
     """How a study is judged that adds seeds or has grown, and which comparisons end before a seed that failed."""
     said = []
@@ -140,9 +140,8 @@ def _how(
         said.append(verdict_text.method(study.until, (min(numbers), max(numbers)), planned))
     names = {**comparisons.family(study, plan), **plan.controls(study)}
     for name, run in asked.ended.items():
-        judged = found.get(name) or (
-            controls[names[name].arm].difference if names[name].arm in controls else None
-        )
+        here = controls[names[name].protocol]
+        judged = found.get(name) or (here[names[name].arm].difference if names[name].arm in here else None)
         n = judged.n if judged else 0
         whom = names[name].arm + (
             f" with {names[name].against}" if names[name].against != study.baseline else ""

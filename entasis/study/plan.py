@@ -86,11 +86,12 @@ class Plan:
         }
 
     def controls(self, study: Study, protocol: Protocol | None = None) -> dict[str, Comparison]:
-        """Comparisons of the positive controls, by their names, under one protocol; the first, if none is given."""
-        protocol = protocol or next(iter(self.grid))
-        return {
-            self.name(c): c for c in self.pairs(study) if c.protocol == protocol and self.arms[c.arm].control
-        }
+        """Comparisons of the positive controls, each once by its name, under one protocol; under all, if none is given."""
+        found: dict[str, Comparison] = {}
+        for c in self.pairs(study):
+            if self.arms[c.arm].control and protocol in (None, c.protocol):
+                found.setdefault(self.name(c), c)
+        return found
 
 
 def solve(study: Study, vocabulary: int | None = None) -> dict[str, Arm]:

@@ -13,13 +13,19 @@ from entasis.study.verdict import Verdict, plain
 
 
 def rows(verdict: Verdict, protocol: str) -> list[dict[str, Any]]:
-    """Every look of every arm."""
-    arms = verdict.protocols[protocol].arms
-    return [{"arm": name, **plain(look)} for name, arm in arms.items() for look in arm.looks or []]
+    """Every look of every arm, and of every contrast as `a − b`."""
+    part = verdict.protocols[protocol]
+    looks = {name: arm.looks for name, arm in part.arms.items()}
+    looks |= {_label(c.arm, c.against): c.looks for c in part.contrasts}
+    return [{"arm": name, **plain(look)} for name, of in looks.items() for look in of or []]
+
+
+def _label(arm: str, against: str) -> str:
+    return f"{arm} − {against}"
 
 
 def table(verdict: Verdict, protocol: str) -> Table:
-    """What was known of each arm after so many seeds."""
+    """What was known of each arm and contrast after so many seeds."""
     return Table(
         [
             Column("arm", "arm"),
@@ -51,10 +57,10 @@ def chart(page: Page, study: Study, verdict: Verdict, protocol: str, folder: Pat
         x="n",
         x_title="seeds",
         y="value",
-        y_title=f"difference to {study.baseline}, bits per byte",
+        y_title=f"difference to {study.baseline}{' (a − b: to b)' if study.contrasts else ''}, bits per byte",
         series="arm",
         repeat="line",
-        order=list(study.arms),
+        order=[*study.arms, *(_label(*both) for both in study.contrasted)],
         zero=True,
         x_format="d",
     )

@@ -203,6 +203,11 @@ def test_contrasts_of_a_study_that_adds_seeds_have_looks(
     code, out, errors = entasis("study", "report", tmp_path / "s")
     assert code == 0, errors
     assert "against" in out and "known to" in out
+    looked = {"seeds": 3, "method": "looks", "looks": [2, 3]}
+    reported(entasis, finished, tmp_path / "looks", scores, contrasts=CONTRASTS, until=looked)
+    rows = (tmp_path / "looks/tables/looks-params.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows if row.startswith("twin − slope,")] == ["2", "3"]
+    assert "slope − deep" in (tmp_path / "looks/charts/trajectory-params.svg").read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from entasis.study import runner, study_files
+from entasis.study import analysis, plan, rounds, runner, study_files
+from entasis.study.arms import Findings
+from entasis.study.executors import launchers
 from entasis.study.verdict import FirstPlan, Verdict, plain
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
@@ -161,3 +163,20 @@ def test_a_control_that_is_not_seen_is_said_first(fixed: Path, tmp_path: Path) -
         "This study cannot see anything: not even that its positive control faint is worse than plain"
     )
     assert verdict.protocols["params"].arms["faint"].judgement == "unseen"
+
+
+def test_a_control_is_asked_for_under_every_protocol_that_trains_it_differently(tmp_path: Path) -> None:
+    """With this speed a run of the baseline is twice as long under time, and so is its control's."""
+    until = {"protocols": ["params", "time"], "hours": 0.01, "until": {"seeds": 2}}
+    study = study_files.from_dict(source(**until), name="s")
+    speeds = dict.fromkeys(ARMS, 4096 / 36)
+    laid = plan.lay_out(study, plan.solve(study, 512), Findings(tokens_per_second=speeds))
+    asked = {run.folder: run for run in rounds.wanted(study, laid, tmp_path).runs}
+    assert asked["runs/half/seed-0"].tokens == 1024 and asked["runs/half@time/seed-0"].tokens == 2048
+    measured = {name: [[speed, speed]] for name, speed in speeds.items()}
+    (tmp_path / "throughput.json").write_text(json.dumps({"tokens_per_second": measured}))
+    note = launchers.failure_note(tmp_path, asked["runs/half@time/seed-0"])
+    note.parent.mkdir(parents=True)
+    note.write_text("out of luck")
+    told = analysis.judge(study, laid, tmp_path).sentence
+    assert "The comparison of half ends after 0 seeds, as runs/half@time/seed-0 failed." in told
