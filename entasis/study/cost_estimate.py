@@ -22,6 +22,7 @@ from entasis.study import (
     runner,
     statistics,
     stopping,
+    throughput,
     trunks,
     verdict,
 )
@@ -50,8 +51,16 @@ def estimate(
     """
     study, changes = growth.intended(runner.at_home(study), folder)
     arms, prepared, plan = runner.foreseen(study, folder)
-    asked = rounds.wanted(study, plan, folder).runs
     seconds_per_flop, at_once, source = _speeds(study, folder, plan, quick)
+    if study.hours is not None and not study.arms.keys() <= throughput.speeds(folder).keys():
+        speeds = {name: 1 / (seconds_per_flop[name] * arm.flops_per_token) for name, arm in arms.items()}
+        arms, prepared, plan = runner.foreseen(study, folder, speeds)
+        changes = [
+            *changes,
+            f"tokens under time are what {study.hours:g} hours are expected to give; they follow from the measurement "
+            "before the runs",
+        ]
+    asked = rounds.wanted(study, plan, folder).runs
 
     def seconds(run: PlannedRun) -> float:
         return seconds_per_flop[run.arm] * (run.flops + _validation_flops(run, arms[run.arm], folder))

@@ -133,14 +133,20 @@ def report(folder: Path, console: Console) -> Verdict:
     return _report(study, plan, folder, analysis.judge(study, plan, folder), prepared, console)
 
 
-def foreseen(study: Study, folder: Path) -> tuple[dict[str, Arm], list[PlannedRun], Plan]:
-    """The arms, the runs before the main grid, and the main grid, as far as can be told now. Raises `UserError`."""
+def foreseen(
+    study: Study, folder: Path, expected: Mapping[str, float] | None = None
+) -> tuple[dict[str, Arm], list[PlannedRun], Plan]:
+    """The arms, the runs before the main grid, and the main grid, as far as can be told now. Raises `UserError`.
+
+    `expected` are tokens per second of each arm, taken until they are measured.
+    """
     arms = held_out.agree(study, folder, solve(study, _expected_vocabulary(study, folder)))
     prepared = preparatory(study, arms)
     speeds = throughput.speeds(folder)
     if not study.arms.keys() <= speeds.keys():
         # Until speeds are measured, all arms in turn, equal time is taken as equal FLOPs.
-        speeds = {name: 1e12 / arm.flops_per_token for name, arm in arms.items()}
+        equal = {name: 1e12 / arm.flops_per_token for name, arm in arms.items()}
+        speeds = dict(expected or equal)
     rates = results.findings(study, folder, prepared, speeds).multiplier
     return arms, prepared, lay_out(study, arms, Findings(multiplier=rates, tokens_per_second=speeds))
 

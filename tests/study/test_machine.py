@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from entasis import cli
 from entasis.errors import UserError
 from entasis.study import config, machine, plan, study_files
 from entasis.study.arms import Findings
@@ -132,6 +133,18 @@ def test_a_plan_times_every_shape_in_workers_and_imports_no_torch(tmp_path: Path
     # Runs that are the same work take the same time; a run of a thousand steps takes no less than a millisecond each.
     assert seconds["plain"] == seconds["faster"] > 1.0
     assert timed["hours"] * 3600 == pytest.approx(2 * sum(seconds.values()) / timed["at_once"])
+
+
+def test_a_plan_of_hours_lays_out_runs_that_take_so_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "s.yaml"
+    written.write_text(study(protocols=["time"], hours=0.01).to_yaml())
+    command = ["study", "plan", str(written), "--output", str(tmp_path / "s"), "--quick", "--json"]
+    assert cli.main(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["seconds"] for row in told["rows"]] == pytest.approx([36] * 3, rel=0.01)
+    assert told["notes"][0].endswith("they follow from the measurement before the runs")
 
 
 def test_threads_that_the_user_has_set_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
