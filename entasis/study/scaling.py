@@ -10,7 +10,7 @@ al. (2203.15556). The interval leaves out one seed at a time and fits everything
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def scale(folders: Sequence[Path]) -> tuple[dict[str, Any], Table, list[str]]:
         raise UserError(
             f"a scaling fit needs at least {LEAST} studies of different budgets, not {len(folders)}"
         )
-    baseline, protocol, flops, scores, seeds = _budgets(folders)
+    baseline, protocol, flops, scores, seeds, left_out = _budgets(folders)
     arms = list(scores)
     found, answer = multipliers(flops, scores, baseline)
     rows = [
@@ -153,15 +153,17 @@ def scale(folders: Sequence[Path]) -> tuple[dict[str, Any], Table, list[str]]:
         rows,
     )
     notes = [
-        f"L = {found.floor:.4f} + A·C^-{found.exponent:.4f} for {len(arms)} arms, {len(folders)} budgets, "
-        f"{len(seeds)} seeds; residuals of log L: {found.error:.2%} (root mean square).",
+        f"L = {found.floor:.4f} + A·C^-{found.exponent:.4f} under {protocol} for {len(arms)} arms, {len(folders)} "
+        f"budgets, {len(seeds)} seeds; residuals of log L: {found.error:.2%} (root mean square).",
         *(_says(arm, *answer[arm], baseline) for arm in answer),
         "Compute is training FLOPs along the path of budgets that was chosen; nothing is said beyond it.",
+        *left_out,
     ]
     plain = {
         "baseline": baseline,
         "protocol": protocol,
         "seeds": seeds,
+        "left_out": left_out,
         "floor": found.floor,
         "exponent": found.exponent,
         "rms_log_error": found.error,
@@ -172,8 +174,11 @@ def scale(folders: Sequence[Path]) -> tuple[dict[str, Any], Table, list[str]]:
 
 def _budgets(
     folders: Sequence[Path],
-) -> tuple[str, str, dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]], list[int]]:
-    """Baseline, protocol, training FLOPs and scores of each arm ([budgets, seeds] each), and the seeds. Raises `UserError`."""
+) -> tuple[str, str, dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]], list[int], list[str]]:
+    """Baseline, protocol, training FLOPs and scores of each arm ([budgets, seeds] each), the seeds, and what is left out.
+
+    Raises `UserError`.
+    """
     verdicts = [verdict.read(folder) for folder in folders]
     baselines = {v.baseline for v in verdicts}
     if len(baselines) > 1:
@@ -192,7 +197,35 @@ def _budgets(
     flops = {a: np.array([[_spent(p.arms[a])] * len(seeds) for p in parts]) for a in arms}
     if len({float(x) for x in flops[baseline][:, 0]}) < LEAST:
         raise UserError(f"the baseline's training FLOPs take fewer than {LEAST} different values")
-    return baseline, protocol, flops, scores, seeds
+    return baseline, protocol, flops, scores, seeds, list(_left_out(folders, verdicts, protocol, arms, seeds))
+
+
+def _left_out(
+    folders: Sequence[Path],
+    verdicts: Sequence[verdict.Verdict],
+    protocol: str,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+) -> Iterator[str]:
+    """What the studies have and the fit has not: protocols, arms, seeds, and runs that failed or are missing."""
+    others = dict.fromkeys(p for v in verdicts for p in v.protocols if p != protocol)
+    if others:
+        yield f"Not fitted: {', '.join(others)}; the fit is of {protocol}, the first protocol of {folders[0]}."
+    parts = dict(zip(folders, (v.protocols[protocol] for v in verdicts), strict=True))
+    for arm in dict.fromkeys(arm for part in parts.values() for arm in part.arms if arm not in arms):
+        without = [str(folder) for folder, part in parts.items() if arm not in part.arms]
+        yield f"Left out: arm {arm}, which is not in {', '.join(without)}."
+    for seed in sorted({s for part in parts.values() for a in arms for s in part.arms[a].scores} - {*seeds}):
+        without = [
+            f"{arm} in {folder}"
+            for folder, part in parts.items()
+            for arm in arms
+            if seed not in part.arms[arm].scores
+        ]
+        yield f"Left out: seed {seed}, not finished by {', '.join(without)}."
+    for folder, v in zip(folders, verdicts, strict=True):
+        if v.failed or not v.complete:
+            yield f"{folder}: {v.finished} of {v.runs} runs are finished, {len(v.failed)} failed."
 
 
 def _spent(arm: verdict.ArmVerdict) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from entasis import cli
 from entasis.errors import UserError
 from entasis.study import scaling, verdict
 from entasis.study.verdict import TrunkCost
@@ -108,3 +109,28 @@ def test_studies_are_read_and_mixtures_refused(tmp_path: Path) -> None:
     grown = [write(tmp_path / f"grown-{i}", i, flops, scores, "v", trunk=0.5) for i in range(4)]
     for a, b in zip(scaling.scale(grown)[0]["arms"], plain["arms"], strict=True):
         assert a["multiplier"] == pytest.approx(b["multiplier"], rel=1e-6)
+
+
+def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flops, scores = simulate(np.random.default_rng(4), 3, 1e-4)
+    folders = [str(write(tmp_path / str(i), i, flops, scores, "v")) for i in range(3)]
+    assert cli.main(["study", "scale", *folders]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "under params for 4 arms, 3 budgets, 3 seeds" in told and "eft out" not in told
+    whole = verdict.read(tmp_path / "1")
+    part = whole.protocols["params"]
+    arms = {name: arm for name, arm in part.arms.items() if name != "worse"}
+    arms["same"] = replace(arms["same"], scores={s: x for s, x in arms["same"].scores.items() if s != 2})
+    lacking = replace(part, arms=arms)
+    failed = {"runs/same/seed-2": "out of luck"}
+    protocols = {"params": lacking, "flops": part}
+    verdict.write(
+        tmp_path / "1", replace(whole, protocols=protocols, failed=failed, complete=False, runs=9, finished=8)
+    )
+    assert cli.main(["study", "scale", *folders]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "under params for 3 arms, 3 budgets, 2 seeds" in told
+    assert f"Not fitted: flops; the fit is of params, the first protocol of {folders[0]}." in told
+    assert f"Left out: arm worse, which is not in {folders[1]}." in told
+    assert f"Left out: seed 2, not finished by same in {folders[1]}." in told
+    assert f"{folders[1]}: 8 of 9 runs are finished, 1 failed." in told
