@@ -13,6 +13,7 @@ from entasis.report.page import Page
 from entasis.study.equal_cost import before_run
 from entasis.study.plan import Plan
 from entasis.study.results import Outcome
+from entasis.train import recipe as recipes
 
 _POINTS = 150
 """Points a curve keeps; each is the mean over its stretch of steps, so that no step is left out."""
@@ -24,6 +25,8 @@ def section(
     """The charts as files and blocks of the page: every run's loss, and differences to the baseline's within a seed."""
     rows: list[dict[str, Any]] = []
     losses: dict[tuple[str, int], dict[int, float]] = {}
+    read = {(o.label, o.run.seed): _reading(plan, o) for o in done}
+    others = {label for (label, seed), own in read.items() if own != read.get((baseline, seed), own)}
     for o in done:
         metrics = o.metrics()
         rows += _curve(plan, o, metrics)
@@ -45,20 +48,49 @@ def section(
             "forward. Seconds are of this device, so their ranking holds for it alone."
         ),
     ]
-    gaps = _gaps(baseline, losses)
+    gaps = _gaps(baseline, {run: own for run, own in losses.items() if run[0] not in others})
+    said = ""
     if gaps:
         chart = charts.lines(
             gaps, x="tokens", x_title="tokens", y="gap", y_title=f"training loss minus {baseline}'s, nats",
             series="arm", repeat="seed", order=order, zero=True, focus=0.1,
         )  # fmt: skip
         charts.save(chart, folder / "charts" / "loss-difference")
-        blocks += [
-            page.chart(chart),
-            page.note(
-                "The same curves as differences within a seed: as the data order is the same, its noise cancels."
-            ),
-        ]
-    return blocks
+        blocks.append(page.chart(chart))
+        said = (
+            "The same curves as differences within a seed: as the data order is the same, its noise cancels. "
+        )
+    if others:
+        said += (
+            f"No differences to {baseline} step by step, as they read another text, in other batches or from another place: "
+            f"{', '.join(label for label in order if label in others)}."
+        )
+    return [*blocks, page.note(said.strip())] if said else blocks
+
+
+def _reading(plan: Plan, o: Outcome) -> tuple[str | None, list[Any]]:
+    """What a run reads step by step: where it goes on from, and stretches of one text and batch with the tokens before them."""
+    spans = plan.arms[o.run.arm].stages
+    stretches: list[Any] = []
+    tokens = 0
+    for i, stage in enumerate(_stages(o)):
+        # A plan may have turned into more stages than were foreseen, all of one text.
+        span = spans[min(i, len(spans) - 1)]
+        reads = (span.data.train, span.data.weights, span.data.sequence, span.batch_tokens)
+        # One corpus is read on from stage to stage; the order in which several take turns begins anew.
+        if not stretches or stretches[-1][0] != reads or len(recipes.mixture_of(span.data.train)) > 1:
+            stretches.append((reads, tokens))
+        tokens += stage["tokens"]
+    written = o.run.recipe.get("start")
+    start = recipes.Start.model_validate(written) if written else None
+    kept = start is not None and (start.data_position or start.optimizer_state) == "keep"
+    return start.folder if start and kept else None, stretches
+
+
+def _stages(o: Outcome) -> list[dict[str, Any]]:
+    """What a run's result says of its stages; a run of an earlier version, which names none, is one."""
+    stages: list[dict[str, Any]] = o.result.get("stages", [o.result])
+    return stages
 
 
 def _curve(plan: Plan, o: Outcome, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,8 +116,7 @@ def _curve(plan: Plan, o: Outcome, metrics: list[dict[str, Any]]) -> list[dict[s
 
 def _flops(o: Outcome, metrics: list[dict[str, Any]]) -> list[float]:
     """Training FLOPs of the run up to each step: each stage at its own price, and what its plan measured before the next."""
-    # A run of an earlier version, which names no stages, is one.
-    stages = o.result.get("stages", [o.result])
+    stages = _stages(o)
     measured = o.result.get("importance", {"layers": [], "flops": 0.0})
     times = len(measured["layers"])
     begun_tokens, begun_flops = [0], [0.0]

@@ -98,6 +98,35 @@ def test_differences_are_of_the_same_steps(steps: int, tmp_path: Path) -> None:
     assert gaps[-1]["tokens"] == BATCH * min(300, steps) and gaps[-1]["place"] == 1.0
 
 
+def test_differences_step_by_step_are_of_runs_that_read_the_same(tmp_path: Path) -> None:
+    two = {f"data.train.{name}": {"path": f"corpora/{name}/train", "weight": 1} for name in ("code", "prose")}
+    halves = [{"tokens": 10_000}, {"tokens": 20_000}]
+    arms = {
+        "plain": {},
+        "faster": {"optimizer.lr": 1e-3},
+        "staged": {"stages": halves},
+        "batch": {"batch.tokens": 200},
+        "mixed": two,
+        "later": {"stages": [halves[0], {**halves[1], "data": {"train": "corpora/prose/train"}}]},
+        "on": {"start": {"from": {"trunk": "small"}}},
+        "again": {"start": {"from": {"trunk": "small"}, "data_position": "reset"}},
+    }
+    stages = [{"tokens": 1000, "flops_per_token": 1, "bits_per_byte": 1.0}] * 2
+    runs = {name: {"losses": [1.0] * 20} for name in arms}
+    runs |= {name: {"losses": [1.0] * 20, "stages": stages} for name in ("staged", "later")}
+    changes = {"arms": arms, "trunks": {"small": {}}}
+    _, gaps = drawn(tmp_path / "a", runs, **changes)
+    assert {row["arm"] for row in gaps} == {"faster", "staged", "again"}
+    said = "in other batches or from another place: batch, mixed, later, on."
+    assert said in (tmp_path / "a/report.html").read_text()
+    # From one trunk, all read on from the same place; a mixture of several stages takes turns anew in each.
+    base = {**study().base, "start": {"from": {"trunk": "small"}}, "data": {"validation": "v", "sequence": 20, "train": {
+        name: {"path": f"corpora/{name}/train", "weight": 1} for name in ("code", "prose")}}}  # fmt: skip
+    arms = {name: arms[name] for name in ("plain", "faster", "staged")}
+    _, gaps = drawn(tmp_path / "b", runs, **{**changes, "arms": arms, "base": base})
+    assert {row["arm"] for row in gaps} == {"faster"}
+
+
 ALONE = "With one seed there is no interval"
 
 
