@@ -197,10 +197,9 @@ def _config(settings: ConfigReader, tokens: list[str]) -> Mapping[str, Any]:
 
 
 def _ends(settings: ConfigReader, tokens: list[str]) -> list[int]:
-    """What ends an answer where that is more than `eos_token`: llama.cpp stops at the ends of a turn and of a message too."""
+    """What ends an answer: llama.cpp stops at the ends of a turn and of a message too."""
     found = dict.fromkeys(_id(settings, name, tokens) for name in ("eos", "eot", "eom"))
-    ends = [index for index in found if index is not None]
-    return ends if len(ends) > 1 else []
+    return [index for index in found if index is not None]
 
 
 def _id(settings: ConfigReader, name: str, tokens: list[str]) -> int | None:
@@ -219,7 +218,8 @@ def write_tokenizer(
 ) -> None:
     """Writes the byte-level BPE of a folder's tokenizer.json, and its chat template; `vocabulary` rows in all.
 
-    Raises what `refuse` makes of the reason where there is no tokenizer, or one that llama.cpp does not have.
+    Raises what `refuse` makes of the reason where there is no tokenizer, one that llama.cpp does not have, or more ends of
+    an answer than GGUF has names for.
     """
     from entasis.data.tokenizer import load
 
@@ -249,11 +249,16 @@ def write_tokenizer(
         writer.add_bos_token_id(ends.begin)
     if ends.end is not None:
         writer.add_eos_token_id(ends.end)
-    others = [i for i in dict.fromkeys(ends.others) if i not in (ends.end, ends.document)]
-    if len(others) > 2:
-        raise refuse(f"{len(others) + 1} tokens end an answer, and GGUF names three")
-    for add, other in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
-        add(other)
+    # The end of a document is found by its name, and an id without a row never comes.
+    known = {ends.end, ends.document}
+    further = [i for i in dict.fromkeys(ends.others) if 0 <= i < vocabulary and i not in known]
+    if len(further) > 2:
+        told = ", ".join(map(str, further))
+        raise refuse(
+            f"GGUF holds two more ends of an answer than eos_token, and generation_config.json has {told}"
+        )
+    for add, i in zip((writer.add_eot_token_id, writer.add_eom_token_id), further, strict=False):
+        add(i)
     # What transformers puts around a text by the same tokenizer.json.
     around = load(path).library.encode("a").ids
     writer.add_add_bos_token(around[:1] == [ends.begin])
