@@ -227,7 +227,8 @@ class Study(Settings):
         if both := self.trunks.keys() & self.arms.keys():
             raise UserError(f"{sorted(both)[0]} is an arm and a trunk; give them different names")
         for where, changes in self._recipes():
-            if "seed" in changes:
+            # 0 stands in every recipe that was written out.
+            if changes.get("seed", 0) != 0:
                 seeds = f"{'sweep.' if where == 'sweep.changes' else ''}seeds: [{changes['seed']}]"
                 raise UserError(f"{where}.seed is {changes['seed']!r}, which runs do not go by; use {seeds}")
         if self.hours is not None and "time" not in self.protocols:
