@@ -65,10 +65,7 @@ class Loaded:
         """Whether it was trained with attention inside documents alone. Raises `Damaged`."""
         if self.recipe is None:
             return False
-        try:
-            masked = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))["data"]["document_masking"]
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-            masked = None
+        masked = _read(self.recipe, "data", "document_masking")
         if not isinstance(masked, bool):
             raise Damaged(
                 f"damaged: {self.recipe} does not say data.document_masking; "
@@ -181,13 +178,15 @@ def _only_gguf(path: Path) -> Path:
     return found[0] if found else path
 
 
-def _is_from_scratch(recipe: Path) -> bool:
-    if not recipe.is_file():
-        return False
+def _read(recipe: Path, *keys: str) -> Any:
+    """What a run's recipe says under these keys, None where it cannot be read."""
     try:
-        return yaml.safe_load(recipe.read_text(encoding="utf-8"))["start"] is None
+        found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        for key in keys:
+            found = found[key]
+        return found
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        return True
+        return None
 
 
 def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
@@ -202,13 +201,14 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
         home = weights.home_of(path)
         named, recipe = home / weights.TOKENIZER, home / "recipe.yaml"
         tokenizer = load_tokenizer(named) if named.is_file() else None
+        from_scratch = recipe.is_file() and _read(recipe, "start") is None
         return Loaded(
             model.eval(),
             tokenizer,
             chat.load(home),
             read_generation_ends(home),
             recipe if recipe.is_file() else None,
-            () if tokenizer is None or _is_from_scratch(recipe) else tuple(tokenizer.prefix),
+            () if tokenizer is None or from_scratch else tuple(tokenizer.prefix),
             read_ends(home, tokenizer).begin,
         )
     if (path / "config.json").is_file() or path.suffix == ".gguf":

@@ -71,7 +71,7 @@ def _check_range(request: ExportRequest) -> None:
     """Raises `UserError` for weights that the dtype has no numbers for. What q8_0 cannot hold in blocks becomes f16."""
     most = torch.finfo(DTYPES.get(request.dtype, torch.float16)).max
     for name, tensor in request.weights.tensors.items():
-        if tensor.numel() and tensor.abs().max() > most:
+        if tensor.numel() and max(abs(end) for end in tensor.aminmax()) > most:
             raise UserError(f"{name} has numbers too large for {request.dtype}; choose another --dtype")
 
 

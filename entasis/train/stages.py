@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,9 +66,9 @@ class StageSpan:
         """Sequences per optimizer step over all ranks."""
         return self.batch_tokens // self.data.sequence
 
-    @property
+    @functools.cached_property
     def flops_per_token(self) -> int:
-        """Training FLOPs per token: forward of all layers, backward of what needs gradients."""
+        """Training FLOPs per token: forward of all layers, backward of what needs gradients. Asked for at every step."""
         return cost.stage_flops_per_token(self.shape, self.trainable, self.data.sequence, ranks=self.ranks)
 
     @property

@@ -65,30 +65,27 @@ def model(tmp_path_factory):
     chosen = tokenizer.train([(STDLIB / "argparse.py").read_text()], 400)
     layers = (LayerShape(4, 2, 64), LayerShape(2, 1, 96))
     shape = ModelShape(d_model=64, head_dim=16, vocabulary=400, layers=layers, context=256)
-    made = Transformer(shape)
-    init_weights(made, 0)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.mul_(3)
-    (folder / "ours").mkdir()
-    weights.save(made, folder / "ours")
-    chosen.save(folder / "ours" / "tokenizer.json")
-    export(folder / "ours", folder / "hf", to="padded")
+
+    def save(kind, vocabulary, seed, **told):
+        made, ours = Transformer(dataclasses.replace(shape, vocabulary=vocabulary)), folder / f"{kind}ours"
+        init_weights(made, seed)
+        with torch.no_grad():
+            for p in made.parameters():
+                p.mul_(3)
+        ours.mkdir()
+        weights.save(made, ours)
+        chosen.save(ours / "tokenizer.json")
+        if told:
+            (ours / "tokenizer_config.json").write_text(json.dumps(told))
+        export(ours, folder / f"{kind}hf", to="padded")
+
+    save("", 400, 0)
     # The same with a tokenizer that begins every text, as Llama's do.
     begins = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 400)])
     chosen.library.add_special_tokens(["<s>"])
     chosen.library.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begins])
-    made = Transformer(dataclasses.replace(shape, vocabulary=401))
-    init_weights(made, 1)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.mul_(3)
-    (folder / "begun-ours").mkdir()
-    weights.save(made, folder / "begun-ours")
-    chosen.save(folder / "begun-ours" / "tokenizer.json")
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
-    (folder / "begun-ours" / "tokenizer_config.json").write_text(json.dumps(told))
-    export(folder / "begun-ours", folder / "begun-hf", to="padded")
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    save("begun-", 401, 1, **kind, bos_token="<s>", eos_token="<|endoftext|>")
     return folder
 
 
